@@ -1,0 +1,294 @@
+"""Atomic, verified, pickle-free checkpoints.
+
+    out/<run>/  lock  config.json  metrics.jsonl  and for each kept step
+        step-00000400/  model.safetensors  optimizer.safetensors  state.json
+                        encoding.json  vocab.tiktoken  manifest.json
+
+A checkpoint is written beside its final name, flushed to disk and then renamed, so its name never
+stands on half of one. The manifest holds size and sha256 of every other file and is written last.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
+TO_SAMPLE = ("model.safetensors", "state.json", "encoding.json", "vocab.tiktoken")
+
+
+def lock(run: Path):
+    """Makes the folder of a run this process's own, until the returned handle is closed."""
+    run.mkdir(parents=True, exist_ok=True)
+    handle = open(run / "lock", "w")
+    if fcntl:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise ValueError(f"another process works in {run}: choose another --out") from e
+    return handle
+
+
+def name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+# --- write
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replaces a file in one step: readers see the old content or the new, even after a crash."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_bytes(content)
+    fsync(beside)
+    beside.replace(path)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(
+    run: Path,
+    step: int,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict,
+    tokenizer: Tokenizer,
+) -> Path:
+    """Writes `run`/step-… whole or not at all. Raises OSError if the disk is full."""
+    size = sum(t.nbytes for t in [*model.values(), *optimizer.values()])
+    free = shutil.disk_usage(run).free
+    if size > free:
+        raise OSError(
+            f"the disk of {run} is full: a checkpoint needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f}"
+            " MB are free; earlier checkpoints are whole"
+        )
+    final = run / name(step)
+    partial = run / f"{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file(model, partial / "model.safetensors")
+    save_file(optimizer, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(partial)
+    manifest = {}
+    for path in sorted(partial.iterdir()):
+        fsync(path)
+        manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    write_durably(partial / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    if final.exists():  # made by the same run before it was cut back: replaced by its equal
+        final.rename(run / f"{final.name}.old")
+    partial.rename(final)
+    fsync(run)
+    shutil.rmtree(run / f"{final.name}.old", ignore_errors=True)
+    return final
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
+
+
+def prune(run: Path, keep: int = 2) -> None:
+    """Deletes all checkpoints but the newest `keep` and the best."""
+    best = best_row(run)
+    for path in checkpoints(run)[keep:]:
+        if not best or path.name != name(best["step"]):
+            # without a manifest it is no checkpoint any more, should the deletion be interrupted
+            (path / "manifest.json").unlink()
+            shutil.rmtree(path)
+
+
+# --- read
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest first; whether they are sound is for `verify` to say."""
+    found = [p for p in run.glob("step-*") if p.name[5:].isdigit() and p.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def verify(path: Path, files: tuple[str, ...] = ()) -> int:
+    """Checks `files` of a checkpoint (default: all); returns how many. Raises ValueError."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        expected = {name: manifest[name] for name in files or manifest}
+        for name, entry in expected.items():
+            size = (path / name).stat().st_size
+            if size != entry["size"]:
+                raise ValueError(f"{name} has {size} bytes instead of {entry['size']}")
+            if sha256_of(path / name) != entry["sha256"]:
+                raise ValueError(f"{name} is not what was written: its sha256 differs")
+        missing = {*TO_SAMPLE, "optimizer.safetensors"} - set(manifest)
+        if missing:
+            raise ValueError(f"manifest.json does not list {', '.join(sorted(missing))}")
+    except FileNotFoundError as e:
+        raise ValueError(f"{path} is damaged: {Path(e.filename).name} is missing") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
+    return len(expected)
+
+
+def newest(run: Path) -> int | None:
+    """The step of the newest sound checkpoint of a run; unsound ones are named and set aside."""
+    for path in checkpoints(run):
+        try:
+            verify(path)
+            return int(path.name[5:])
+        except ValueError as e:
+            aside = path.with_name(f"{path.name}.corrupt")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"{e}; it is now {aside.name}, and the checkpoint before it is used")
+    return None
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl that are whole: the last one may be half written."""
+    rows = []
+    if (run / "metrics.jsonl").exists():
+        for line in (run / "metrics.jsonl").read_bytes().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def best_row(run: Path) -> dict | None:
+    """The evaluation with the lowest validation loss, if there is one."""
+    rows = [row for row in read_metrics(run) if "val_loss" in row]
+    return min(rows, key=lambda row: row["val_loss"], default=None)
+
+
+def find(path: str, which: str = "best") -> Path:
+    """The checkpoint folder meant by `path`: itself, or in a run the best, latest or named one."""
+    run = Path(path)
+    if not run.is_dir():
+        raise ValueError(
+            f"no such folder: {path!r} (a run or a checkpoint that train.py has written)"
+        )
+    if (run / "manifest.json").exists():
+        return run
+    found = checkpoints(run)
+    if not found:
+        raise ValueError(f"{path} holds no checkpoint: train one with `python train.py`")
+    if which in ("best", "latest"):
+        best = best_row(run)
+        wanted = run / name(best["step"]) if best and which == "best" else found[0]
+        return wanted if wanted in found else found[0]
+    if run / which not in found:
+        names = ", ".join(p.name for p in reversed(found))
+        raise ValueError(
+            f"{path} has no checkpoint {which!r}: choose best, latest or one of {names}"
+        )
+    return run / which
+
+
+def load_weights(path: Path) -> tuple[GPT, Tokenizer, dict]:
+    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified."""
+    verify(path, TO_SAMPLE)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):  # shapes only: the weights come from the file
+        model = GPT(GPTConfig(**state["model"]))
+    model.load_state_dict(load_file(path / "model.safetensors"), assign=True)
+    return model, Tokenizer.load(path), state
+
+
+def load_model(path: str, which: str = "best", device: str = "cpu") -> tuple[GPT, Tokenizer]:
+    """An eval-mode model and its tokenizer, from a run or a checkpoint folder.
+
+    `which` is "best" (lowest validation loss), "latest" or a name such as "step-00000400". Raises
+    ValueError if there is none or if it is damaged.
+    """
+    model, tokenizer, _ = load_weights(find(path, which))
+    return model.to(device).eval(), tokenizer
+
+
+class MetricsLog:
+    """metrics.jsonl of a run: one JSON object a line.
+
+    Opening it cuts it back to `mark`, its length and sha256 at the checkpoint of `step`; the
+    evaluation of that very step, which follows the mark, may stay: then `evaluated` is true. Raises
+    ValueError if what stands before the mark has changed.
+    """
+
+    def __init__(self, run: Path, step: int, mark: dict | None):
+        path = run / "metrics.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        kept = content[: mark["bytes"] if mark else 0]
+        if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
+            raise ValueError(
+                f"{path} is not what it was at step {step}: bring it back, or move {run} away"
+            )
+        following = content[len(kept) :].splitlines(keepends=True)[:1]
+        self.evaluated = bool(mark and following and is_evaluation(following[0], step))
+        if self.evaluated:
+            kept += following[0]
+        if kept != content:
+            write_durably(path, kept)
+        self.file, self.sha256, self.bytes = open(path, "ab"), hashlib.sha256(kept), len(kept)
+
+    def write(self, row: dict) -> None:
+        line = json.dumps(row).encode() + b"\n"
+        self.file.write(line)
+        self.file.flush()
+        self.sha256.update(line)
+        self.bytes += len(line)
+
+    def mark(self) -> dict:
+        """What a checkpoint remembers of the log."""
+        os.fsync(self.file.fileno())
+        return {"bytes": self.bytes, "sha256": self.sha256.hexdigest()}
+
+
+def is_evaluation(line: bytes, step: int) -> bool:
+    try:
+        row = json.loads(line)
+        return line.endswith(b"\n") and row["step"] == step and "val_loss" in row
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+# --- optimizers as named tensors
+
+
+def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
+    """The state of all optimizers: "<parameter>/<entry>" to tensor."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(p, {}).items():
+                tensors[f"{name}/{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_optimizers(path: Path, model: GPT, optimizers: list) -> None:
+    """Puts the optimizer state of a checkpoint folder back into the optimizers of `model`."""
+    parameters = dict(model.named_parameters())
+    for key, value in load_file(path / "optimizer.safetensors").items():
+        parameter, entry = key.rsplit("/", 1)
+        p = parameters[parameter]
+        for optimizer in optimizers:
+            if any(p is q for group in optimizer.param_groups for q in group["params"]):
+                on_cpu = entry in ("step", "mu_product") and not optimizer.defaults.get("fused")
+                optimizer.state[p][entry] = value if on_cpu else value.to(p.device)

@@ -1,0 +1,320 @@
+"""The Transformer: settings, rotary positions, KV cache, attention, MLP, block, GPT.
+
+Only mathematics: no files, no printing, no globals.
+
+One class covers three published shapes, chosen by `GPTConfig`:
+
+    GPT-2          learned positions, LayerNorm, GELU, biases, tied head (Radford et al. 2019)
+    modern         rotary, RMSNorm, query/key norm, ReLU^2, capped logits (karpathy/nanochat)
+    Llama, Qwen3   rotary, RMSNorm with weights, SwiGLU, grouped heads (arXiv:2302.13971,
+                   arXiv:2505.09388)
+
+Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
+(n_embd), H heads, K key/value heads, D channels of a head, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # a target that does not count: cross_entropy's own convention
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. The defaults are the modern shape; see config/gpt2.py for GPT-2's."""
+
+    vocab_size: int
+    block_size: int = 256  # longest context, in tokens
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 0  # grouped-query attention: heads of keys and values; 0 means n_head
+    n_embd: int = 128
+    head_dim: int = 0  # 0 means n_embd / n_head
+    mlp_dim: int = 0  # width inside the MLP; 0 means 4 * n_embd
+    position: str = "rotary"  # or "learned"
+    rope_base: float = 10000.0  # longest wavelength of the rotary positions, over 2 pi
+    norm: str = "rms"  # or "layer"
+    norm_weight: bool = False  # a learned scale in every norm
+    norm_eps: float = 1e-6
+    embed_norm: bool = True  # a norm after the embedding
+    qk_norm: bool = True  # a norm of each query and key
+    mlp: str = "relu2"  # or "gelu", "swiglu"
+    bias: bool = False
+    tied: bool = False  # the head is the transposed embedding
+    logit_cap: float = 15.0  # logits = cap * tanh(logits / cap); 0 means none
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.mlp_dim = self.mlp_dim or 4 * self.n_embd
+        if not self.head_dim:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd={self.n_embd} does not divide by n_head={self.n_head}")
+            self.head_dim = self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
+        if self.position == "rotary" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, but rotary positions turn pairs")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(choices)}")
+
+
+CHOICES = {"position": ("rotary", "learned"), "norm": ("rms", "layer")}
+CHOICES["mlp"] = ("relu2", "gelu", "swiglu")
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dimension."""
+
+    def __init__(self, dim: int, config: GPTConfig):
+        super().__init__()
+        self.layer, self.eps, self.shape = config.norm == "layer", config.norm_eps, (dim,)
+        self.weight = nn.Parameter(torch.ones(dim)) if config.norm_weight else None
+        shift = self.layer and config.bias
+        self.bias = nn.Parameter(torch.zeros(dim)) if shift else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer:
+            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+def rotary_table(length: int, dim: int, base: float) -> Tensor:
+    """Cosines and sines of position * base^(-2i/dim): (2, length, dim). arXiv:2104.09864."""
+    frequency = base ** -(torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim)
+    angle = torch.outer(torch.arange(length, device="cpu", dtype=torch.float32), frequency)
+    angle = torch.cat(
+        (angle, angle), dim=-1
+    )  # channels i and i + dim/2 turn together: Llama's layout
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns each pair of channels of x (B, H, T, D) by its position's angle; rope is (2, T, D)."""
+    cos, sin = rope.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of all positions so far, preallocated for the whole context.
+
+    `length` counts the positions stored. Writing past the end raises ValueError: see `generate` in
+    sample.py for what to do then.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, device=None, dtype=torch.float32):
+        shape = (config.n_layer, batch, config.n_kv_head, config.block_size, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v (B, K, T, D) of one layer and returns all of its k and v (B, K, S, D)."""
+        end = self.length + k.size(2)
+        if end > self.k.size(3):
+            raise ValueError(f"{end} positions do not fit in a KV cache of {self.k.size(3)}")
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def expand(self, batch: int) -> None:
+        """One stored sequence becomes `batch` equal ones: one prefill serves many samples."""
+        self.k = self.k.repeat(1, batch, 1, 1, 1)
+        self.v = self.v.repeat(1, batch, 1, 1, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention (arXiv:1706.03762) with grouped key/value heads (arXiv:2305.13245)."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        c, self.config, self.layer = config, config, layer
+        self.wq = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
+        self.wk = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.wv = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.wo = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.q_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
+        self.k_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None):
+        B, T, _ = x.shape
+        D = self.config.head_dim
+        q = self.q_norm(self.wq(x).view(B, T, -1, D)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.wk(x).view(B, T, -1, D)).transpose(1, 2)  # (B, K, T, D)
+        v = self.wv(x).view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+        y = F.scaled_dot_product_attention(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,  # a single new position may look at all before it
+            dropout_p=self.config.dropout if self.training else 0.0,
+            enable_gqa=k.size(1) != q.size(1),
+        )  # (B, H, T, D)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """The position-wise network: GELU as in GPT-2 (tanh form), ReLU^2 (arXiv:2109.08668), or
+    SwiGLU (arXiv:2002.05202), which multiplies by a gate."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.kind = config.mlp
+        if self.kind == "swiglu":
+            self.gate = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
+        self.down = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)  # (B, T, mlp_dim)
+        if self.kind == "swiglu":
+            h = F.silu(self.gate(x)) * h
+        elif self.kind == "gelu":
+            h = F.gelu(h, approximate="tanh")
+        else:
+            h = F.relu(h).square()
+        return self.down(h)  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn_norm = Norm(config.n_embd, config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = Norm(config.n_embd, config)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None):
+        x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache))
+        x = x + self.drop(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            table = rotary_table(config.block_size, config.head_dim, config.rope_base)
+            self.register_buffer("rope", table, persistent=False)  # computed, never stored
+        self.embed_norm = Norm(config.n_embd, config) if config.embed_norm else nn.Identity()
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = Norm(config.n_embd, config)
+        if not config.tied:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, zero_init: bool = True) -> None:
+        """Draws all weights anew, a function of `seed` alone.
+
+        With `zero_init` the residual projections and an untied head start at zero, so each block
+        begins as the identity and the loss as ln V exactly (arXiv:2203.03466); without it, GPT-2's
+        scheme: N(0, 0.02), residual projections smaller by sqrt(2 n_layer).
+        """
+        g = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith(("wo.weight", "down.weight", "head.weight")) and zero_init:
+                p.zero_()
+            elif not zero_init:
+                residual = name.endswith(("wo.weight", "down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=g))
+            elif name in ("wte.weight", "wpe.weight"):
+                # a norm follows an untied embedding, so its scale sets only how fast it learns
+                std = 1.0 if self.config.embed_norm and not self.config.tied else 0.02
+                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=g))
+            else:
+                bound = math.sqrt(3 / p.size(1))  # uniform with variance 1 / fan_in
+                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=g))
+
+    def set_context(self, block_size: int, dropout: float) -> None:
+        """Shortens the longest context, keeping the weights, and sets the dropout rate.
+
+        Raises ValueError for a longer context, which these weights have never seen.
+        """
+        config = self.config
+        if block_size > config.block_size:
+            raise ValueError(f"block_size={block_size} exceeds the model's {config.block_size}")
+        config.block_size, config.dropout = block_size, dropout
+        if config.position == "learned":
+            self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].clone(), False)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+
+    def trunk(
+        self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """All but the head: tokens (B, T) to the final hidden states (B, T, C).
+
+        `mask` is the attention policy: None is causal; a boolean (T, S) or (B, 1, T, S) is True
+        where a position may look, all ones for an encoder. With a `cache`, `tokens` continue what
+        it holds, and are appended to it.
+        """
+        T, start = tokens.size(1), cache.length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens exceed block_size={self.config.block_size}")
+        if mask is None and start and T > 1:  # several new positions behind stored ones
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+        x, rope = self.wte(tokens), None  # (B, T, C)
+        if self.config.position == "learned":
+            x = x + self.wpe.weight[start : start + T]
+        else:
+            rope = self.rope[:, start : start + T]
+        x = self.drop(self.embed_norm(x))
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The head: hidden states (..., C) to float32 logits (..., V)."""
+        weight = self.wte.weight if self.config.tied else self.head.weight  # (V, C)
+        V, cap = self.config.vocab_size, self.config.logit_cap
+        if (
+            x.is_cuda
+        ):  # tensor cores want a multiple of 64: zero rows here, cut off again, never stored
+            weight = F.pad(weight, (0, 0, 0, -V % 64))
+        logits = F.linear(x, weight)[..., :V].float()
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or with `targets` (B, T) the cross-entropy in nats, mean or sum.
+
+        Targets of -100 do not count. With a `cache`, only the last position's logits: (B, 1, V).
+        """
+        x = self.trunk(tokens, mask, cache)
+        logits = self.logits(x if cache is None else x[:, -1:])
+        if targets is None:
+            return logits
+        flat = logits.view(-1, logits.size(-1))
+        return F.cross_entropy(flat, targets.view(-1), ignore_index=IGNORE, reduction=reduction)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())

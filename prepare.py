@@ -1,0 +1,392 @@
+"""Text to token shards: python prepare.py SOURCE... --out=data/name --tokenizer=bpe
+
+    1. read      the documents of every source: sources.py
+    2. clean     line ends, Unicode form NFC, control characters; empty and repeated documents go
+    3. split     into train, val and test, by a hash of the document's content
+    4. learn     byte-pair encoding from the training split, with --tokenizer=bpe
+    5. encode    each split into shards
+
+Steps 1 to 3 append the cleaned text to a spool file for each split, every document ended by a zero
+byte. Steps 4 and 5 read the spool on all cores, a megabyte at a time, so memory stays constant.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import unicodedata
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import regex
+
+import config
+from dataset import ShardWriter
+from sources import PIECE, documents
+from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, bytes_tokenizer, published_tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
+
+@dataclass
+class Settings:
+    source: tuple = ()  # files, folders, - for standard input, or the names python and shakespeare
+    out: str = ""  # folder to write; by default data/<name of the first source>
+    tokenizer: str = "bpe"  # bpe (learned here), bytes, gpt2, or another encoding of tiktoken
+    vocab_size: int = 4096  # of a bpe vocabulary: 256 bytes, what is learned, end-of-text
+    val: float = 0.05  # fraction of the documents for validation
+    test: float = 0.05  # fraction of the documents for the test split
+    pattern: str = "*.txt,*.md,*.py,*.jsonl,*.jsonl.gz,*.parquet"  # which files of a folder count
+    field: str = "text"  # field or column that holds the text of a row
+    bpe_bytes: int = 32_000_000  # bpe learns from at most this much text, spread over the split
+    seed: int = 0  # of the hash that splits
+    workers: int = 0  # processes; 0 means one for each core
+    overwrite: bool = False  # replace a set that was made with other settings
+
+
+SPLITS = ("train", "val", "test")
+FREE = ("out", "workers", "overwrite")  # settings that do not change the result
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
+# A place where text may be cut without changing its tokens: no published split pattern joins a
+# newline with a letter behind it, if a visible character stands before. \0 ends a document.
+SAFE_CUT = re.compile(r"\0|(?<=\S)\n(?=[^\W\d_])")
+
+
+def main(argv: list[str]) -> None:
+    s = config.load(Settings, argv, "Prepare text for training.", "source", nargs="*")
+    if not s.source:
+        raise ValueError("no source: name a text file, a folder, - for standard input, or python")
+    prepare(s)
+
+
+def prepare(s: Settings) -> None:
+    """Writes the data set of settings `s`, or finds that it is there already."""
+    config.check(
+        s,
+        ("val", "a fraction, with test below 1", s.val >= 0 and s.val + s.test < 1),
+        ("test", "a fraction, with val below 1", s.test >= 0),
+        ("vocab_size", "at least 257: the bytes and end-of-text", s.vocab_size >= 257),
+        ("bpe_bytes", f"at least {PIECE}", s.bpe_bytes >= PIECE),
+        ("seed", "at least 0", s.seed >= 0),
+        ("workers", "at least 0", s.workers >= 0),
+    )
+    tokenizer = None  # learned below; the others are known at once, and so are mistakes in them
+    if s.tokenizer != "bpe":
+        tokenizer = (
+            bytes_tokenizer() if s.tokenizer == "bytes" else published_tokenizer(s.tokenizer)
+        )
+    name = "stdin" if s.source[0] == "-" else Path(s.source[0]).resolve().name.split(".")[0]
+    out = Path(s.out or f"data/{name}")
+    settings = {k: v for k, v in asdict(s).items() if k not in FREE}
+    settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+    if already_prepared(out, settings, s.overwrite):
+        return
+    with locked(out.parent / (out.name + ".partial")) as partial:
+        if already_prepared(out, settings, s.overwrite):  # by another process, meanwhile
+            return
+        start, report = time.monotonic(), Counter()
+        spool(s, partial, report)
+        if not report["train", "bytes"]:
+            raise ValueError(f"no text left to train on in {', '.join(s.source)}")
+        for split, fraction in (("val", s.val), ("test", s.test)):
+            if fraction and not report[split, "bytes"]:
+                raise ValueError(
+                    f"none of the {report['documents read']} documents fell into the {split} split:"
+                    f" use a larger --{split}, another --seed, or --{split}=0"
+                )
+        workers = s.workers or cores()
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            tokenizer = tokenizer or learn_bpe(s, partial / "spool_train", pool)
+        tokenizer.save(partial)
+        meta = dict(settings=settings, vocab_size=tokenizer.vocab_size)
+        meta |= dict(tokenizer_sha256=tokenizer.digest(), splits={})
+        initial = dict(initializer=start_worker, initargs=(partial,))
+        with ProcessPoolExecutor(workers, get_context("spawn"), **initial) as pool:
+            for split in SPLITS:
+                shards = encode_split(split, partial, tokenizer, pool)
+                facts = dict(shards=shards, tokens=sum(shard["tokens"] for shard in shards))
+                facts |= {key: report[split, key] for key in ("bytes", "documents")}
+                meta["splits"][split] = facts
+        text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+        (partial / "meta.json").write_text(text, encoding="utf-8")
+        publish(partial, out)
+    print_table(out, meta, report, time.monotonic() - start)
+
+
+def already_prepared(out: Path, settings: dict, overwrite: bool) -> bool:
+    """True if `out` was made with `settings`. Raises ValueError if it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        made_with = json.loads((out / "meta.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{out} exists and is no prepared data: choose another --out") from e
+    if made_with == settings:
+        print(f"{out} is already prepared with these settings")
+        return not overwrite
+    differing = [k for k in settings if made_with.get(k) != settings[k]]
+    if not overwrite:
+        raise ValueError(
+            f"{out} was made with another {' and '.join(differing)}"
+            f" ({', '.join(repr(made_with.get(k)) for k in differing)}):"
+            " choose another --out, or replace it with --overwrite"
+        )
+    return False
+
+
+@contextmanager
+def locked(folder: Path):
+    """An empty `folder` that no other process works in; removed at the end if it is still there."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        if not fcntl:
+            break
+        fcntl.flock(handle, fcntl.LOCK_EX)  # waits for another process that prepares the same
+        if folder.exists() and os.path.samestat(os.stat(folder), os.fstat(handle)):
+            break
+        os.close(handle)  # the other one has finished, and has renamed the folder
+    try:
+        for leftover in folder.iterdir():
+            leftover.unlink()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if fcntl:
+            os.close(handle)
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Puts the finished folder in its place in one rename, durably."""
+    for file in partial.iterdir():
+        fsync(file)
+    fsync(partial)
+    old = out.parent / (out.name + ".old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    partial.rename(out)
+    fsync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # those this process may use
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# --- 2. and 3. clean and split, into the spool
+
+
+def spool(s: Settings, folder: Path, report: Counter) -> None:
+    """Cleans all documents and appends each to the spool file of its split; counts in `report`."""
+    files = {split: open(folder / f"spool_{split}", "wb") for split in SPLITS}
+    seen: set[bytes] = set()  # all that grows with the input: one digest for each document
+    progress = Progress("reading")
+    for source in s.source:
+        cleaned = clean(documents(source, s.pattern, s.field), folder, report, seen, progress)
+        first, second = next(cleaned, None), next(cleaned, None)
+        if first and not second:  # a source of one document is cut in three
+            cut_in_order(first[0], files, s, report)
+            continue
+        for text, digest in chain(filter(None, (first, second)), cleaned):
+            draw = hashlib.blake2b(b"%d " % s.seed + digest, digest_size=8).digest()
+            u = int.from_bytes(draw, "big") / 2**64  # uniform in [0, 1)
+            split = "val" if u < s.val else "test" if u < s.val + s.test else "train"
+            append(text, files[split], split, report)
+    progress.end()
+    for file in files.values():
+        file.close()
+
+
+def clean(docs, folder: Path, report: Counter, seen: set[bytes], progress):
+    """Yields (file of cleaned text, digest) for each document that is not empty and not seen."""
+    for doc in docs:
+        # a long document waits on disk, since its digest, and so its fate, is known at its end only
+        text = tempfile.SpooledTemporaryFile(max_size=8 * PIECE, dir=folder)
+        digest, empty = hashlib.blake2b(digest_size=16), True
+        for piece in doc:
+            if not piece.isascii() and not unicodedata.is_normalized("NFC", piece):
+                piece = unicodedata.normalize("NFC", piece)
+                report["pieces brought to NFC"] += 1
+            piece, removed = CONTROL.subn("", piece)
+            report["control characters removed"] += removed
+            empty = empty and not piece.strip()
+            data = piece.encode(errors="replace")  # half a surrogate pair becomes a question mark
+            digest.update(data)
+            text.write(data)
+            report["bytes read"] += len(data)
+            progress(report["bytes read"])
+        report["documents read"] += 1
+        if empty or digest.digest() in seen:
+            report["empty documents" if empty else "repeated documents"] += 1
+            continue
+        seen.add(digest.digest())
+        text.seek(0)
+        yield text, digest.digest()
+
+
+def append(text, file, split: str, report: Counter, count: int = sys.maxsize) -> None:
+    """Copies up to `count` bytes of `text` to a spool file, as one document."""
+    while count and (block := text.read(min(PIECE, count))):
+        file.write(block)
+        report[split, "bytes"] += len(block)
+        count -= len(block)
+    file.write(b"\0")
+    report[split, "documents"] += 1
+
+
+def cut_in_order(text, files: dict, s: Settings, report: Counter) -> None:
+    """train | val | test: each ends after the first line end behind its fraction of the bytes."""
+    size = text.seek(0, io.SEEK_END)
+    cuts = [0]
+    for fraction in (1 - s.val - s.test, 1 - s.test):
+        text.seek(max(cuts[-1], round(fraction * size)))
+        text.readline()
+        cuts.append(text.tell() if fraction < 1 else size)
+    for split, start, end in zip(SPLITS, cuts, [*cuts[1:], size], strict=True):
+        if end > start:
+            text.seek(start)
+            append(text, files[split], split, report, end - start)
+
+
+# --- 4. and 5. the work of the processes: a chunk of a spool file, given by its number
+
+
+def read_chunk(path: Path, number: int) -> str:
+    """Chunk `number` of a spool file, about PIECE bytes: chunks meet at safe cuts."""
+    with open(path, "rb") as f:
+        start, end = boundary(f, number * PIECE), boundary(f, (number + 1) * PIECE)
+        f.seek(start)
+        return f.read(end - start).decode()
+
+
+def boundary(f, position: int) -> int:
+    """The first safe cut after `position`; the next whole character if none is near."""
+    if position == 0:
+        return 0
+    f.seek(position)
+    window = f.read(PIECE // 16)
+    inside = len(window) - len(window.lstrip(bytes(range(0x80, 0xC0))))  # rest of a character
+    text = window[inside:].decode(errors="ignore")
+    cut = SAFE_CUT.search(text)
+    return position + inside + (len(text[: cut.end()].encode()) if cut else 0)
+
+
+def count_words(path: Path, number: int) -> Counter:
+    words = Counter()
+    for document in read_chunk(path, number).split("\0"):
+        words.update(regex.findall(SPLIT, document))
+    return words
+
+
+def start_worker(folder: Path) -> None:
+    global tokenizer
+    tokenizer = Tokenizer.load(folder)
+
+
+def encode_chunk(path: Path, number: int) -> np.ndarray:
+    *ended, rest = map(tokenizer.encode_to_array, read_chunk(path, number).split("\0"))
+    end = np.array([tokenizer.end_of_text], np.uint32)
+    tokens = np.concatenate([*chain.from_iterable((ids, end) for ids in ended), rest])
+    return tokens.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else tokens
+
+
+def learn_bpe(s: Settings, path: Path, pool) -> Tokenizer:
+    chunks = -(-path.stat().st_size // PIECE)
+    keep = min(chunks, s.bpe_bytes // PIECE)
+    numbers = [i * chunks // keep for i in range(keep)]  # evenly spread
+    words: Counter = Counter()
+    progress = Progress("counting words", keep * PIECE)
+    for i, counted in enumerate(pool.map(count_words, [path] * keep, numbers), start=1):
+        words.update(counted)
+        progress(i * PIECE)
+    progress.end()
+    progress = Progress("learning tokens", s.vocab_size, unit=1, name="")
+    tokenizer = bpe_tokenizer(words, s.vocab_size, progress)
+    progress.end()
+    return tokenizer
+
+
+def encode_split(split: str, folder: Path, tokenizer: Tokenizer, pool) -> list[dict]:
+    """Writes the shards of one split, in order, and returns their names, tokens and sha256."""
+    path = folder / f"spool_{split}"
+    size = path.stat().st_size
+    chunks = range(-(-size // PIECE))
+    writer = ShardWriter(folder, split, tokenizer.vocab_size)
+    progress = Progress(f"encoding {split}", size)
+    for i, tokens in enumerate(pool.map(encode_chunk, [path] * len(chunks), chunks), start=1):
+        writer.write(tokens)
+        progress(min(size, i * PIECE))
+    progress.end()
+    writer.close()
+    path.unlink()
+    return writer.shards
+
+
+# --- what the user sees
+
+
+class Progress:
+    """A line on stderr that says how far a stage is: rewritten on a terminal, else rare."""
+
+    def __init__(self, what: str, total: int = 0, unit: float = 1e6, name: str = " MB"):
+        self.what, self.total, self.unit, self.name = what, total, unit, name
+        self.start = self.last = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.last < (0.2 if self.terminal else 10):
+            return
+        self.last, done = now, done / self.unit
+        of = f" of {self.total / self.unit:,.0f}" if self.total else ""
+        line = f"{self.what}: {done:,.0f}{of}{self.name}, {done / (now - self.start):,.1f} a second"
+        line = f"\r\033[K{line}" if self.terminal else line + "\n"
+        print(line, end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
+    removed = [f"{report[k]:,} {k}" for k in ("empty documents", "repeated documents") if report[k]]
+    print(f"read     {report['documents read']:,} documents, {report['bytes read']:,} bytes")
+    print(f"removed  {', '.join(removed) or 'no documents'}")
+    cleaned = [k for k in ("control characters removed", "pieces brought to NFC") if report[k]]
+    print(f"cleaned  {', '.join(f'{report[k]:,} {k}' for k in cleaned) or 'nothing'}")
+    print(f"\n{'split':8} {'documents':>10} {'bytes':>14} {'tokens':>14} {'bytes/token':>12}")
+    for split, facts in meta["splits"].items():
+        if facts["tokens"]:
+            ratio = facts["bytes"] / facts["tokens"]
+            print(
+                f"{split:8} {facts['documents']:>10,} {facts['bytes']:>14,}"
+                f" {facts['tokens']:>14,} {ratio:>12.2f}"
+            )
+    print(f"\nwrote {out} in {seconds:.1f} s: {meta['vocab_size']:,} tokens in the vocabulary")
+
+
+if __name__ == "__main__":
+    config.run(main)
