@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from metrics import best_row
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
@@ -162,24 +163,6 @@ def newest(run: Path) -> int | None:
     return None
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl that are whole: the last one may be half written."""
-    rows = []
-    if (run / "metrics.jsonl").exists():
-        for line in (run / "metrics.jsonl").read_bytes().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
-
-
-def best_row(run: Path) -> dict | None:
-    """The evaluation with the lowest validation loss, if there is one."""
-    rows = [row for row in read_metrics(run) if "val_loss" in row]
-    return min(rows, key=lambda row: row["val_loss"], default=None)
-
-
 def find(path: str, which: str = "best") -> Path:
     """The checkpoint folder meant by `path`: itself, or in a run the best, latest or named one."""
     run = Path(path)
@@ -222,51 +205,6 @@ def load_model(path: str, which: str = "best", device: str = "cpu") -> tuple[GPT
     """
     model, tokenizer, _ = load_weights(find(path, which))
     return model.to(device).eval(), tokenizer
-
-
-class MetricsLog:
-    """metrics.jsonl of a run: one JSON object a line.
-
-    Opening it cuts it back to `mark`, its length and sha256 at the checkpoint of `step`; the
-    evaluation of that very step, which follows the mark, may stay: then `evaluated` is true. Raises
-    ValueError if what stands before the mark has changed.
-    """
-
-    def __init__(self, run: Path, step: int, mark: dict | None):
-        path = run / "metrics.jsonl"
-        content = path.read_bytes() if path.exists() else b""
-        kept = content[: mark["bytes"] if mark else 0]
-        if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
-            raise ValueError(
-                f"{path} is not what it was at step {step}: bring it back, or move {run} away"
-            )
-        following = content[len(kept) :].splitlines(keepends=True)[:1]
-        self.evaluated = bool(mark and following and is_evaluation(following[0], step))
-        if self.evaluated:
-            kept += following[0]
-        if kept != content:
-            write_durably(path, kept)
-        self.file, self.sha256, self.bytes = open(path, "ab"), hashlib.sha256(kept), len(kept)
-
-    def write(self, row: dict) -> None:
-        line = json.dumps(row).encode() + b"\n"
-        self.file.write(line)
-        self.file.flush()
-        self.sha256.update(line)
-        self.bytes += len(line)
-
-    def mark(self) -> dict:
-        """What a checkpoint remembers of the log."""
-        os.fsync(self.file.fileno())
-        return {"bytes": self.bytes, "sha256": self.sha256.hexdigest()}
-
-
-def is_evaluation(line: bytes, step: int) -> bool:
-    try:
-        row = json.loads(line)
-        return line.endswith(b"\n") and row["step"] == step and "val_loss" in row
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 # --- optimizers as named tensors

@@ -91,9 +91,6 @@ class Settings:
     split: str = "val"  # which split eval_only takes: train, val or test
 
 
-EVAL_TOKENS = 16384  # in one forward pass of an evaluation
-COMPARABLE_BYTES = 20_000_000  # larger validation texts take xz too long
-
 # What may differ when a run is resumed; everything else would make it another run.
 FREE = {"config", "data", "out", "init_from", "steps", "log_every", "eval_every", "save_every"}
 FREE |= {"sample_tokens", "sample_prompt", "tensorboard", "wandb", "device", "eval_only", "split"}
@@ -110,7 +107,11 @@ def main(argv: list[str]) -> int:
         from prepare import prepare
 
         prepare(Preparation(source=("python",), out=s.data))
-    return evaluate_only(s) if s.eval_only else train(s, stop)
+    if s.eval_only:
+        from evaluate import evaluate_run
+
+        return evaluate_run(s)
+    return train(s, stop)
 
 
 def check(s: Settings) -> None:
@@ -187,7 +188,10 @@ def train(s: Settings, stop: Stop) -> int:
 
     import checkpoint
     import machine
+    import sample
     from dataset import Dataset
+    from evaluate import compressors, evaluate
+    from metrics import MetricsLog, best_row, start_trackers
     from model import IGNORE
     from optim import LossScale, learning_rate, make_optimizers
 
@@ -226,7 +230,7 @@ def train(s: Settings, stop: Stop) -> int:
     if done:
         checkpoint.load_optimizers(path, model, optimizers)
         say(f"resumed from step {done} of {run} (data digest {digest[:8]})")
-    log = checkpoint.MetricsLog(run, done, state["metrics"]) if first else None
+    log = MetricsLog(run, done, state["metrics"]) if first else None
     seconds_before = state["seconds"]
     scale = LossScale(here.dtype, state["loss_scale"])
     parameters = list(model.parameters())
@@ -353,10 +357,23 @@ def train(s: Settings, stop: Stop) -> int:
             return 0
 
     # 6. the result
-    if first:
-        for track in trackers:
-            track(None)
-        report(s, model, data, val_split, run)
+    if not first:
+        return 0
+    for track in trackers:
+        track(None)
+    best = best_row(run)
+    say(f"\nbest validation loss: {best['val_loss']:.4f} nats a token, at step {best['step']}")
+    if best["val_bpb"]:
+        others = compressors(val_split, data.tokenizer)
+        say(
+            f"bits per byte of that text: {best['val_bpb']:.3f}"
+            + (f" ({others})" if others else "")
+        )
+    if s.sample_tokens:
+        say("\na sample:\n")
+        picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
+        sample.write_samples(model.eval(), data.tokenizer, s.sample_prompt, picked)
+    say(f"\nnext: python sample.py {run} --prompt={json.dumps(s.sample_prompt)}")
     return 0
 
 
@@ -395,100 +412,6 @@ def check_resumed(s: Settings, state: dict, digest: str, path: Path) -> None:
         )
     if before["steps"] != s.steps:
         print(f"steps: was {before['steps']}, is {s.steps}; the learning rate follows")
-
-
-def evaluate(model, split, here) -> tuple[float, float | None]:
-    """Loss over the whole split: nats a token, and bits a byte of text where its size is known."""
-    import torch
-
-    rows = max(1, EVAL_TOKENS // model.config.block_size)
-    total = 0.0
-    model.eval()
-    with torch.no_grad(), here.autocast():
-        for x, y in split.in_order(rows, model.config.block_size, here.rank, here.world):
-            total += model(here.put(x), here.put(y), reduction="sum").item()
-    model.train()
-    (total,) = here.sum([total])
-    bits_per_byte = total / math.log(2) / split.text_bytes if split.text_bytes else None
-    return total / (split.tokens - 1), bits_per_byte
-
-
-def evaluate_only(s: Settings) -> int:
-    import machine
-    from checkpoint import find, load_weights
-    from dataset import Dataset
-
-    here = machine.pick(s.device, s.dtype, "false", s.n_embd)
-    machine.start(here, s.deterministic)
-    path = find(s.out)
-    model, tokenizer, _ = load_weights(path)
-    data = Dataset(s.data, s.tokenizer)
-    if data.tokenizer.digest() != tokenizer.digest():
-        raise ValueError(
-            f"{path} reads {tokenizer.name}, and {s.data} is written in another vocabulary"
-        )
-    loss, bpb = evaluate(model.to(here.device), data.split(s.split), here)
-    if here.rank == 0:
-        print(f"{path} on {s.split} of {s.data}: loss {loss:.4f} nats a token", end="")
-        print(f", {bpb:.4f} bits per byte" if bpb else "")
-    return 0
-
-
-def start_trackers(s: Settings, run: Path) -> list:
-    """Functions that take each row of metrics, and None at the end."""
-    trackers = []
-    if s.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e:
-            raise ValueError("tensorboard=True needs it: pip install tensorboard") from e
-        writer = SummaryWriter(str(run / "tensorboard"))
-
-        def to_tensorboard(row):
-            if row is None:
-                return writer.close()
-            for key, value in row.items():
-                if key != "step" and value is not None:
-                    writer.add_scalar(key, value, row["step"])
-
-        trackers.append(to_tensorboard)
-    if s.wandb:
-        try:
-            import wandb
-        except ImportError as e:
-            raise ValueError(f"wandb={s.wandb!r} needs it: pip install wandb") from e
-        session = wandb.init(project=s.wandb, name=run.name, config=asdict(s), dir=run)
-        trackers.append(lambda row: session.log(row, row["step"]) if row else session.finish())
-    return trackers
-
-
-def report(s: Settings, model, data, val_split, run: Path) -> None:
-    """What the run has come to: best loss, compressors on the same text, a sample, what next."""
-    import gzip
-    import lzma
-
-    from checkpoint import best_row
-    from sample import TextStream, generate
-
-    best = best_row(run)
-    print(f"\nbest validation loss {best['val_loss']:.4f} nats a token, at step {best['step']}")
-    if best["val_bpb"] and val_split.text_bytes < COMPARABLE_BYTES:
-        tokens = val_split.read(0, val_split.tokens)
-        text = data.tokenizer.decode_bytes(tokens[tokens != data.tokenizer.end_of_text].tolist())
-        gz = len(gzip.compress(text, 9)) * 8 / len(text)
-        xz = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) * 8 / len(text)
-        print(
-            f"bits per byte of that text: {best['val_bpb']:.3f} (gzip -9 {gz:.3f}, xz -9e {xz:.3f})"
-        )
-    if s.sample_tokens:
-        prompt = data.tokenizer.encode(s.sample_prompt) or [data.tokenizer.end_of_text]
-        stream = TextStream(data.tokenizer)
-        print(f"\na sample:\n\n{s.sample_prompt}", end="")
-        model.eval()
-        for (token,) in generate(model, prompt, s.sample_tokens, 0.8, seed=s.seed):
-            print(stream.feed(token), end="")
-        print(stream.end())
-    print(f"\nnext: python sample.py {run} --prompt={json.dumps(s.sample_prompt)}")
 
 
 if __name__ == "__main__":
