@@ -150,7 +150,7 @@ def bpe_tokenizer(words: Counter, vocab_size: int, progress=lambda done: None) -
             pair_count[pair] += counts[w]
             pair_words[pair].add(w)
     # a heap with the most frequent pair on top, ties by the smaller ids; its counts may be stale
-    heap = [(-count, pair) for pair, count in pair_count.items()]
+    heap = [(-count, pair) for pair, count in pair_count.items() if count > 1]
     heapq.heapify(heap)
 
     while len(ranks) < vocab_size - 1:

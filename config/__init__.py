@@ -35,16 +35,18 @@ def load(cls, argv: list[str], description: str, positional: str, nargs: str | N
     )
     parser.error = refuse  # its own would print the whole usage before the sentence
     for name, f in fields.items():
-        text = comments[name].replace("%", "%%")
+        text = comments[name] + ("" if f.default in ("", ()) else f" (default: {f.default})")
+        text = text.replace("%", "%%")  # argparse would take it for a format
         if name == positional:
             parser.add_argument(name, nargs=nargs, help=text)
         else:
-            shown = "" if f.default in ("", ()) else f" (default: {f.default})"
             many = {"action": "append"} if f.type is tuple else {}
-            parser.add_argument("--" + name, metavar=f.type.__name__, help=text + shown, **many)
+            parser.add_argument("--" + name, metavar=f.type.__name__, help=text, **many)
     argv = [
         f"{word}=true"  # a bare --flag, not followed by its value
-        if types.get(word[2:]) is bool and after not in ("true", "false")
+        if word.startswith("--")
+        and types.get(word[2:]) is bool
+        and after.lower() not in ("true", "false")
         else word
         for word, after in zip(argv, [*argv[1:], ""], strict=True)
     ]
@@ -89,7 +91,10 @@ def read_file(path: str, types: dict[str, type]) -> dict:
     for name, value in settings.items():
         if name not in types or name == "config":
             raise unknown(name, types, path)
-        settings[name] = convert(name, value, types[name])
+        try:
+            settings[name] = convert(name, value, types[name])
+        except ValueError as e:
+            raise ValueError(f"config file {path}: {e}") from e
     return settings
 
 

@@ -1,4 +1,4 @@
-# The modern shape and recipe at GPT-2's size: 12 layers, width 768; 162M parameters with its own head.
+# The modern shape and recipe at GPT-2's size: 12 layers, width 768 (162M parameters, own head).
 #
 #     python prepare.py TEXT... --out=data/gpt2 --tokenizer=gpt2
 #     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_modern.py

@@ -1,0 +1,72 @@
+"""What the tests share: one small text, one prepared data set, one way to run a script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: equal bits, and small work anyway
+
+# a tiny model and a short run; tests add what they need
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_tokens=256"]
+TINY += ["--steps=8", "--eval_every=4", "--save_every=4", "--log_every=1", "--sample_tokens=0"]
+
+
+def make_text(lines: int = 1500, seed: int = 0) -> str:
+    """Sentences with some structure, accents, Chinese and emoji."""
+    import random
+
+    rng = random.Random(seed)
+    subjects = ["the model", "a learner", "every token", "Zoë", "模型", "the loss", "nobody", "🙂"]
+    verbs = ["reads", "predicts", "forgets", "learns", "学习", "reduces", "draws"]
+    objects = ["the next word", "a long story", "gradients", "the corpus", "文字", "42 examples"]
+    return "".join(
+        f"{rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(objects)}.\n" for _ in range(lines)
+    )
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(make_text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, text_file) -> Path:
+    """A data set of bytes: about 40,000 tokens to train on."""
+    import prepare
+
+    out = tmp_path_factory.mktemp("data") / "story"
+    prepare.main([str(text_file), f"--out={out}", "--tokenizer=bytes"])
+    return out
+
+
+@pytest.fixture
+def train(data, tmp_path):
+    """train(name, *settings): trains a tiny model into tmp_path/name and returns the folder."""
+    import train as script
+
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+
+    def run(name: str, *settings: str, data=data, status: int = 0) -> Path:
+        out = tmp_path / name
+        argv = [str(empty), f"--data={data}", f"--out={out}", *TINY, *settings]
+        assert script.main(argv) == status
+        return out
+
+    run.folder = tmp_path
+    return run
+
+
+def script(name: str, *argv: str, launcher=(), status: int = 0, **options) -> str:
+    """Runs a script in a process of its own and returns what it printed."""
+    command = [sys.executable, *launcher, str(ROOT / name), *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout

@@ -1,0 +1,154 @@
+"""Shards hold what was written; batches are a pure function and show every token once an epoch."""
+
+import json
+
+import numpy as np
+import pytest
+
+import dataset
+from dataset import IGNORE, Dataset, ShardWriter, Split, epoch_order, open_shard, windows_per_epoch
+
+
+def write_split(folder, tokens, vocab_size=1000, name="train") -> Split:
+    writer = ShardWriter(folder, name, vocab_size)
+    writer.write(np.asarray(tokens))
+    writer.close()
+    return Split([folder / shard["file"] for shard in writer.shards], text_bytes=None)
+
+
+@pytest.mark.parametrize("vocab_size, width", [(65536, 2), (65537, 4)])
+def test_shards_have_the_layout_of_llm_c(tmp_path, vocab_size, width):
+    write_split(tmp_path, [1, 2, vocab_size - 1], vocab_size)
+    raw = (tmp_path / "train_000000.bin").read_bytes()
+    magic = {2: (20240520, 1), 4: (20240801, 7)}[width]
+    assert tuple(np.frombuffer(raw, "<i4", 3)) == (*magic, 3)
+    assert len(raw) == 1024 + 3 * width
+    assert np.frombuffer(raw, f"<u{width}", offset=1024).tolist() == [1, 2, vocab_size - 1]
+
+
+def test_several_shards_read_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_TOKENS", 10)
+    split = write_split(tmp_path, np.arange(47))
+    assert len(split.shards) == 5 and split.tokens == 47
+    for start in range(47):
+        for count in (1, 5, 25):
+            assert split.read(start, count).tolist() == list(range(start, min(47, start + count)))
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "magic", "empty", "header only"])
+def test_a_damaged_shard_is_named(tmp_path, damage):
+    write_split(tmp_path, range(100))
+    path = tmp_path / "train_000000.bin"
+    raw = path.read_bytes()
+    damaged = {"short": raw[:-1], "long": raw + b"x", "magic": b"x" + raw[1:], "empty": b""}
+    path.write_bytes((damaged | {"header only": raw[:100]})[damage])
+    with pytest.raises(ValueError, match="train_000000.bin"):
+        open_shard(path)
+
+
+def test_an_epoch_shows_every_window_once_and_the_next_has_another_phase(tmp_path):
+    n, block = 1003, 10
+    split = write_split(tmp_path, np.arange(n))
+    per_epoch = windows_per_epoch(n, block)
+    assert per_epoch == (n - block) // block
+    phases = set()
+    for epoch in range(8):
+        starts = epoch_order(n, block, 5, epoch)
+        phase = min(starts)
+        phases.add(int(phase))
+        assert sorted(starts) == [phase + block * i for i in range(per_epoch)]
+        assert phase >= 0 and max(starts) + block < n
+    assert len(phases) > 3
+    # the same, seen through batches that go across the ends of epochs: 7 does not divide 99
+    firsts = [int(x[0]) for step in range(99) for x in split.batch(step, 7, block, 5)[0]]
+    expected = [int(s) for epoch in range(7) for s in epoch_order(n, block, 5, epoch)]
+    assert firsts == expected
+
+
+def test_targets_are_inputs_moved_by_one(tmp_path):
+    split = write_split(tmp_path, np.arange(500))
+    x, y = split.batch(3, 4, 16, seed=0)
+    assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype == np.int64
+    assert (y == x + 1).all()
+
+
+def test_batches_depend_on_seed_and_step_alone(tmp_path):
+    split = write_split(tmp_path, np.arange(5000) % 1000)
+    later = split.batch(11, 8, 16, seed=1)[0]
+    for step in range(11):
+        split.batch(step, 8, 16, seed=2)
+        list(split.in_order(4, 16))
+    assert (split.batch(11, 8, 16, seed=1)[0] == later).all()
+    assert not (split.batch(11, 8, 16, seed=2)[0] == later).all()
+    assert not (split.batch(12, 8, 16, seed=1)[0] == later).all()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_one_global_batch(tmp_path, world):
+    split = write_split(tmp_path, np.arange(5000) % 1000)
+    whole = split.batch(7, 8, 16, seed=1)[0]
+    shares = [split.batch(7, 8, 16, 1, rank, world)[0] for rank in range(world)]
+    assert (np.concatenate(shares) == whole).all()
+
+
+@pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
+@pytest.mark.parametrize("world", [1, 3])
+def test_evaluation_predicts_every_token_but_the_first_once(tmp_path, n, world):
+    split = write_split(tmp_path, np.arange(n))
+    predicted = []
+    for rank in range(world):
+        for x, y in split.in_order(2, 16, rank, world):
+            assert x.shape == y.shape and x.shape[1] == 16
+            counted = y != IGNORE
+            assert (y[counted] == x[counted] + 1).all()
+            predicted += y[counted].tolist()
+    assert sorted(predicted) == list(range(1, n))
+
+
+def test_the_smallest_data_set_is_one_window(tmp_path):
+    split = write_split(tmp_path, np.arange(17))
+    assert split.batch(0, 3, 16, seed=0)[0].tolist() == [list(range(16))] * 3
+
+
+def test_public_shards_train_with_a_named_vocabulary(tmp_path, monkeypatch):
+    from tokenizer import bytes_tokenizer
+
+    monkeypatch.setattr(dataset, "published_tokenizer", lambda name: bytes_tokenizer())
+    for name in ("fineweb_train_000001", "fineweb_val_000000"):
+        write_split(tmp_path, range(200), name=name)
+        (tmp_path / f"{name}_000000.bin").rename(tmp_path / f"{name}.bin")
+    data = Dataset(str(tmp_path), "gpt2")
+    assert data.split("train").tokens == data.split("val").tokens == 200
+    assert data.split("val").text_bytes is None
+    digest = data.verify()
+    write_split(tmp_path, [0, 300], name="fineweb_val_000001")
+    with pytest.raises(ValueError, match="holds token 300"):
+        Dataset(str(tmp_path), "gpt2").verify()
+    assert len(digest) == 64
+    with pytest.raises(ValueError, match="--tokenizer=gpt2"):
+        Dataset(str(tmp_path))
+
+
+def test_every_flipped_bit_is_noticed(data, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    digest = Dataset(str(data)).verify()
+    for file in ["train_000000.bin", "val_000000.bin", "vocab.tiktoken", "encoding.json"]:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(data, copy)
+        assert Dataset(str(copy)).verify() == digest
+        raw = bytearray((copy / file).read_bytes())
+        raw[len(raw) // 2] ^= 4
+        (copy / file).write_bytes(raw)
+        with pytest.raises(ValueError):
+            Dataset(str(copy)).verify()
+
+
+def test_meta_json_tells_tokens_bytes_and_documents(data, text_file):
+    meta = json.loads((data / "meta.json").read_text(encoding="utf-8"))
+    splits = meta["splits"]
+    size = len(text_file.read_bytes())
+    assert sum(split["bytes"] for split in splits.values()) == size
+    assert all(s["tokens"] == s["bytes"] + s["documents"] for s in splits.values())  # end-of-text
+    assert meta["vocab_size"] == 257 and meta["settings"]["tokenizer"] == "bytes"

@@ -1,0 +1,182 @@
+"""The model: causal, exactly initialised, able to learn, and the same with and without a cache."""
+
+import math
+
+import pytest
+import torch
+
+from model import GPT, IGNORE, GPTConfig, KVCache
+
+GPT2 = dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, embed_norm=False)
+GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
+LLAMA = dict(norm_weight=True, embed_norm=False, qk_norm=False, mlp="swiglu", logit_cap=0)
+LLAMA |= dict(n_kv_head=2)
+SHAPES = {"modern": {}, "grouped": dict(n_kv_head=2, head_dim=10), "gpt2": GPT2, "llama": LLAMA}
+SHAPES["qwen3"] = LLAMA | dict(qk_norm=True, tied=True)
+
+
+def make(shape: str, seed: int = 0, zero_init: bool = False, **more) -> GPT:
+    config = dict(vocab_size=61, block_size=24, n_layer=3, n_head=4, n_embd=32) | SHAPES[shape]
+    model = GPT(GPTConfig(**(config | more)))
+    model.init_weights(seed, zero_init)
+    if not zero_init:  # larger than GPT-2's N(0, 0.02), so that differences would show
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(5) if p.ndim > 1 else p.add_(0.1)
+    return model.eval()
+
+
+def tokens(batch: int = 3, length: int = 24, vocab: int = 61) -> torch.Tensor:
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_later_token_never_changes_an_earlier_logit(shape):
+    model, x = make(shape), tokens()
+    before = model(x)
+    x[:, 13] = (x[:, 13] + 1) % 61
+    after = model(x)
+    assert torch.equal(before[:, :13], after[:, :13])
+    assert not torch.equal(before[:, 13:], after[:, 13:])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pieces", [[1] * 24, [5, 1, 1, 7, 10], [24]])
+def test_cached_decoding_equals_uncached(shape, pieces):
+    model, x = make(shape), tokens()
+    whole = model(x)
+    cache, start = KVCache(model.config, batch=3), 0
+    for n in pieces:
+        logits = model(x[:, start : start + n], cache=cache)
+        start += n
+        assert logits.shape == (3, 1, 61)
+        torch.testing.assert_close(logits[:, 0], whole[:, start - 1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_cache_refuses_what_does_not_fit():
+    model = make("modern")
+    cache = KVCache(model.config, batch=1)
+    model(tokens(1), cache=cache)
+    with pytest.raises(ValueError, match="block_size=24"):
+        model(tokens(1, 1), cache=cache)
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.append(0, torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 1, 8))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_mask_is_an_argument(shape):
+    model, x = make(shape), tokens()
+    causal = torch.ones(24, 24, dtype=torch.bool).tril()
+    torch.testing.assert_close(model(x, mask=causal), model(x), atol=1e-4, rtol=1e-4)
+    everything = torch.ones(24, 24, dtype=torch.bool)
+    y = x.clone()
+    y[:, 20] = (y[:, 20] + 1) % 61
+    assert not torch.allclose(model(x, mask=everything)[:, 3], model(y, mask=everything)[:, 3])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_loss_at_initialisation_is_ln_V(shape, zero_init):
+    config = dict(vocab_size=500, block_size=64, n_layer=3, n_head=4, n_embd=64) | SHAPES[shape]
+    model = GPT(GPTConfig(**config))
+    model.init_weights(0, zero_init)
+    x = tokens(8, 64, 500)
+    exact = zero_init and not model.config.tied  # then the head is zero
+    loss = model(x, x.roll(-1, 1)).item()
+    assert abs(loss - math.log(500)) < (1e-3 if exact else 0.3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_batch_can_be_overfitted(shape):
+    model = make(shape, zero_init=True).train()
+    x, optimizer = tokens(2), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    y = x.roll(-1, 1)
+    for _ in range(120):
+        loss = model(x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_parameter_counts_are_the_published_ones():
+    def count(**config) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in GPT(GPTConfig(**config)).parameters())
+
+    size = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
+    assert count(**size | GPT2) == 124_439_808
+    assert count(**size) == 162_129_408  # 12 * 12 * 768**2 + 2 * 50257 * 768: nothing else
+    tiny_llama = LLAMA | dict(n_kv_head=4, mlp_dim=5632)
+    size = dict(vocab_size=32000, block_size=2048, n_layer=22, n_head=32, n_embd=2048)
+    assert count(**size | tiny_llama) == 1_100_048_384  # TinyLlama 1.1B
+
+
+def test_gelu_is_gpt2s_tanh_form():
+    x = torch.linspace(-4, 4, 101)
+    mlp = make("gpt2").blocks[0].mlp
+    with torch.no_grad():
+        for layer in (mlp.up, mlp.down):
+            layer.weight.zero_()
+            layer.weight.view(-1)[:: layer.weight.size(1) + 1][:32] = 1  # the identity, in part
+            layer.bias.zero_()
+        y = mlp(x[:, None].expand(-1, 32))[:, 0]
+    expected = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_rotary_positions_are_relative():
+    from model import rotary_table, rotate
+
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    table = rotary_table(64, 16, 10000.0)
+
+    def score(i: int, j: int) -> float:
+        return (rotate(q, table[:, i : i + 1]) * rotate(k, table[:, j : j + 1])).sum().item()
+
+    assert score(10, 4) == pytest.approx(score(56, 50), abs=1e-4)
+    assert score(10, 4) != pytest.approx(score(10, 5), abs=1e-3)
+
+
+def test_targets_of_minus_100_do_not_count():
+    model, x = make("modern"), tokens()
+    y = x.roll(-1, 1)
+    y[:, ::2] = IGNORE
+    logits = model(x)[:, 1::2].reshape(-1, 61)
+    expected = torch.nn.functional.cross_entropy(logits, y[:, 1::2].reshape(-1))
+    torch.testing.assert_close(model(x, y), expected)
+    torch.testing.assert_close(model(x, y, reduction="sum") / 36, expected)
+
+
+def test_weights_are_a_function_of_the_seed():
+    a, b, c = (make("modern", seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["wte.weight"], c["wte.weight"])
+
+
+def test_logits_are_capped():
+    model = make("modern")
+    with torch.no_grad():
+        model.head.weight.mul_(1000)
+    assert 14 < model(tokens()).abs().max() <= 15
+
+
+@pytest.mark.parametrize(
+    "setting", [dict(n_head=5), dict(n_kv_head=3), dict(mlp="relu"), dict(head_dim=7)]
+)
+def test_an_impossible_shape_is_refused(setting):
+    name = next(iter(setting))
+    with pytest.raises(ValueError, match=str(setting[name])):
+        GPTConfig(**dict(vocab_size=10) | setting)
+
+
+def test_a_shorter_context_keeps_the_weights():
+    for shape in ("gpt2", "modern"):
+        model, x = make(shape), tokens(2, 12)
+        expected = model(x)
+        model.set_context(12, dropout=0.0)
+        torch.testing.assert_close(model(x), expected)
+        with pytest.raises(ValueError, match="block_size"):
+            model(tokens(2, 13))
+        with pytest.raises(ValueError, match="exceeds the model's 12"):
+            model.set_context(13, 0.0)

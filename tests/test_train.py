@@ -1,0 +1,238 @@
+"""Training: resumes to the same bits, is the same on two processes, and nothing disturbs it."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY, script
+
+import checkpoint
+from metrics import read_metrics
+from optim import learning_rate
+
+
+def weights(run, step: int = 8) -> str:
+    path = run / checkpoint.name(step) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def rows(run, *without: str) -> list[dict]:
+    """The rows of a run, times aside."""
+    drop = {"seconds", "tokens_per_second", *without}
+    return [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(run)]
+
+
+def training(run) -> list[dict]:
+    return [row for row in rows(run) if "loss" in row]
+
+
+def test_rows_have_the_names_of_the_contract(train):
+    run = train("run")
+    (first, *_), last = training(run), read_metrics(run)[-1]
+    assert list(read_metrics(run)[0]) == [
+        *("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds")
+    ]
+    assert list(last) == ["step", "val_loss", "val_bpb", "tokens", "seconds"]
+    assert first["step"] == 1 and first["tokens"] == 256 and last["step"] == 8
+    assert first["loss"] == pytest.approx(math.log(257), abs=1e-3)  # ln V: the head is zero
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2), rel=1e-2)  # bytes
+    assert [row["step"] for row in training(run)] == list(range(1, 9))
+    assert sorted(p.name for p in run.glob("step-*")) == ["step-00000004", "step-00000008"]
+
+
+VARIANTS = {
+    "muon": [],
+    "adamw, dropout, accumulation": ["--optimizer=adamw", "--dropout=0.2", "--device_batch=2"],
+    "nadamw, second epoch": ["--optimizer=nadamw", "--lr=1e-3", "--batch_tokens=8192"],
+    "float16": ["--dtype=float16"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_interrupted_run_resumes_to_the_same_bits(train, variant, monkeypatch):
+    settings = VARIANTS[variant]
+    whole = train("whole", *settings)
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:  # after step 4 is saved, before it is evaluated
+        patch.setattr("evaluate.evaluate", dies)
+        with pytest.raises(Killed):
+            train("parts", *settings)
+    with (train.folder / "parts" / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # as a kill may leave it
+    parts = train("parts", *settings)
+    assert weights(parts) == weights(whole)
+    assert rows(parts) == rows(whole)
+
+
+def test_a_killed_process_continues(data, tmp_path, train):
+    """The same with SIGKILL and a process of its own."""
+    settings = ["--steps=200", "--eval_every=100", "--save_every=10"]
+    whole = train("whole", *settings)
+    argv = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "empty.py"), f"--data={data}"]
+    argv += [f"--out={tmp_path / 'parts'}", *TINY, *settings]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    while len(read_metrics(tmp_path / "parts")) < 25:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert len(training(tmp_path / "parts")) < 200
+    parts = train("parts", *settings)
+    assert weights(parts, 200) == weights(whole, 200)
+    assert rows(parts) == rows(whole)
+
+
+def test_evaluation_logging_and_saving_never_change_training(train):
+    often = train("often", "--eval_every=1", "--save_every=1", "--dropout=0.1")
+    seldom = train("seldom", "--eval_every=8", "--save_every=8", "--log_every=8", "--dropout=0.1")
+    assert weights(often) == weights(seldom)
+
+
+def test_accumulation_equals_a_big_batch(train):
+    big, small = train("big"), train("small", "--device_batch=3")  # 8 rows in 4 passes of 2
+    for a, b in zip(training(big), training(small), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_two_processes_train_as_one(train, data, tmp_path):
+    settings = ["--dtype=float32", "--steps=20", "--eval_every=20"]
+    one = train("one", *settings)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [tmp_path / "empty.py", f"--data={data}", f"--out={tmp_path / 'two'}", *TINY, *settings]
+    script("train.py", *argv, launcher=launcher)
+    two = tmp_path / "two"
+    for a, b in zip(rows(one), rows(two), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-4), (key, a, b)
+
+
+def test_training_learns(train):
+    run = train("run", "--steps=150", "--eval_every=150", "--save_every=150")
+    last = read_metrics(run)[-1]
+    assert last["val_loss"] < 2.0 < math.log(257)
+
+
+def test_a_loss_that_is_not_finite_stops_with_evidence(train, capsys, monkeypatch):
+    train("run", "--steps=4")
+    before = weights(train.folder / "run", 4)
+    capsys.readouterr()
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", broken_loss)
+    run = train("run", status=3)
+    said = capsys.readouterr().out
+    assert "loss is nan" in said and "no update" in said and "windows 32 to 39" in said
+    assert "step 4" in said
+    assert weights(run, 4) == before and len(training(run)) == 4
+
+
+def broken_loss(logits, *_, **__):
+    return logits.sum() * math.nan
+
+
+def test_float16_leaves_out_updates_that_overflow(train):
+    run = train("run", "--dtype=float16")
+    norms = [row["grad_norm"] for row in training(run)]
+    assert norms[-1] is not None
+    json.loads((run / "metrics.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
+
+
+def test_a_finished_run_has_nothing_to_do_and_more_steps_continue_it(train, capsys):
+    run = train("run")
+    before = (run / "metrics.jsonl").read_bytes()
+    train("run")
+    assert "nothing to do" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_bytes() == before
+    train("run", "--steps=12")
+    out = capsys.readouterr().out
+    assert "resumed from step 8" in out and "steps: was 8, is 12" in out
+    assert [row["step"] for row in training(run)] == list(range(1, 13))
+
+
+def test_a_changed_setting_is_refused_with_both_values(train):
+    train("run")
+    with pytest.raises(ValueError, match="lr was 0.02 and is 0.01"):
+        train("run", "--lr=0.01")
+
+
+def test_changed_data_are_refused(train, tmp_path):
+    from conftest import make_text
+
+    import prepare
+
+    train("run")
+    (tmp_path / "other.txt").write_text(make_text(seed=9), encoding="utf-8")
+    prepare.main([str(tmp_path / "other.txt"), f"--out={tmp_path / 'other'}", "--tokenizer=bytes"])
+    with pytest.raises(ValueError, match="digest"):
+        train("run", "--steps=12", data=tmp_path / "other")
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train, damage, capsys):
+    run = train("run")
+    whole = weights(run)
+    path = run / "step-00000008" / "optimizer.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.unlink() if damage == "missing" else path.write_bytes(
+        raw[:-1] if damage == "short" else raw
+    )
+    train("run")
+    out = capsys.readouterr().out
+    assert "optimizer.safetensors" in out and "resumed from step 4" in out
+    assert weights(run) == whole and (run / "step-00000008.corrupt").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(train, tmp_path):
+    lock = checkpoint.lock(tmp_path / "run")
+    with pytest.raises(ValueError, match="another process"):
+        train("run")
+    lock.close()
+
+
+def test_sigterm_saves_and_exits_with_status_0(data, tmp_path, train):
+    train("other", "--steps=1")  # writes empty.py
+    argv = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "empty.py"), f"--data={data}"]
+    argv += [f"--out={tmp_path / 'run'}", *TINY, "--steps=100000"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, encoding="utf-8")
+    while not read_metrics(tmp_path / "run"):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "the same command continues" in out
+    assert checkpoint.newest(tmp_path / "run") is not None
+
+
+def test_init_from_begins_with_those_weights(train):
+    first = train("first")
+    second = train("second", f"--init_from={first}", "--lr=0", "--embed_lr=0", "--head_lr=0")
+    assert weights(second) == weights(first)
+
+
+def test_eval_only_changes_nothing(train, capsys):
+    run = train("run")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    train("run", "--eval_only", "--split=test")
+    assert "nats a token" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_learning_rate_is_tied_to_the_number_of_steps():
+    linear = [learning_rate(i, 10, 0.2, 0.5, 0.1, "linear") for i in range(10)]
+    assert linear == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 0.82, 0.64, 0.46, 0.28])
+    cosine = [learning_rate(i, 2000, 100, 1.0, 0.1, "cosine") for i in (0, 99, 100, 1050, 1999)]
+    assert cosine == pytest.approx([1 / 101, 100 / 101, 1, 0.55, 0.1], abs=1e-5)
