@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,24 +24,8 @@ from metrics import best_row
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
-
 TO_SAMPLE = ("model.safetensors", "state.json", "encoding.json", "vocab.tiktoken")
-
-
-def lock(run: Path):
-    """Makes the folder of a run this process's own, until the returned handle is closed."""
-    run.mkdir(parents=True, exist_ok=True)
-    handle = open(run / "lock", "w")
-    if fcntl:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(f"another process works in {run}: choose another --out") from e
-    return handle
+FILES = (*TO_SAMPLE, "optimizer.safetensors")
 
 
 def name(step: int) -> str:
@@ -74,34 +59,39 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict,
     tokenizer: Tokenizer,
-) -> Path:
-    """Writes `run`/step-… whole or not at all. Raises OSError if the disk is full."""
-    size = sum(t.nbytes for t in [*model.values(), *optimizer.values()])
+) -> None:
+    """Writes `run`/step-… whole or not at all. Raises OSError, say if the disk is full."""
+    require_space(run, sum(t.nbytes for t in [*model.values(), *optimizer.values()]))
+    final, partial = run / name(step), run / f"{name(step)}.partial"
+    try:
+        partial.mkdir()
+        save_file(model, partial / "model.safetensors")
+        save_file(optimizer, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(partial)
+        manifest = {}
+        for path in sorted(partial.iterdir()):
+            fsync(path)
+            manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        write_durably(partial / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+        partial.rename(final)
+        fsync(run)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(e, "strerror", None) or e
+        raise OSError(
+            f"{final} could not be saved ({reason}); earlier checkpoints are whole"
+        ) from e
+
+
+def require_space(run: Path, size: int) -> None:
+    """Raises OSError if the disk has less than `size` bytes left."""
     free = shutil.disk_usage(run).free
     if size > free:
         raise OSError(
-            f"the disk of {run} is full: a checkpoint needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f}"
-            " MB are free; earlier checkpoints are whole"
+            f"the disk of {run} is too full: a checkpoint needs {size / 1e6:,.1f} MB and"
+            f" {free / 1e6:,.1f} MB are free; earlier checkpoints are whole"
         )
-    final = run / name(step)
-    partial = run / f"{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file(model, partial / "model.safetensors")
-    save_file(optimizer, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(partial)
-    manifest = {}
-    for path in sorted(partial.iterdir()):
-        fsync(path)
-        manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    write_durably(partial / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-    if final.exists():  # made by the same run before it was cut back: replaced by its equal
-        final.rename(run / f"{final.name}.old")
-    partial.rename(final)
-    fsync(run)
-    shutil.rmtree(run / f"{final.name}.old", ignore_errors=True)
-    return final
 
 
 def sha256_of(path: Path) -> str:
@@ -114,9 +104,9 @@ def prune(run: Path, keep: int = 2) -> None:
     best = best_row(run)
     for path in checkpoints(run)[keep:]:
         if not best or path.name != name(best["step"]):
-            # without a manifest it is no checkpoint any more, should the deletion be interrupted
-            (path / "manifest.json").unlink()
-            shutil.rmtree(path)
+            doomed = path.with_name(f"{path.name}.old")  # no checkpoint any more, whatever happens
+            path.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 # --- read
@@ -132,35 +122,35 @@ def verify(path: Path, files: tuple[str, ...] = ()) -> int:
     """Checks `files` of a checkpoint (default: all); returns how many. Raises ValueError."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        expected = {name: manifest[name] for name in files or manifest}
-        for name, entry in expected.items():
-            size = (path / name).stat().st_size
-            if size != entry["size"]:
-                raise ValueError(f"{name} has {size} bytes instead of {entry['size']}")
-            if sha256_of(path / name) != entry["sha256"]:
-                raise ValueError(f"{name} is not what was written: its sha256 differs")
-        missing = {*TO_SAMPLE, "optimizer.safetensors"} - set(manifest)
-        if missing:
-            raise ValueError(f"manifest.json does not list {', '.join(sorted(missing))}")
-    except FileNotFoundError as e:
-        raise ValueError(f"{path} is damaged: {Path(e.filename).name} is missing") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is damaged: {e}") from e
-    return len(expected)
+        expected = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged: manifest.json is missing or broken ({e!r})") from e
+    for file in files or FILES:
+        size, sha256 = expected[file]
+        if not (path / file).is_file():
+            raise ValueError(f"{path} is damaged: {file} is missing")
+        if (path / file).stat().st_size != size:
+            found = (path / file).stat().st_size
+            raise ValueError(f"{path} is damaged: {file} has {found} bytes instead of {size}")
+        if sha256_of(path / file) != sha256:
+            raise ValueError(f"{path} is damaged: {file} is not what was written (sha256)")
+    return len(files or FILES)
 
 
-def newest(run: Path) -> int | None:
-    """The step of the newest sound checkpoint of a run; unsound ones are named and set aside."""
+def newest(run: Path) -> tuple[int, int]:
+    """Step of the newest sound checkpoint, and how many files were verified; zeros without one.
+
+    Unsound ones are named and renamed, so that a later save can take their name.
+    """
     for path in checkpoints(run):
         try:
-            verify(path)
-            return int(path.name[5:])
+            return int(path.name[5:]), verify(path)
         except ValueError as e:
             aside = path.with_name(f"{path.name}.corrupt")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            print(f"{e}; it is now {aside.name}, and the checkpoint before it is used")
-    return None
+            print(f"{e}; it is now {aside.name}, and training goes on from the checkpoint before")
+    return 0, 0
 
 
 def find(path: str, which: str = "best") -> Path:

@@ -114,15 +114,16 @@ class Split:
     def in_order(self, rows: int, block_size: int, rank: int = 0, world: int = 1):
         """Yields inputs and targets that cover the split once, every token but the first a target.
 
-        Consecutive windows, dealt out to the ranks in turn; at most `rows` at a time; the short
-        last window is filled up with targets that do not count.
+        Consecutive windows, dealt out to the ranks in turn, at most `rows` to each at a time. The
+        last ones are filled up with targets that do not count, so that all ranks get equally many.
         """
-        starts = range(rank * block_size, self.tokens - 1, world * block_size)
-        for i in range(0, len(starts), rows):
-            some = starts[i : i + rows]
-            x = np.zeros((len(some), block_size), np.int64)
-            y = np.full((len(some), block_size), IGNORE, np.int64)
-            for row, start in enumerate(some):
+        starts = range(0, self.tokens - 1, block_size)
+        for i in range(0, len(starts), rows * world):
+            some = starts[i : i + rows * world]
+            height = -(-len(some) // world)
+            x = np.zeros((height, block_size), np.int64)
+            y = np.full((height, block_size), IGNORE, np.int64)
+            for row, start in enumerate(some[rank::world]):
                 window = self.read(start, block_size + 1)
                 x[row, : len(window) - 1], y[row, : len(window) - 1] = window[:-1], window[1:]
             yield x, y

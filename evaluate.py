@@ -17,28 +17,32 @@ EVAL_TOKENS = 16384  # in one forward pass
 COMPARABLE_BYTES = 20_000_000  # xz takes too long for a larger text
 
 
-def evaluate(model: GPT, split: Split, here: Machine) -> tuple[float, float | None]:
+def evaluate(model: GPT, split: Split, here: Machine, stop=None) -> tuple | None:
     """Loss over the whole split: nats a token, and bits a byte of text where its size is known.
 
     Every token but the first is predicted once, in consecutive windows of the model's block_size;
-    each process takes its share of them.
+    each process takes its share of them. None if meanwhile a `stop` was asked of any process.
     """
     rows = max(1, EVAL_TOKENS // model.config.block_size)
-    total = 0.0
-    was_training = model.training
+    total, asked, was_training = 0.0, False, model.training
     model.eval()
     with torch.no_grad(), here.autocast():
         for x, y in split.in_order(rows, model.config.block_size, here.rank, here.world):
-            total += model(here.put(x), here.put(y), reduction="sum").item()
+            loss = model(here.put(x), here.put(y), reduction="sum").item()
+            part, asked = here.sum([loss, bool(stop and stop.asked)])
+            total += part
+            if asked:
+                break
     model.train(was_training)
-    (total,) = here.sum([total])
+    if asked:
+        return None
     bits_per_byte = total / math.log(2) / split.text_bytes if split.text_bytes else None
     return total / (split.tokens - 1), bits_per_byte
 
 
 def evaluate_run(s) -> int:
     """Prints the loss of the best checkpoint of the run `s.out` on `s.split` of `s.data`."""
-    here = machine.pick(s.device, s.dtype, "false", s.n_embd)
+    here = machine.pick(s.device, s.dtype, "false")
     machine.start(here, s.deterministic)
     path = find(s.out)
     model, tokenizer, _ = load_weights(path)

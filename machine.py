@@ -35,6 +35,21 @@ class Machine:
         """An array of token ids as a tensor on the device."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
+    def first_does(self, function):
+        """What `function` returns in the first process, None in the others.
+
+        If it fails there, with ValueError or OSError, all processes end: the first one says why.
+        """
+        result = problem = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except (ValueError, OSError) as e:
+                problem = e
+        if self.sum([problem is not None])[0]:
+            raise problem or SystemExit(2)
+        return result
+
     def sum(self, values: list[float]) -> list[float]:
         """The element-wise sum of `values` over all processes."""
         if self.world == 1:
@@ -44,13 +59,8 @@ class Machine:
         return total.tolist()
 
 
-def pick(
-    device: str = "auto", dtype: str = "auto", compile: str = "auto", width: int = 0
-) -> Machine:
-    """Chooses what is "auto"; `width` is the model's, since small ones gain nothing from bfloat16.
-
-    Raises ValueError for a device or number type that is not to be had here.
-    """
+def pick(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> Machine:
+    """Chooses what is "auto". Raises ValueError for what is not to be had here."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -63,7 +73,7 @@ def pick(
     chosen = torch.device(kind if device == "auto" else device)
     why = [f"{world} process{'es' if world > 1 else ''} on {chosen}"]
 
-    fast, reason = fast_dtype(kind, width)
+    fast, reason = fast_dtype(kind)
     name = fast if dtype == "auto" else dtype
     if name not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
@@ -124,7 +134,7 @@ class GradientSum:
         self.pending.clear()
 
 
-def fast_dtype(kind: str, width: int) -> tuple[str, str]:
+def fast_dtype(kind: str) -> tuple[str, str]:
     """The fastest sound number type of a kind of device, and the reason."""
     if kind == "cuda":
         if torch.cuda.get_device_capability() >= (8, 0):
@@ -135,7 +145,5 @@ def fast_dtype(kind: str, width: int) -> tuple[str, str]:
         native = [torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported]
         if not any(test() for test in native):
             return "float32", "no fast bfloat16 on this CPU"
-        if width < 256:
-            return "float32", f"width {width} is too narrow to gain from bfloat16"
         return "bfloat16", "fast on this CPU"
     return "float32", "the safe choice on this device"

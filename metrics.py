@@ -26,48 +26,51 @@ def best_row(run: Path) -> dict | None:
 
 
 class MetricsLog:
-    """metrics.jsonl of a run: one JSON object a line.
+    """metrics.jsonl of a run, one JSON object a line, and its sha256 at the last mark.
 
-    Opening it cuts it back to `mark`, its length and sha256 at the checkpoint of `step`; the
-    evaluation of that very step, which follows the mark, may stay: then `evaluated` is true. Raises
-    ValueError if what stands before the mark has changed.
+    Opening it cuts it back to `mark`, its length and sha256 at the checkpoint of `step`, unless all
+    of it is as it was marked last: then it may end with the evaluation of that very step, and
+    `evaluated` is true. Raises ValueError if what stands before the mark has changed.
     """
 
     def __init__(self, run: Path, step: int, mark: dict | None):
-        path = run / "metrics.jsonl"
-        content = path.read_bytes() if path.exists() else b""
-        kept = content[: mark["bytes"] if mark else 0]
-        if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
+        self.path, self.checksum = run / "metrics.jsonl", run / "metrics.sha256"
+        content = self.path.read_bytes() if self.path.exists() else b""
+        length = mark["bytes"] if mark else 0
+        if mark and hashlib.sha256(content[:length]).hexdigest() != mark["sha256"]:
             raise ValueError(
-                f"{path} is not what it was at step {step}: bring it back, or move {run} away"
+                f"{self.path} is not what it was at step {step}: bring it back, or begin anew with"
+                " --fresh"
             )
-        following = content[len(kept) :].splitlines(keepends=True)[:1]
-        self.evaluated = bool(mark and following and is_evaluation(following[0], step))
-        if self.evaluated:
-            kept += following[0]
-        if kept != content:
-            os.truncate(path, len(kept))
-        self.file, self.sha256, self.bytes = open(path, "ab"), hashlib.sha256(kept), len(kept)
+        recorded = self.checksum.read_text(errors="replace") if self.checksum.exists() else ""
+        behind = content[length:].splitlines()
+        untouched = recorded == self.line(hashlib.sha256(content))
+        self.evaluated = untouched and [json.loads(row)["step"] for row in behind] == [step]
+        if behind and not self.evaluated:
+            print(f"{self.path}: cut back to step {step}, {len(behind)} rows dropped")
+            os.truncate(self.path, length)
+            content = content[:length]
+        self.bytes, self.sha256 = len(content), hashlib.sha256(content)
+        self.file = open(self.path, "ab")
+
+    def line(self, sha256) -> str:
+        return f"{sha256.hexdigest()}  metrics.jsonl\n"  # as `sha256sum --check` reads it
 
     def write(self, row: dict) -> None:
         line = json.dumps(row).encode() + b"\n"
-        self.file.write(line)
-        self.file.flush()
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as e:
+            raise OSError(f"{self.path} could not be written ({e.strerror})") from e
         self.sha256.update(line)
         self.bytes += len(line)
 
     def mark(self) -> dict:
-        """What a checkpoint remembers of the log."""
+        """Makes all rows so far durable; a checkpoint remembers what it returns."""
         os.fsync(self.file.fileno())
+        self.checksum.write_text(self.line(self.sha256))
         return {"bytes": self.bytes, "sha256": self.sha256.hexdigest()}
-
-
-def is_evaluation(line: bytes, step: int) -> bool:
-    try:
-        row = json.loads(line)
-        return line.endswith(b"\n") and row["step"] == step and "val_loss" in row
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def start_trackers(s, run: Path) -> list:

@@ -68,6 +68,27 @@ CHOICES = {"position": ("rotary", "learned"), "norm": ("rms", "layer")}
 CHOICES["mlp"] = ("relu2", "gelu", "swiglu")
 
 
+class RMSNormalise(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, with the gradient written out.
+
+    On a CPU, F.rms_norm is a chain of small kernels, and so is its gradient: twice the time.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (length.square() / x.size(-1) + eps).rsqrt().to(x.dtype)  # (..., 1)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        y, scale = ctx.saved_tensors
+        along = (g * y).mean(dim=-1, keepdim=True)  # moving x along itself changes nothing
+        return torch.addcmul(g, y, along, value=-1) * scale, None
+
+
 class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dimension."""
 
@@ -81,24 +102,25 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.layer:
             return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        if x.device.type != "cpu":
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        x = RMSNormalise.apply(x, self.eps)
+        return x if self.weight is None else x * self.weight
 
 
 def rotary_table(length: int, dim: int, base: float) -> Tensor:
     """Cosines and sines of position * base^(-2i/dim): (2, length, dim). arXiv:2104.09864."""
     frequency = base ** -(torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim)
     angle = torch.outer(torch.arange(length, device="cpu", dtype=torch.float32), frequency)
-    angle = torch.cat(
-        (angle, angle), dim=-1
-    )  # channels i and i + dim/2 turn together: Llama's layout
-    return torch.stack((angle.cos(), angle.sin()))
+    cos, sin = angle.cos(), angle.sin()  # (length, dim/2)
+    # channels i and i + dim/2 turn together: Llama's layout; the sign is that of the other channel
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns each pair of channels of x (B, H, T, D) by its position's angle; rope is (2, T, D)."""
-    cos, sin = rope.to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+    """Turns each pair of channels of x (B, T, H, D) by its position's angle; rope is (2, T, D)."""
+    cos, sin = rope.to(x.dtype).unsqueeze(2)  # (T, 1, D)
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # roll swaps the halves
 
 
 class KVCache:
@@ -145,23 +167,39 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None):
         B, T, _ = x.shape
         D = self.config.head_dim
-        q = self.q_norm(self.wq(x).view(B, T, -1, D)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.wk(x).view(B, T, -1, D)).transpose(1, 2)  # (B, K, T, D)
-        v = self.wv(x).view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
+        H, K, linears = self.config.n_head, self.config.n_kv_head, (self.wq, self.wk, self.wv)
+        weight = torch.cat([w.weight for w in linears])  # one product is faster than three
+        bias = torch.cat([w.bias for w in linears]) if self.config.bias else None
+        q, k, v = F.linear(x, weight, bias).view(B, T, -1, D).split([H, K, K], dim=2)
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, H, D), (B, T, K, D)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
-        y = F.scaled_dot_product_attention(
-            q,
-            k.to(q.dtype),
-            v.to(q.dtype),
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,  # a single new position may look at all before it
-            dropout_p=self.config.dropout if self.training else 0.0,
-            enable_gqa=k.size(1) != q.size(1),
-        )  # (B, H, T, D)
+        y = attend(q, k.to(q.dtype), v.to(q.dtype), mask, self.config.dropout * self.training)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, K, S, D): (B, H, T, D)."""
+    (B, H, T, D), K, S = q.shape, k.size(1), k.size(2)
+    if q.device.type == "cpu" and mask is None and 1 < T == S <= 512 and not dropout:
+        # short contexts on a CPU: the fused kernel's bfloat16 gradient takes 2 to 7 times as long
+        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+        q, k, v = (z.reshape(B * H, T, D) for z in (q, k, v))
+        future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+        score = torch.baddbmm(future, q, k.mT, alpha=D**-0.5)  # (B*H, T, T)
+        return (score.softmax(dim=-1) @ v).view(B, H, T, D)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and T > 1,  # a single new position may look at all before it
+        dropout_p=dropout,
+        enable_gqa=K != H,
+    )
 
 
 class MLP(nn.Module):
@@ -279,6 +317,9 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[start : start + T]
         else:
             rope = self.rope[:, start : start + T]
+        device = x.device.type
+        if torch.is_autocast_enabled(device):  # the residual stream in the products' type: no casts
+            x = x.to(torch.get_autocast_dtype(device))
         x = self.drop(self.embed_norm(x))
         for block in self.blocks:
             x = block(x, rope, mask, cache)
@@ -295,7 +336,8 @@ class GPT(nn.Module):
         ):  # tensor cores want a multiple of 64: zero rows here, cut off again, never stored
             weight = F.pad(weight, (0, 0, 0, -V % 64))
         logits = F.linear(x, weight)[..., :V].float()
-        return cap * torch.tanh(logits / cap) if cap else logits
+        # cap * tanh(logits / cap), but tanh is several times slower than sigmoid on a CPU
+        return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
 
     def forward(
         self,

@@ -34,8 +34,8 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     x = g if wide else g.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values of at most 1
     for _ in range(steps):
-        xx = x @ x.mT
-        x = a * x + (b * xx + c * xx @ xx) @ x
+        xx = x @ x.mT  # x = a x + (b xx + c xx^2) x, with the sums inside the products
+        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT
 
 

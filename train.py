@@ -10,12 +10,13 @@ Interrupted, it continues where its newest checkpoint stands, when the same comm
 import json
 import math
 import os
-import signal
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import config
+from stop import Stop
 
 START = time.monotonic()
 
@@ -86,14 +87,13 @@ class Settings:
     compile: str = "auto"  # true or false
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
 
+    # another beginning
+    fresh: bool = False  # move what is in out aside and begin anew
+
     # instead of training
+    show_batch: int = 0  # print what the update of this step learns from
     eval_only: bool = False  # evaluate the best checkpoint of the run and change nothing
     split: str = "val"  # which split eval_only takes: train, val or test
-
-
-# What may differ when a run is resumed; everything else would make it another run.
-FREE = {"config", "data", "out", "init_from", "steps", "log_every", "eval_every", "save_every"}
-FREE |= {"sample_tokens", "sample_prompt", "tensorboard", "wandb", "device", "eval_only", "split"}
 
 
 def main(argv: list[str]) -> int:
@@ -107,6 +107,8 @@ def main(argv: list[str]) -> int:
         from prepare import prepare
 
         prepare(Preparation(source=("python",), out=s.data))
+    if s.show_batch:
+        return show_batch(s)
     if s.eval_only:
         from evaluate import evaluate_run
 
@@ -123,7 +125,7 @@ def check(s: Settings) -> None:
     choices = dict(optimizer="muon adamw nadamw", schedule="linear cosine", split="train val test")
     choices |= dict(position="rotary learned", norm="rms layer", mlp="relu2 gelu swiglu")
     not_negative = "n_kv_head head_dim mlp_dim norm_eps logit_cap device_batch lr embed_lr head_lr"
-    not_negative += " warmup weight_decay grad_clip sample_tokens seed"
+    not_negative += " warmup weight_decay grad_clip sample_tokens seed show_batch"
     fractions = "decay final_lr"
     below_one = "dropout momentum beta1 beta2"
     config.check(
@@ -158,31 +160,6 @@ def check(s: Settings) -> None:
     )
 
 
-class Stop:
-    """A request to stop, by signal: noted here and honoured between two steps.
-
-    While `at_once` is true, nothing would be lost and waiting may take long (imports, compilation,
-    evaluation), so the process ends right there. So it does at a second signal.
-    """
-
-    def __init__(self):
-        self.signal, self.at_once = 0, True
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.note)
-
-    def note(self, number: int, frame) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        if self.at_once:
-            print(f"\nstopped by {self.name()}; the same command continues", flush=True)
-            os._exit(0)
-
-    def name(self) -> str:
-        return signal.Signals(self.signal).name
-
-
 def train(s: Settings, stop: Stop) -> int:
     import torch
 
@@ -191,21 +168,23 @@ def train(s: Settings, stop: Stop) -> int:
     import sample
     from dataset import Dataset
     from evaluate import compressors, evaluate
-    from metrics import MetricsLog, best_row, start_trackers
+    from metrics import best_row
     from model import IGNORE
     from optim import LossScale, learning_rate, make_optimizers
+    from run import Run
 
-    # 1. the machine, the processes on it, and the folder of the run
-    here = machine.pick(s.device, s.dtype, s.compile, s.n_embd)
+    # 1. the machine and the processes on it
+    here = machine.pick(s.device, s.dtype, s.compile)
     machine.start(here, s.deterministic)
-    first, run = here.rank == 0, Path(s.out)  # the first process speaks and writes for all
-    say = print if first else lambda *_: None
+    say = print if here.rank == 0 else lambda *_: None  # the first process speaks for all
     say(f"machine: {here.why}")
-    _lock = checkpoint.lock(run) if first else None  # held until the process ends
+    stop.at_once = (
+        here.world == 1 or here.compile
+    )  # processes that wait for each other stop together
 
     # 2. the data
     data = Dataset(s.data, s.tokenizer)
-    digest = data.verify() if first else ""
+    digest = here.first_does(data.verify)
     train_split, val_split = data.split("train"), data.split("val")
     if train_split.tokens <= s.block_size:
         raise ValueError(
@@ -215,24 +194,21 @@ def train(s: Settings, stop: Stop) -> int:
     sizes = f"{train_split.tokens:,} tokens to train on, {val_split.tokens:,} to validate"
     say(f"data: {s.data}, {sizes}, vocabulary {data.tokenizer.vocab_size:,}")
 
-    # 3. the model: new, or as the newest checkpoint of this run has it
-    newest = checkpoint.newest(run) if first else None
-    done = int(here.sum([newest or 0])[0])  # updates so far; the first process tells the others
-    state = dict(metrics=None, seconds=0.0, loss_scale=None)
+    # 3. the model: new, or as the newest checkpoint of the run has it
+    run = here.first_does(lambda: Run(s, START))  # None in all other processes
+    done = int(here.sum([run.step if run else 0])[0])  # updates so far
     if done:
-        path = run / checkpoint.name(done)
+        path = Path(s.out) / checkpoint.name(done)
         model, _, state = checkpoint.load_weights(path)
-        check_resumed(s, state, digest if first else state["data_digest"], path)
     else:
         model = new_model(s, data.tokenizer)
+        state = dict(metrics=None, seconds=0.0, loss_scale=None)
     model.to(here.device)
     optimizers = make_optimizers(model, s, here.dtype)
     if done:
         checkpoint.load_optimizers(path, model, optimizers)
-        say(f"resumed from step {done} of {run} (data digest {digest[:8]})")
-    log = MetricsLog(run, done, state["metrics"]) if first else None
-    seconds_before = state["seconds"]
     scale = LossScale(here.dtype, state["loss_scale"])
+    here.first_does(lambda: run.begin(state, digest, model))
     parameters = list(model.parameters())
     count = sum(p.numel() for p in parameters)
     say(f"model: {count:,} parameters, {s.batch_tokens:,} tokens a step")
@@ -241,56 +217,49 @@ def train(s: Settings, stop: Stop) -> int:
     def due(step: int, every: int) -> bool:
         return step % every == 0 or step == s.steps
 
-    def record(**row) -> None:
-        row["seconds"] = round(seconds_before + time.monotonic() - START, 3)
-        if first:
-            log.write(row)
-            for track in trackers:
-                track(row)
+    def validate(step: int) -> bool:
+        """Evaluates the model; false if a stop was asked for, and there is no result."""
+        stop.at_once = here.world == 1  # nothing would be lost: this step is saved
+        result = evaluate(model, val_split, here, stop)
+        stop.at_once = False
+        if result is None:
+            return False
+        loss, bpb = result
+        bits = f", {bpb:.4f} bits per byte" if bpb else ""
+        say(f"step {step}: validation loss {loss:.4f}{bits}")
+        if run:
+            run.record(step=step, val_loss=loss, val_bpb=bpb, tokens=step * s.batch_tokens)
+            run.log.mark()
+        return True
 
     def save(step: int) -> None:
-        if first:
-            state = dict(step=step, settings=asdict(s), model=asdict(model.config))
-            state |= dict(data_digest=digest, metrics=log.mark(), loss_scale=scale.state())
-            state |= dict(seconds=seconds_before + time.monotonic() - START, machine=here.why)
-            tensors = checkpoint.optimizer_tensors(model, optimizers)
-            checkpoint.save(run, step, model.state_dict(), tensors, state, data.tokenizer)
+        run.save(step, model, optimizers, scale.state(), data.tokenizer)
 
-    def validate(step: int) -> None:
-        stop.at_once = here.world == 1  # nothing would be lost: this step is saved
-        loss, bpb = evaluate(model, val_split, here)
-        stop.at_once = False
-        record(step=step, val_loss=loss, val_bpb=bpb, tokens=step * s.batch_tokens)
-        say(
-            f"step {step}: validation loss {loss:.4f}"
-            + (f", {bpb:.4f} bits per byte" if bpb else "")
-        )
-        if first:
-            checkpoint.prune(run)
-
-    trackers = start_trackers(s, run) if first else []
-    if here.sum([bool(first and done and due(done, s.eval_every) and not log.evaluated)])[0]:
-        validate(done)  # the run was stopped between saving and evaluating
-    if done >= s.steps:
-        say(f"nothing to do: {run} has reached step {done} of {s.steps}")
+    def stopped(step: int) -> int:
+        say(f"stopped by a signal after step {step}, which is saved; the same command continues")
         return 0
-    if first:
-        text = json.dumps(asdict(s), indent=2) + "\n"
-        checkpoint.write_durably(run / "config.json", text.encode())
+
+    if here.sum([bool(run and done and due(done, s.eval_every) and not run.log.evaluated)])[0]:
+        say(f"the evaluation of step {done} is made up for")  # interrupted after saving
+        if not validate(done):
+            return stopped(done)
+    if done >= s.steps:
+        say(f"nothing to do: {s.out} has reached step {done} of {s.steps}")
+        return 0
 
     # 5. the updates
     forward = torch.compile(model) if here.compile else model
     gradients = machine.GradientSum(parameters) if here.world > 1 else None
     rows = s.batch_tokens // s.block_size  # of a batch, over all processes
-    share = rows // here.world  # of this process; below, the rows of one forward pass
+    share = rows // here.world  # of this process
     micro = next(n for n in range(min(s.device_batch or share, share), 0, -1) if share % n == 0)
-    busy, last_shown = 0.0, done
-    for step in range(done, s.steps):  # `step` updates are done
+    busy, last_shown, last_saved = 0.0, done, done
+    for step in range(done + 1, s.steps + 1):  # the update that makes it `step`
         began = time.monotonic()
-        factor = learning_rate(step, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
+        factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["base_lr"] * factor
-        x, y = train_split.batch(step, rows, s.block_size, s.seed, here.rank, here.world)
+        x, y = train_split.batch(step - 1, rows, s.block_size, s.seed, here.rank, here.world)
         (counted,) = here.sum([int((y != IGNORE).sum())])
         loss = torch.zeros((), device=here.device)
         for i in range(0, share, micro):
@@ -307,17 +276,16 @@ def train(s: Settings, stop: Stop) -> int:
             gradients.wait()
         scale.unscale(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip or math.inf).item()
-        loss, stopping = here.sum([loss.item(), bool(stop.signal)])
+        loss, stopping = here.sum([loss.item(), stop.asked])
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite and not (scale.value > 1 and math.isfinite(loss)):
             say(
-                f"stopped after step {step}: in the next one the loss is {loss} and the gradient"
-                f" norm {norm}, so no update was made; its batch is windows {step * rows} to"
-                f" {(step + 1) * rows - 1} of the endless order. The last checkpoint is that of"
-                f" step {newest or 0}; a lower lr may help."
+                f"stopped at step {step}: its loss is {loss} and its gradient norm {norm}, so no"
+                f" update was made. Its batch is windows {(step - 1) * rows} to {step * rows - 1}"
+                f" (--show_batch={step} prints it); the last checkpoint is step {last_saved}"
             )
             return 3
-        stop.at_once = False
+        stop.at_once = False  # from here to the end of the step all is done or nothing
         if finite:  # float16 may overflow now and then: that update is left out
             for optimizer in optimizers:
                 optimizer.step()
@@ -325,55 +293,44 @@ def train(s: Settings, stop: Stop) -> int:
         model.zero_grad(set_to_none=True)
         busy += time.monotonic() - began
 
-        step += 1
         if due(step, s.log_every):
-            speed, tokens = (step - last_shown) * s.batch_tokens / busy, step * s.batch_tokens
-            left = (s.steps - step) * s.batch_tokens / speed
-            rate, norm = s.lr * factor, norm if finite else None
-            record(
-                step=step,
-                loss=loss,
-                lr=rate,
-                grad_norm=norm,
-                tokens=tokens,
-                tokens_per_second=round(speed, 1),
-            )
+            speed = (step - last_shown) * s.batch_tokens / busy
+            rate, shown_norm = s.lr * factor, norm if finite else None  # JSON has no infinity
+            row = dict(step=step, loss=loss, lr=rate, grad_norm=shown_norm)
+            row |= dict(tokens=step * s.batch_tokens, tokens_per_second=round(speed, 1))
+            if run:
+                run.record(**row)
+            minutes, seconds = divmod(int((s.steps - step) * s.batch_tokens / speed), 60)
             say(
-                f"step {step} of {s.steps}  loss {loss:.4f}  lr {rate:.2e}"
-                f"  gradient {norm or math.inf:.3f}  {speed:,.0f} tokens/s"
-                f"  {int(left) // 60}:{int(left) % 60:02d} left"
+                f"step {step} of {s.steps}  loss {loss:.4f}  lr {rate:.2e}  gradient {norm:.3f}"
+                f"  {speed:,.0f} tokens/s  {minutes}:{seconds:02d} left"
             )
             busy, last_shown = 0.0, step
         evaluating = due(step, s.eval_every)
-        if saving := evaluating or due(step, s.save_every) or bool(stopping):
-            save(step)
-            newest = step
-        if evaluating and not stopping:
-            validate(step)
-        elif saving and first:
-            checkpoint.prune(run)
-        if stopping:
-            say(f"stopped by a signal; saved step {step} of {run}: the same command continues")
-            return 0
+        if evaluating or due(step, s.save_every) or stopping:
+            here.first_does(partial(save, step))
+            last_saved = step
+            if stopping or (evaluating and not validate(step)):
+                return stopped(step)
+            if run:
+                checkpoint.prune(run.folder)
 
     # 6. the result
-    if not first:
+    stop.at_once = True
+    if not run:
         return 0
-    for track in trackers:
-        track(None)
-    best = best_row(run)
-    say(f"\nbest validation loss: {best['val_loss']:.4f} nats a token, at step {best['step']}")
+    run.close()
+    best = best_row(run.folder)
+    print(f"\nbest validation loss: {best['val_loss']:.4f} nats a token, at step {best['step']}")
     if best["val_bpb"]:
         others = compressors(val_split, data.tokenizer)
-        say(
-            f"bits per byte of that text: {best['val_bpb']:.3f}"
-            + (f" ({others})" if others else "")
-        )
+        others = f" ({others})" if others else ""
+        print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
     if s.sample_tokens:
-        say("\na sample:\n")
+        print("\na sample:\n")
         picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
         sample.write_samples(model.eval(), data.tokenizer, s.sample_prompt, picked)
-    say(f"\nnext: python sample.py {run} --prompt={json.dumps(s.sample_prompt)}")
+    print(f"\nnext: python sample.py {s.out} --prompt={json.dumps(s.sample_prompt)}")
     return 0
 
 
@@ -398,20 +355,17 @@ def new_model(s: Settings, tokenizer):
     return model
 
 
-def check_resumed(s: Settings, state: dict, digest: str, path: Path) -> None:
-    """Raises ValueError if going on from `state` with settings `s` would make it another run."""
-    before, now = state["settings"], asdict(s)
-    differ = [k for k in now if k not in FREE and before.get(k) != now[k]]
-    if differ:
-        changes = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in differ)
-        raise ValueError(f"{path} belongs to another run ({changes}): choose another --out")
-    if state["data_digest"] != digest:
-        raise ValueError(
-            f"the data in {s.data} (digest {digest[:8]}) is not what {path} was trained on"
-            f" ({state['data_digest'][:8]}): bring it back, or choose another --out"
-        )
-    if before["steps"] != s.steps:
-        print(f"steps: was {before['steps']}, is {s.steps}; the learning rate follows")
+def show_batch(s: Settings) -> int:
+    """Prints the windows that the update of step `s.show_batch` learns from, decoded."""
+    from dataset import Dataset
+
+    data = Dataset(s.data, s.tokenizer)
+    rows = s.batch_tokens // s.block_size
+    x, y = data.split("train").batch(s.show_batch - 1, rows, s.block_size, s.seed)
+    for i, (inputs, targets) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
+        text = data.tokenizer.decode([*inputs, targets[-1]])
+        print(f"--- step {s.show_batch}, window {(s.show_batch - 1) * rows + i}\n{text}")
+    return 0
 
 
 if __name__ == "__main__":

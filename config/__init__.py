@@ -147,5 +147,6 @@ def run(main) -> None:
         if sys.flags.dev_mode:
             raise
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # processes of torchrun make the same mistake
+            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)

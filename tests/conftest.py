@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: equal bits, and
 # a tiny model and a short run; tests add what they need
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_tokens=256"]
 TINY += ["--steps=8", "--eval_every=4", "--save_every=4", "--log_every=1", "--sample_tokens=0"]
+TINY += ["--dtype=float32"]
 
 
 def make_text(lines: int = 1500, seed: int = 0) -> str:

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY, script
 import checkpoint
 from metrics import read_metrics
 from optim import learning_rate
+from run import lock
 
 
 def weights(run, step: int = 8) -> str:
@@ -50,6 +51,7 @@ VARIANTS = {
     "muon": [],
     "adamw, dropout, accumulation": ["--optimizer=adamw", "--dropout=0.2", "--device_batch=2"],
     "nadamw, second epoch": ["--optimizer=nadamw", "--lr=1e-3", "--batch_tokens=8192"],
+    "bfloat16, grouped heads": ["--dtype=bfloat16", "--n_kv_head=1"],
     "float16": ["--dtype=float16"],
 }
 
@@ -157,13 +159,13 @@ def test_a_finished_run_has_nothing_to_do_and_more_steps_continue_it(train, caps
     assert (run / "metrics.jsonl").read_bytes() == before
     train("run", "--steps=12")
     out = capsys.readouterr().out
-    assert "resumed from step 8" in out and "steps: was 8, is 12" in out
+    assert "resumed from step 8" in out and "steps was 8, is 12" in out
     assert [row["step"] for row in training(run)] == list(range(1, 13))
 
 
 def test_a_changed_setting_is_refused_with_both_values(train):
     train("run")
-    with pytest.raises(ValueError, match="lr was 0.02 and is 0.01"):
+    with pytest.raises(ValueError, match="lr was 0.02, is 0.01"):
         train("run", "--lr=0.01")
 
 
@@ -182,7 +184,7 @@ def test_changed_data_are_refused(train, tmp_path):
 @pytest.mark.parametrize("damage", ["short", "flipped", "missing"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train, damage, capsys):
     run = train("run")
-    whole = weights(run)
+    whole, before = weights(run), rows(run)
     path = run / "step-00000008" / "optimizer.safetensors"
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -193,13 +195,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train, damage,
     out = capsys.readouterr().out
     assert "optimizer.safetensors" in out and "resumed from step 4" in out
     assert weights(run) == whole and (run / "step-00000008.corrupt").exists()
+    assert rows(run) == before
 
 
 def test_two_runs_in_one_folder_are_refused(train, tmp_path):
-    lock = checkpoint.lock(tmp_path / "run")
-    with pytest.raises(ValueError, match="another process"):
+    with lock(tmp_path / "run"), pytest.raises(ValueError, match="another process"):
         train("run")
-    lock.close()
 
 
 def test_sigterm_saves_and_exits_with_status_0(data, tmp_path, train):
@@ -213,7 +214,7 @@ def test_sigterm_saves_and_exits_with_status_0(data, tmp_path, train):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "the same command continues" in out
-    assert checkpoint.newest(tmp_path / "run") is not None
+    assert checkpoint.newest(tmp_path / "run")[0] > 0
 
 
 def test_init_from_begins_with_those_weights(train):

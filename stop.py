@@ -1,0 +1,33 @@
+"""Requests to stop: SIGINT, SIGTERM and SIGUSR1 are noted, and honoured where nothing is lost."""
+
+import os
+import signal
+import time
+
+LAUNCHER_ECHO = 2.0  # seconds; torchrun passes on a Ctrl-C that its processes have had themselves
+
+
+class Stop:
+    """The request: `asked` is true once a signal has come.
+
+    The training loop asks between two steps. While `at_once` is true there is no update under way
+    and waiting could take long (imports, compilation, evaluation): then the process ends right in
+    the signal handler, with status 0. A second signal ends it anywhere, with 128 + its number.
+    """
+
+    def __init__(self):
+        self.asked, self.at_once, self.time = False, True, 0.0
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows lacks one
+                signal.signal(getattr(signal, name), self.note)
+
+    def note(self, number: int, frame) -> None:
+        if self.asked:
+            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() < self.time + LAUNCHER_ECHO:
+                return
+            os._exit(128 + number)
+        self.asked, self.time = True, time.monotonic()
+        if self.at_once:
+            # past Python's buffers, which the signal may have found in the middle of a print
+            os.write(1, b"\nstopped by a signal; the same command continues\n")
+            os._exit(0)
