@@ -140,7 +140,8 @@ def verify(path: Path, files: tuple[str, ...] = ()) -> int:
 def newest(run: Path) -> tuple[int, int]:
     """Step of the newest sound checkpoint, and how many files were verified; zeros without one.
 
-    Unsound ones are named and renamed, so that a later save can take their name.
+    Unsound ones are named and renamed, so that a later save can take their name. Raises ValueError
+    if there are none but unsound ones.
     """
     for path in checkpoints(run):
         try:
@@ -149,7 +150,9 @@ def newest(run: Path) -> tuple[int, int]:
             aside = path.with_name(f"{path.name}.corrupt")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            print(f"{e}; it is now {aside.name}, and training goes on from the checkpoint before")
+            print(f"{e}; it is now {aside.name}, and the checkpoint before it counts")
+    if any(run.glob("step-*.corrupt")):
+        raise ValueError(f"{run} has no sound checkpoint left: begin anew with --fresh")
     return 0, 0
 
 

@@ -103,7 +103,15 @@ def start(here: Machine, deterministic: bool) -> None:
     if here.device.type == "cuda":
         torch.cuda.set_device(here.device)
     if here.world > 1:
-        dist.init_process_group("nccl" if here.device.type == "cuda" else "gloo")
+        backend, how = "nccl" if here.device.type == "cuda" else "gloo", {}
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if attempt != "0" and os.environ["GROUP_WORLD_SIZE"] == "1":
+            # torchrun on one machine keeps its store over restarts, and in it the addresses of
+            # processes that have died: a prefix tells the attempts apart
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            how = dict(store=dist.PrefixStore(f"attempt {attempt}", store))
+            how |= dict(rank=here.rank, world_size=here.world)
+        dist.init_process_group(backend, **how)
         atexit.register(dist.destroy_process_group)
 
 

@@ -1,0 +1,384 @@
+"""Stop it anywhere, lose nothing: kills, damage, full disks and signals, on real runs.
+
+`pytest -m soak` repeats the random ones many times over.
+"""
+
+import errno
+import hashlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY, script
+from test_train import rows, training, weights
+
+import checkpoint
+from metrics import read_metrics
+
+BUSY = ["--steps=120", "--eval_every=20", "--save_every=7", "--dropout=0.1", "--device_batch=4"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+class Killed(BaseException):
+    """Ends a run where it stands: no handler in the project catches it."""
+
+
+def start(data, out, *settings, launcher=()) -> subprocess.Popen:
+    empty = out.parent / "empty.py"
+    empty.write_text("")
+    argv = [*launcher, str(ROOT / "train.py"), str(empty), f"--data={data}", f"--out={out}"]
+    argv = [sys.executable, *argv, *TINY, *settings]
+    return subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", process_group=0
+    )
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+
+
+# --- killed
+
+
+def test_killed_at_every_durable_operation(train, monkeypatch):
+    """Dies in turn at each flush, rename and deletion that a run makes: all end alike."""
+    settings = ["--steps=6", "--eval_every=2", "--save_every=1", "--dropout=0.1"]
+    whole = train("whole", *settings)
+    calls = 0
+
+    def count_down(function):
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls -= 1
+            if calls == 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return counted
+
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, count_down(getattr(module, name)))
+    monkeypatch.setattr("pathlib.Path.rename", count_down(checkpoint.Path.rename))
+    monkeypatch.setattr("pathlib.Path.replace", count_down(checkpoint.Path.replace))
+    calls = 10**6
+    train("counted", *settings)
+    total = 10**6 - calls
+    assert total > 50
+    for kill_at in range(1, total + 1, 6):
+        calls = kill_at
+        with pytest.raises(Killed):
+            train(f"killed{kill_at}", *settings)
+        calls = 0
+        run = train(f"killed{kill_at}", *settings)
+        assert weights(run, 6) == weights(whole, 6)
+        assert rows(run) == rows(whole)
+        left = {path.name for path in run.iterdir()}
+        assert left == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.soak)])
+def test_killed_at_random_moments(data, tmp_path, kills):
+    whole = start(data, tmp_path / "whole", *BUSY)
+    assert whole.wait() == 0
+    rng = random.Random(kills)
+    steps = []
+    for _ in range(kills):
+        process = start(data, tmp_path / "parts", *BUSY)
+        known = len(read_metrics(tmp_path / "parts"))
+        wait_for(lambda n=known: len(read_metrics(tmp_path / "parts")) != n, process)
+        time.sleep(rng.random() * 0.4 * 4 / (kills + 4))
+        process.kill()
+        process.wait()
+        steps.append(len(read_metrics(tmp_path / "parts")))
+        if len(checkpoint.checkpoints(tmp_path / "parts")) and steps[-1] >= 126:
+            shutil.rmtree(tmp_path / "parts")  # it had come to its end
+    last = start(data, tmp_path / "parts", *BUSY)
+    assert last.wait() == 0, last.stdout.read()
+    assert weights(tmp_path / "parts", 120) == weights(tmp_path / "whole", 120)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert [row["step"] for row in training(tmp_path / "parts")] == list(range(1, 121))
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.soak)])
+def test_torchrun_restarts_a_killed_rank(data, tmp_path, kills):
+    launcher = [*TORCHRUN, f"--max-restarts={kills}"]
+    whole = start(data, tmp_path / "whole", *BUSY, launcher=launcher)
+    process = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
+    for kill in range(kills):
+        want = (kill + 1) * 100 // (kills + 1)
+        wait_for(lambda n=want: len(training(tmp_path / "parts")) > n, process)
+        children = subprocess.run(
+            ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
+        )
+        victim = int(children.stdout.split()[kill % 2])
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda v=victim: not os.path.exists(f"/proc/{v}"), process)
+        time.sleep(1)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "resumed from step" in output
+    assert whole.wait() == 0
+    assert weights(tmp_path / "parts", 120) == weights(tmp_path / "whole", 120)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+@pytest.mark.soak
+def test_compiled_runs_resume_to_the_same_bits(train, monkeypatch):
+    settings = ["--compile=true", "--dropout=0.1", "--dtype=bfloat16"]
+    whole = train("whole", *settings)
+
+    def dies(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluate.evaluate", dies)
+        with pytest.raises(Killed):
+            train("parts", *settings)
+    parts = train("parts", *settings)
+    assert weights(parts) == weights(whole) and rows(parts) == rows(whole)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
+def test_prepare_killed_at_random_moments(tmp_path, text_file, kills):
+    def files(folder) -> dict:
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    argv = [sys.executable, str(ROOT / "prepare.py"), str(text_file), "--vocab_size=340"]
+    began = time.monotonic()
+    subprocess.run([*argv, f"--out={tmp_path / 'whole'}"], check=True, capture_output=True)
+    duration = time.monotonic() - began
+    rng = random.Random(kills)
+    for _ in range(kills):
+        shutil.rmtree(tmp_path / "parts", ignore_errors=True)
+        process = subprocess.Popen(
+            [*argv, f"--out={tmp_path / 'parts'}"], stdout=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(0.3, 1.0) * duration)
+        process.kill()
+        process.wait()
+        finished = (tmp_path / "parts").exists()
+        assert not finished or files(tmp_path / "parts") == files(tmp_path / "whole")
+    subprocess.run([*argv, f"--out={tmp_path / 'parts'}"], check=True, capture_output=True)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert not (tmp_path / "parts.partial").exists()
+
+
+# --- damaged
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A finished run, its settings and its last output."""
+    import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "empty.py").write_text("")
+    argv = [str(folder / "empty.py"), f"--data={data}", f"--out={folder / 'run'}", *TINY]
+    assert train.main(argv) == 0
+    return folder / "run", argv
+
+
+FILES = [f"step-00000008/{name}" for name in (*checkpoint.FILES, "manifest.json")]
+FILES += ["metrics.jsonl", "metrics.sha256", "config.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["cut short", "flipped", "deleted"])
+def test_damage_is_noticed_and_named(finished, file, damage, capsys):
+    import train
+
+    run, argv = finished
+    good = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    final, log = weights(run), rows(run)
+    content = bytearray(good[run / file])
+    rng = random.Random(f"{file} {damage}")
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    if damage == "deleted":
+        (run / file).unlink()
+    else:
+        cut = content[: rng.randrange(len(content))]
+        (run / file).write_bytes(cut if damage == "cut short" else content)
+    capsys.readouterr()
+    try:
+        try:
+            assert train.main(argv) == 0
+            said = capsys.readouterr().out
+            assert weights(run) == final and rows(run) == log
+        except ValueError as refusal:
+            said = str(refusal)
+            assert weights(run) == final
+        name = "metrics.jsonl" if file == "metrics.sha256" else file.split("/")[-1]
+        assert name in said or "evaluation of step 8" in said
+    finally:
+        shutil.rmtree(run)
+        for path, old in good.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(old)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(finished, tmp_path):
+    import train
+
+    run, argv = finished
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for path in copy.glob("step-*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    argv = [a.replace(str(run), str(copy)) for a in argv]
+    with pytest.raises(ValueError, match=r"--fresh"):
+        train.main(argv)
+    assert read_metrics(copy) == read_metrics(run)
+    assert train.main([*argv, "--fresh"]) == 0
+    assert weights(copy) == weights(run)
+    assert (tmp_path / "run.1" / "step-00000008.corrupt").exists()
+
+
+# --- a full disk
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_whole(train, monkeypatch):
+    run = train("run", "--steps=4")
+    before = {p: p.read_bytes() for p in (run / "step-00000004").iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenizer.Tokenizer.save", full)
+        with pytest.raises(OSError, match=r"step-00000008 could not be saved \(No space left"):
+            train("run")
+    assert {p: p.read_bytes() for p in (run / "step-00000004").iterdir()} == before
+    assert not list(run.glob("*.partial"))
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(OSError, match=r"needs [\d.]+ MB and 0.0 MB are free"):
+            train("run")
+    assert weights(train("run")) == weights(train("whole"))
+
+
+def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
+    """A limit on the size of files stands in for a full disk, below all of our own code."""
+    (tmp_path / "empty.py").write_text("")
+    argv = [str(tmp_path / "empty.py"), f"--data={data}", f"--out={tmp_path / 'run'}", *TINY]
+    command = f"ulimit -f 40; exec {sys.executable} {ROOT / 'train.py'} {' '.join(argv)}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8")
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"train.py: error: .*step-00000004 could not be saved.*\n", done.stderr)
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+# --- asked to stop
+
+
+@pytest.mark.parametrize("stops", [2, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["one process", "two processes"])
+def test_stopped_at_random_moments(data, tmp_path, stops, launcher):
+    if launcher and stops == 2:
+        stops = 1
+    whole = start(data, tmp_path / "whole", *BUSY, launcher=launcher)
+    rng = random.Random(stops)
+    for i in range(stops):
+        process = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 3))
+        asked = time.monotonic()
+        number = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1][i % (1 if launcher else 3)]
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert time.monotonic() - asked < 10
+        assert launcher or process.returncode == 0, output
+        assert "the same command continues" in output or "nothing to do" in output
+        assert launcher or "Traceback" not in output  # torchrun has its own
+    last = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
+    output, _ = last.communicate()
+    assert last.returncode == 0, output
+    assert whole.wait() == 0
+    assert weights(tmp_path / "parts", 120) == weights(tmp_path / "whole", 120)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(data, tmp_path, number):
+    slow = ["--n_embd=512", "--n_layer=8", "--batch_tokens=4096", "--steps=100"]
+    process = start(data, tmp_path / "run", *slow)
+    wait_for(lambda: read_metrics(tmp_path / "run"), process)
+    process.send_signal(number)
+    time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait() == 128 + number
+
+
+# --- what else a run promises
+
+
+def test_fresh_moves_the_old_run_aside(train, tmp_path, capsys):
+    run = train("run")
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    again = train("run", "--fresh", "--lr=0.01")
+    assert "the old run is now" in capsys.readouterr().out
+    aside = tmp_path / "run.1"
+    assert {p.name: p.read_bytes() for p in aside.iterdir() if p.is_file()} == before
+    assert len(training(again)) == 8 and rows(again) != rows(aside)
+
+
+def test_show_batch_prints_what_a_step_trains_on(train, capsys, monkeypatch, data):
+    from dataset import Dataset, Split
+
+    seen = []
+    original = Split.batch
+    monkeypatch.setattr(Split, "batch", lambda *a: seen.append(original(*a)) or seen[-1])
+    train("run")
+    capsys.readouterr()
+    train("run", "--show_batch=5")
+    printed = capsys.readouterr().out
+    tokenizer = Dataset(str(data)).tokenizer
+    for i, window in enumerate(seen[4][0].tolist()):
+        assert f"--- step 5, window {32 + i}\n{tokenizer.decode(window)}" in printed
+
+
+def test_there_is_no_pickle_anywhere(finished):
+    code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    for word in (r"\bpickle", r"torch\.load\b", r"torch\.save\b", r"allow_pickle", r"\beval\("):
+        assert not re.search(word + r"(?!\w)", re.sub(r"\.eval\(\)", "", code)), word
+    run, _ = finished
+    for path in run.rglob("*"):
+        if path.is_file():
+            start = path.read_bytes()[:4]
+            assert not start.startswith((b"\x80\x02", b"\x80\x04", b"PK")), path
+
+
+def test_checkpoints_of_equal_runs_are_equal_files(train):
+    a, b = train("a"), train("b")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        digests = [
+            hashlib.sha256((run / "step-00000008" / name).read_bytes()).hexdigest()
+            for run in (a, b)
+        ]
+        assert digests[0] == digests[1]
+
+
+def test_only_the_newest_two_and_the_best_are_kept(train):
+    run = train("run", "--steps=12", "--save_every=1", "--eval_every=3", "--decay=0")
+    best = min((r for r in rows(run) if "val_loss" in r), key=lambda r: r["val_loss"])["step"]
+    kept = {int(path.name[5:]) for path in checkpoint.checkpoints(run)}
+    assert kept == {11, 12, best}
+
+
+def test_the_lock_is_the_kernels(data, tmp_path):
+    """A second process is refused while the first one lives, and not a moment longer."""
+    process = start(data, tmp_path / "run", "--steps=100000")
+    wait_for(lambda: read_metrics(tmp_path / "run"), process)
+    argv = [tmp_path / "empty.py", f"--data={data}", f"--out={tmp_path / 'run'}", *TINY]
+    script("train.py", *argv, "--steps=100000", status=2)
+    process.kill()
+    process.wait()
+    script("train.py", *argv, "--steps=1", "--fresh")
