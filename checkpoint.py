@@ -86,7 +86,7 @@ def save(
 
 def require_space(run: Path, size: int) -> None:
     """Raises OSError if the disk has less than `size` bytes left."""
-    free = shutil.disk_usage(run).free
+    free = shutil.disk_usage(next(p for p in (run, *run.absolute().parents) if p.exists())).free
     if size > free:
         raise OSError(
             f"the disk of {run} is too full: a checkpoint needs {size / 1e6:,.1f} MB and"

@@ -28,6 +28,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.sha256(m).hexdigest()
 
 
+def tokenizer_digest(folder: Path) -> str:
+    """What `Tokenizer.digest` gives for the tokenizer stored in `folder`, without parsing it."""
+    files = [folder / "encoding.json", folder / "vocab.tiktoken"]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.exists())).hexdigest()
+
+
 class ShardWriter:
     """Writes the tokens of one split, starting a new shard every SHARD_TOKENS."""
 
@@ -158,20 +164,23 @@ class Dataset:
         self.sha256: dict[str, str] = {}  # of each shard, where it was recorded
         self.text_bytes: dict[str, int] = {}  # of each split, likewise
         if meta.exists():
-            self.tokenizer = Tokenizer.load(self.folder)
             try:
                 info = json.loads(meta.read_text(encoding="utf-8"))
                 expected, self.files = info["tokenizer_sha256"], {}
                 for name, split in info["splits"].items():
-                    self.files[name] = [shard["file"] for shard in split["shards"]]
-                    self.text_bytes[name] = split["bytes"]
+                    self.files[name] = [str(shard["file"]) for shard in split["shards"]]
+                    self.text_bytes[name] = int(split["bytes"])
                     self.sha256 |= {shard["file"]: shard["sha256"] for shard in split["shards"]}
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise ValueError(f"{meta} is damaged ({e!r}): prepare the data again") from e
-            if self.tokenizer.digest() != expected:
+            if tokenizer_digest(self.folder) != expected:
                 raise ValueError(
-                    f"the tokenizer files in {folder} are damaged: prepare the data again"
+                    f"the tokenizer files in {folder} (encoding.json, vocab.tiktoken) are damaged"
+                    " or missing: prepare the data again"
                 )
+            self.tokenizer = Tokenizer.load(self.folder)
+        elif (self.folder / "encoding.json").exists():
+            raise ValueError(f"{meta} is missing: prepare the data again")
         else:
             names = sorted(path.name for path in self.folder.glob("*.bin"))
             self.files = {s: [n for n in names if s in n] for s in ("train", "val", "test")}

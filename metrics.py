@@ -6,22 +6,27 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+KEYS = ("step", "tokens")  # every row has them
+
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl that are whole: the last one may be half written."""
+    """The rows of metrics.jsonl up to the first one that is not whole."""
     rows = []
     if (run / "metrics.jsonl").exists():
         for line in (run / "metrics.jsonl").read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(row, dict) or not all(isinstance(row.get(k), int) for k in KEYS):
+                break
+            rows.append(row)
     return rows
 
 
 def best_row(run: Path) -> dict | None:
     """The evaluation with the lowest validation loss, if there is one."""
-    rows = [row for row in read_metrics(run) if "val_loss" in row]
+    rows = [row for row in read_metrics(run) if isinstance(row.get("val_loss"), float)]
     return min(rows, key=lambda row: row["val_loss"], default=None)
 
 
@@ -77,10 +82,8 @@ def start_trackers(s, run: Path) -> list:
     """What settings `s` ask for: functions that take each row of metrics, and None at the end."""
     trackers = []
     if s.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e:
-            raise ValueError("tensorboard=True needs it: pip install tensorboard") from e
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(run / "tensorboard"))
 
         def to_tensorboard(row):
@@ -92,10 +95,8 @@ def start_trackers(s, run: Path) -> list:
 
         trackers.append(to_tensorboard)
     if s.wandb:
-        try:
-            import wandb
-        except ImportError as e:
-            raise ValueError(f"wandb={s.wandb!r} needs it: pip install wandb") from e
+        import wandb
+
         session = wandb.init(project=s.wandb, name=run.name, config=asdict(s), dir=run)
         trackers.append(lambda row: session.log(row, row["step"]) if row else session.finish())
     return trackers

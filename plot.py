@@ -23,11 +23,12 @@ def main(argv: list[str]) -> None:
         ("x", "tokens, step or seconds", s.x in ("tokens", "step", "seconds")),
         ("smooth", "at least 0, below 1", 0 <= s.smooth < 1),
     )
-    curves = {}
-    for run in map(Path, s.runs):
-        curves[run.name] = read_metrics(run)
-        if not curves[run.name]:
+    curves = {run: read_metrics(Path(run)) for run in s.runs}
+    for run, rows in curves.items():
+        if not rows:
             raise ValueError(f"{run} has no metrics.jsonl with rows: is it the folder of a run?")
+    if Path(s.out).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"out={s.out!r} should end in .png, .svg or .pdf")
     try:
         import matplotlib
     except ImportError as e:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for number, (name, rows) in enumerate(curves.items()):
         color = f"C{number}"
-        training = [row for row in rows if "loss" in row]
+        training = [row for row in rows if "loss" in row and s.x in row]
         axes.plot(
             [row[s.x] for row in training],
             running_mean([row["loss"] for row in training], s.smooth),
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
             linewidth=1,
             label=f"{name}, training",
         )
-        evaluated = [row for row in rows if "val_loss" in row]
+        evaluated = [row for row in rows if row.get("val_loss") is not None and s.x in row]
         if evaluated:
             xs, ys = [row[s.x] for row in evaluated], [row["val_loss"] for row in evaluated]
             label = f"{name}, validation (best {min(ys):.3f})"

@@ -16,8 +16,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -25,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ import regex
 
 import config
 from dataset import ShardWriter
-from sources import PIECE, documents
+from sources import PIECE, documents, require
 from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, bytes_tokenizer, published_tokenizer
 
 try:
@@ -61,12 +63,14 @@ class Settings:
 SPLITS = ("train", "val", "test")
 FREE = ("out", "workers", "overwrite")  # settings that do not change the result
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
+INSIDE = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
 # A place where text may be cut without changing its tokens: no published split pattern joins a
 # newline with a letter behind it, if a visible character stands before. \0 ends a document.
 SAFE_CUT = re.compile(r"\0|(?<=\S)\n(?=[^\W\d_])")
 
 
 def main(argv: list[str]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleaning up on the way
     s = config.load(Settings, argv, "Prepare text for training.", "source", nargs="*")
     if not s.source:
         raise ValueError("no source: name a text file, a folder, - for standard input, or python")
@@ -89,12 +93,14 @@ def prepare(s: Settings) -> None:
         tokenizer = (
             bytes_tokenizer() if s.tokenizer == "bytes" else published_tokenizer(s.tokenizer)
         )
-    name = "stdin" if s.source[0] == "-" else Path(s.source[0]).resolve().name.split(".")[0]
+    name = "stdin" if s.source[0] == "-" else Path(s.source[0]).absolute().name.split(".")[0]
     out = Path(s.out or f"data/{name}")
     settings = {k: v for k, v in asdict(s).items() if k not in FREE}
     settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
     if already_prepared(out, settings, s.overwrite):
         return
+    for source in s.source:
+        require(source)
     with locked(out.parent / (out.name + ".partial")) as partial:
         if already_prepared(out, settings, s.overwrite):  # by another process, meanwhile
             return
@@ -104,12 +110,13 @@ def prepare(s: Settings) -> None:
             raise ValueError(f"no text left to train on in {', '.join(s.source)}")
         for split, fraction in (("val", s.val), ("test", s.test)):
             if fraction and not report[split, "bytes"]:
+                count = report["documents read"]
                 raise ValueError(
-                    f"none of the {report['documents read']} documents fell into the {split} split:"
-                    f" use a larger --{split}, another --seed, or --{split}=0"
+                    f"nothing of {'the document' if count == 1 else f'the {count} documents'} fell"
+                    f" into the {split} split: use a larger --{split}, more text, or --{split}=0"
                 )
         workers = s.workers or cores()
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
             tokenizer = tokenizer or learn_bpe(s, partial / "spool_train", pool)
         tokenizer.save(partial)
         meta = dict(settings=settings, vocab_size=tokenizer.vocab_size)
@@ -260,12 +267,19 @@ def append(text, file, split: str, report: Counter, count: int = sys.maxsize) ->
 def cut_in_order(text, files: dict, s: Settings, report: Counter) -> None:
     """train | val | test: each ends after the first line end behind its fraction of the bytes."""
     size = text.seek(0, io.SEEK_END)
-    cuts = [0]
-    for fraction in (1 - s.val - s.test, 1 - s.test):
-        text.seek(max(cuts[-1], round(fraction * size)))
-        text.readline()
-        cuts.append(text.tell() if fraction < 1 else size)
-    for split, start, end in zip(SPLITS, cuts, [*cuts[1:], size], strict=True):
+
+    def line_end(fraction: float, start: int) -> int:
+        text.seek(max(start, round(fraction * size)))
+        line = text.readline(PIECE)
+        if not line.endswith(b"\n"):  # none near: after a space, or at least after a character
+            text.seek(-len(line), io.SEEK_CUR)
+            text.readline(line.find(b" ") + 1 or len(line) - len(line.lstrip(INSIDE)))
+        return text.tell()
+
+    first = line_end(1 - s.val - s.test, 0) if s.val + s.test else size
+    second = line_end(1 - s.test, first) if s.val and s.test else size if s.val else first
+    cuts = [0, first, second, size]
+    for split, start, end in zip(SPLITS, cuts, cuts[1:], strict=False):
         if end > start:
             text.seek(start)
             append(text, files[split], split, report, end - start)
@@ -288,7 +302,7 @@ def boundary(f, position: int) -> int:
         return 0
     f.seek(position)
     window = f.read(PIECE // 16)
-    inside = len(window) - len(window.lstrip(bytes(range(0x80, 0xC0))))  # rest of a character
+    inside = len(window) - len(window.lstrip(INSIDE))
     text = window[inside:].decode(errors="ignore")
     cut = SAFE_CUT.search(text)
     return position + inside + (len(text[: cut.end()].encode()) if cut else 0)
@@ -301,8 +315,17 @@ def count_words(path: Path, number: int) -> Counter:
     return words
 
 
+def end_with_parent() -> None:
+    """Ends a worker process when the one that started it has died, for whatever reason."""
+    parent = parent_process()
+    if parent:
+        wait = threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True)
+        wait.start()
+
+
 def start_worker(folder: Path) -> None:
     global tokenizer
+    end_with_parent()
     tokenizer = Tokenizer.load(folder)
 
 

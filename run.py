@@ -37,14 +37,19 @@ class Run:
 
     def __init__(self, s, start: float):
         self.s, self.start, self.folder = s, start, Path(s.out)
+        self.step, self.files, self.lock = 0, 0, None
+        if not self.folder.exists():
+            return  # made in `begin`, when no mistake has been found
         self.lock = lock(self.folder)
         # what torchrun restarts must not begin anew once more
         if s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             move_aside(self.folder)
-            self.lock = lock(self.folder)
-        for leftover in [*self.folder.glob("*.partial"), *self.folder.glob("*.old")]:
-            # of a save or a deletion that was interrupted
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self.lock = None
+            return
+        for pattern in ("step-*.partial", "step-*.old"):  # an interrupted save or deletion
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover)
+        (self.folder / "config.json.partial").unlink(missing_ok=True)
         self.step, self.files = checkpoint.newest(self.folder)
 
     def begin(self, state: dict, digest: str, model: nn.Module) -> None:
@@ -56,16 +61,17 @@ class Run:
         self.digest, self.seconds_before = digest, state["seconds"]
         if self.step:
             self.check(state)
+        need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
+        checkpoint.require_space(self.folder, need)
+        self.lock = self.lock or lock(self.folder)
         self.log = MetricsLog(self.folder, self.step, state["metrics"])
-        settings = (json.dumps(asdict(self.s), indent=2) + "\n").encode()
         path = self.folder / "config.json"
+        settings = (json.dumps(asdict(self.s), indent=2) + "\n").encode()
         if self.step:
             before = (json.dumps(state["settings"], indent=2) + "\n").encode()
             if not path.exists() or path.read_bytes() not in (settings, before):
                 print(f"{path} is not that of the checkpoint: written anew")
         checkpoint.write_durably(path, settings)
-        need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
-        checkpoint.require_space(self.folder, need)
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB of the disk")
         self.trackers = start_trackers(self.s, self.folder)
 
@@ -129,6 +135,9 @@ def circumstances() -> dict:
 
 def lock(folder: Path):
     """Makes `folder` this process's own until the returned handle is closed. Raises ValueError."""
+    parts = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if parts and "lock" not in parts:
+        raise ValueError(f"{folder} holds something else than a run: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     handle = open(folder / "lock", "w")
     if fcntl:

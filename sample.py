@@ -137,9 +137,10 @@ def main(argv: list[str]) -> None:
         ("top_k", "at least 0", s.top_k >= 0),
         ("top_p", "above 0 and at most 1", 0 < s.top_p <= 1),
         ("max_tokens", "at least 0", s.max_tokens >= 0),
-        ("num_samples", "at least 1", s.num_samples >= 1),
+        ("num_samples", "from 1 to 1024", 1 <= s.num_samples <= 1024),
         ("stop", "text, not nothing", all(s.stop)),
         ("prompt", "left out when prompt_file is given", not (s.prompt and s.prompt_file)),
+        ("prompt", "left out in interactive mode", not (s.prompt and s.interactive)),
     )
     if s.prompt_file == "-":
         s.prompt = sys.stdin.buffer.read().decode(errors="replace")

@@ -11,6 +11,7 @@ import json
 import sys
 import sysconfig
 import urllib.request
+import zlib
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +24,12 @@ SHAKESPEARE = (
 )
 
 
+def require(source: str) -> None:
+    """Raises ValueError if there is no such source."""
+    if source not in ("-", "python", "shakespeare") and not Path(source).exists():
+        raise ValueError(f"no such file or folder: {source!r} (built-in: python, shakespeare)")
+
+
 def documents(source: str, pattern: str, field: str) -> Iterator[Iterable[str]]:
     """The documents of one source, in a fixed order.
 
@@ -32,7 +39,7 @@ def documents(source: str, pattern: str, field: str) -> Iterator[Iterable[str]]:
     path = Path(source)
     if source == "-":
         yield pieces(sys.stdin.buffer, "standard input")
-    elif path.is_file():
+    elif path.exists() and not path.is_dir():  # a file, or a pipe with a name
         yield from file_documents(path, field)
     elif path.is_dir():
         files = [
@@ -56,10 +63,6 @@ def documents(source: str, pattern: str, field: str) -> Iterator[Iterable[str]]:
                 f"tiny Shakespeare cannot be downloaded here ({e}): get it elsewhere and give the"
                 " file, as in `python prepare.py tinyshakespeare.txt --out=data/shakespeare`"
             ) from e
-    else:
-        raise ValueError(
-            f"no such file or folder: {source!r} (built-in sources: python, shakespeare)"
-        )
 
 
 def matches(path: Path, patterns: str) -> bool:
@@ -79,8 +82,8 @@ def file_documents(path: Path, field: str) -> Iterator[Iterable[str]]:
                 for number, line in enumerate(f, start=1):
                     yield [jsonl_row(line, field, f"{path}, line {number}")]
             else:
-                yield pieces(f, path)
-        except (EOFError, gzip.BadGzipFile) as e:
+                yield pieces(f, path)  # reads on while the receiver of the document iterates
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise ValueError(f"{path} is no whole gzip file: {e}") from e
 
 
@@ -89,13 +92,14 @@ def pieces(f: io.BufferedIOBase, name) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = io.IncrementalNewlineDecoder(decoder, translate=True)  # \r\n and \r become \n
     text, done = "", 0
-    while block := f.read(PIECE):
+    while block := read(f, name):
         try:
             text += decoder.decode(block)
         except UnicodeDecodeError as e:
+            wide = done == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
             raise ValueError(
                 f"{name} is not UTF-8 (near byte {done + e.start}): convert it, as in"
-                " `iconv -f latin1 -t utf-8 OLD > NEW`"
+                f" `iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 OLD > NEW`"
             ) from e
         done += len(block)
         # a piece never parts a letter from its accent, which NFC may join
@@ -108,31 +112,42 @@ def pieces(f: io.BufferedIOBase, name) -> Iterator[str]:
         raise ValueError(f"{name} is not UTF-8: it ends inside a character") from e
 
 
+def read(f: io.BufferedIOBase, name) -> bytes:
+    try:
+        return f.read(PIECE)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{name} is no whole gzip file: {e}") from e
+
+
 def jsonl_row(line: bytes, field: str, where: str) -> str:
     try:
         row = json.loads(line) if line.strip() else {field: ""}
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: not JSON ({e})") from e
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+    if not isinstance(row, dict) or field not in row:
         fields = ", ".join(row) if isinstance(row, dict) else "no fields"
-        raise ValueError(
-            f"{where}: no text in field {field!r} (it has {fields}): name it with --field"
-        )
+        raise ValueError(f"{where}: no field {field!r} (it has {fields}): name it with --field")
+    if not isinstance(row[field], str):
+        raise ValueError(f"{where}: field {field!r} is no text but {row[field]!r:.60}")
     return row[field].replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parquet_rows(path: Path, field: str) -> Iterator[str]:
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError as e:
         raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from e
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as e:
-        raise ValueError(f"{path} is no parquet file: {e}") from e
-    if field not in file.schema_arrow.names:
-        names = ", ".join(file.schema_arrow.names)
-        raise ValueError(f"{path}: no column {field!r} (it has {names}): name it with --field")
-    for batch in file.iter_batches(batch_size=1000, columns=[field]):
-        for row in batch.column(0).to_pylist():
-            yield str(row or "").replace("\r\n", "\n").replace("\r", "\n")
+        types = {column.name: str(column.type) for column in file.schema_arrow}
+        if types.get(field) not in ("string", "large_string"):
+            have = ", ".join(f"{name}: {kind}" for name, kind in types.items())
+            raise ValueError(
+                f"{path}: no text column {field!r} (it has {have}): name it with --field"
+            )
+        for batch in file.iter_batches(batch_size=1000, columns=[field]):
+            for row in batch.column(0).to_pylist():
+                yield (row or "").replace("\r\n", "\n").replace("\r", "\n")
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f"{path} is no whole parquet file: {e}") from e

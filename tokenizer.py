@@ -19,11 +19,12 @@ import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 
-# How text is cut into words before pairs are merged; no token reaches across a cut. In order: letters
-# with at most one other character before them, a space mostly; up to three digits; punctuation with
-# at most one space before it, and the line ends and indentation behind it; line ends with the
-# indentation behind them; spaces; other white space. Close to cl100k_base's pattern (github.com/
-# openai/tiktoken), but indentation sticks to the line end: 7% fewer tokens for source code.
+# How text is cut into words before pairs are merged; no token reaches across a cut. In order:
+# letters with at most one other character before them, a space mostly; up to three digits;
+# punctuation with at most one space before it, and the line ends and indentation behind it; line
+# ends with the indentation behind them; spaces; other white space. Close to the pattern of
+# cl100k_base (github.com/openai/tiktoken), but indentation sticks to the line end: 7% fewer tokens
+# for source code.
 SPLIT = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?"
     r"|[\r\n]+[ \t]*|[ \t]+|\s"

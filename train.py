@@ -7,6 +7,7 @@ Runs as one process, or as several under torchrun, on one machine or many:
 Interrupted, it continues where its newest checkpoint stands, when the same command is given again.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -116,6 +117,10 @@ def main(argv: list[str]) -> int:
     return train(s, stop)
 
 
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def check(s: Settings) -> None:
     """Raises ValueError for the first setting that cannot work, before anything is loaded."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -131,7 +136,7 @@ def check(s: Settings) -> None:
     config.check(
         s,
         *((name, "at least 1", getattr(s, name) >= 1) for name in positive.split()),
-        *((name, "at least 0", getattr(s, name) >= 0) for name in not_negative.split()),
+        *((name, "at least 0", 0 <= getattr(s, name) < 2**63) for name in not_negative.split()),
         *((name, "from 0 to 1", 0 <= getattr(s, name) <= 1) for name in fractions.split()),
         *((name, "at least 0, below 1", 0 <= getattr(s, name) < 1) for name in below_one.split()),
         *(
@@ -139,6 +144,11 @@ def check(s: Settings) -> None:
             for name, options in choices.items()
         ),
         ("rope_base", "above 0", s.rope_base > 0),
+        *(
+            (name, f"used when it is installed: pip install {name}", installed(name))
+            for name in ("tensorboard", "wandb")
+            if getattr(s, name)
+        ),
         (
             "n_embd",
             f"a multiple of n_head={s.n_head}, unless head_dim is set",

@@ -8,7 +8,9 @@ start with an underscore must be a setting.
 import argparse
 import dataclasses
 import difflib
+import errno
 import inspect
+import math
 import os
 import re
 import sys
@@ -48,9 +50,9 @@ def load(cls, argv: list[str], description: str, positional: str, nargs: str | N
         and types.get(word[2:]) is bool
         and after.lower() not in ("true", "false")
         else word
-        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+        for word, after in zip(argv, [*argv[1:], ""], strict=False)
     ]
-    given, rest = parser.parse_known_args(argv)
+    given, rest = parser.parse_known_intermixed_args(argv)
     for word in rest:
         if not word.startswith("--"):
             raise ValueError(f"unexpected argument {word!r}: settings are given as --name=value")
@@ -78,16 +80,23 @@ def unknown(name: str, known, where: str) -> ValueError:
 
 def read_file(path: str, types: dict[str, type]) -> dict:
     """Runs a config file; returns its assignments, each converted to its type in `types`."""
+    here = Path(__file__).parent
+    if not Path(path).is_file() and (here.parent / path).is_file():
+        path = str(here.parent / path)  # as config/small.py, from any folder
     if not Path(path).is_file():
-        near = difflib.get_close_matches(path, map(str, Path("config").glob("[!_]*.py")), n=1)
+        known = [f"config/{file.name}" for file in here.glob("[!_]*.py")]
+        near = difflib.get_close_matches(path, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "the folder config/ holds those there are"
         raise ValueError(f"no config file {path!r}: {hint}")
     names: dict = {}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
-    except Exception as e:  # whatever it is, it is a mistake in the file
+    except (Exception, SystemExit) as e:  # whatever it is, it is a mistake in the file
         raise ValueError(f"config file {path}: {type(e).__name__}: {e}") from e
     settings = {name: value for name, value in names.items() if not name.startswith("_")}
+    for name, value in settings.items():
+        if inspect.ismodule(value):
+            raise ValueError(f"config file {path}: import {name} under a name like _{name}")
     for name, value in settings.items():
         if name not in types or name == "config":
             raise unknown(name, types, path)
@@ -114,12 +123,12 @@ def convert(name: str, value, kind: type):
     elif not isinstance(value, bool):
         try:
             number = int(value) if text and kind is int and value.isdigit() else float(value)
-            if number == number and (kind is float or number == int(number)):  # NaN is not itself
+            if math.isfinite(number) and (kind is float or number == int(number)):
                 return kind(number)
         except (ValueError, TypeError, OverflowError):
             pass
     want = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[kind]
-    raise ValueError(f"{name}={value!r} should be {want}")
+    raise ValueError(f"{name}={str(value)[:60]!r} should be {want}")
 
 
 def check(s, *rules: tuple[str, str, bool]) -> None:
@@ -136,17 +145,25 @@ def run(main) -> None:
     """
     try:
         status = main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout:  # may be closed from the beginning
+            sys.stdout.flush()
         sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader has seen enough, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (ValueError, OSError) as e:
+        sys.exit(141)  # as the shell reports it
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        memory = any(word in str(e) for word in ("out of memory", "can't allocate memory"))
+        if isinstance(e, MemoryError) or memory:
+            e = ValueError("out of memory: use a smaller --device_batch, --block_size or model")
+        elif isinstance(e, RuntimeError):
+            raise  # no user's mistake
         if sys.flags.dev_mode:
             raise
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            text = f"the disk is full ({text}): nothing that was there before is lost"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # processes of torchrun make the same mistake
             print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)

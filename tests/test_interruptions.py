@@ -245,24 +245,25 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(finished, tmp
 
 
 def test_a_full_disk_leaves_earlier_checkpoints_whole(train, monkeypatch):
-    run = train("run", "--steps=4")
-    before = {p: p.read_bytes() for p in (run / "step-00000004").iterdir()}
+    run, whole, original = train.folder / "run", weights(train("whole")), checkpoint.save_file
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(tensors, path):
+        if path.parent.name.startswith("step-00000008"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("tokenizer.Tokenizer.save", full)
+        patch.setattr(checkpoint, "save_file", full)
         with pytest.raises(OSError, match=r"step-00000008 could not be saved \(No space left"):
             train("run")
-    assert {p: p.read_bytes() for p in (run / "step-00000004").iterdir()} == before
+    assert checkpoint.verify(run / "step-00000004") == 5
     assert not list(run.glob("*.partial"))
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(OSError, match=r"needs [\d.]+ MB and 0.0 MB are free"):
             train("run")
-    assert weights(train("run")) == weights(train("whole"))
+    assert weights(train("run")) == whole
 
 
 def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
@@ -296,7 +297,7 @@ def test_stopped_at_random_moments(data, tmp_path, stops, launcher):
         output, _ = process.communicate(timeout=60)
         assert time.monotonic() - asked < 10
         assert launcher or process.returncode == 0, output
-        assert "the same command continues" in output or "nothing to do" in output
+        assert any(text in output for text in ("same command continues", "nothing to", "next:"))
         assert launcher or "Traceback" not in output  # torchrun has its own
     last = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
     output, _ = last.communicate()
@@ -347,8 +348,14 @@ def test_show_batch_prints_what_a_step_trains_on(train, capsys, monkeypatch, dat
 
 def test_there_is_no_pickle_anywhere(finished):
     code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
-    for word in (r"\bpickle", r"torch\.load\b", r"torch\.save\b", r"allow_pickle", r"\beval\("):
-        assert not re.search(word + r"(?!\w)", re.sub(r"\.eval\(\)", "", code)), word
+    for word in (
+        r"import pickle",
+        r"pickle\.",
+        r"torch\.(load|save)\(",
+        "allow_pickle",
+        r"\Weval\(",
+    ):
+        assert not re.search(word, code.replace(".eval()", "")), word
     run, _ = finished
     for path in run.rglob("*"):
         if path.is_file():
