@@ -167,10 +167,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None):
         B, T, _ = x.shape
         D = self.config.head_dim
-        H, K, linears = self.config.n_head, self.config.n_kv_head, (self.wq, self.wk, self.wv)
-        weight = torch.cat([w.weight for w in linears])  # one product is faster than three
-        bias = torch.cat([w.bias for w in linears]) if self.config.bias else None
-        q, k, v = F.linear(x, weight, bias).view(B, T, -1, D).split([H, K, K], dim=2)
+        if cache is None:  # one product is faster than three, if there is more than a token
+            linears = (self.wq, self.wk, self.wv)
+            weight = torch.cat([w.weight for w in linears])
+            bias = torch.cat([w.bias for w in linears]) if self.config.bias else None
+            H, K = self.config.n_head, self.config.n_kv_head
+            q, k, v = F.linear(x, weight, bias).view(B, T, -1, D).split([H, K, K], dim=2)
+        else:
+            q, k, v = (w(x).view(B, T, -1, D) for w in (self.wq, self.wk, self.wv))
         q, k = self.q_norm(q), self.k_norm(k)  # (B, T, H, D), (B, T, K, D)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import heapq
 import json
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -35,16 +36,37 @@ class Tokenizer:
     """A tiktoken `Encoding` that treats all text as text and can be saved beside a model.
 
     `kind` is "bytes", "bpe" or "tiktoken"; `normalizer` is None or a Unicode form such as "NFC";
-    `vocab_size` counts everything; `end_of_text` is the id that ends every document.
+    `vocab_size` counts everything; `end_of_text` is the id that ends every document, by default
+    that of <|endoftext|>. Special tokens in `literal` are the exception: they may stand in text.
     """
 
-    def __init__(self, kind: str, encoding: tiktoken.Encoding, normalizer: str | None = None):
+    def __init__(
+        self,
+        kind: str,
+        encoding: tiktoken.Encoding,
+        normalizer: str | None = None,
+        end_of_text: int | None = None,
+        literal: list[str] | None = None,
+    ):
         self.kind, self.encoding, self.normalizer = kind, encoding, normalizer
         self.name, self.vocab_size = encoding.name, encoding.n_vocab
-        self.end_of_text = encoding._special_tokens[END_OF_TEXT]
+        self.special, self.literal = encoding._special_tokens, literal or []
+        self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
+        longest_first = sorted(map(re.escape, self.literal), key=len, reverse=True)
+        self.literals = re.compile(f"({'|'.join(longest_first)})") if literal else None
 
     def encode_to_array(self, text: str) -> np.ndarray:
         """Token ids as uint32. Text is text: a literal <|endoftext|> is thirteen characters."""
+        if self.literals is None:
+            return self.encode_plain(text)
+        parts = self.literals.split(text)  # text, literal, text, ...
+        ids = [
+            np.array([self.special[part]], np.uint32) if i % 2 else self.encode_plain(part)
+            for i, part in enumerate(parts)
+        ]
+        return np.concatenate(ids)
+
+    def encode_plain(self, text: str) -> np.ndarray:
         if self.normalizer:
             text = unicodedata.normalize(self.normalizer, text)
         if self.kind == "bytes":
@@ -66,7 +88,11 @@ class Tokenizer:
         """Name and content of the two files that hold the tokenizer."""
         e = self.encoding
         info = dict(kind=self.kind, name=self.name, pattern=e._pat_str)
-        info |= dict(normalizer=self.normalizer, special_tokens=e._special_tokens)
+        info |= dict(normalizer=self.normalizer, special_tokens=self.special)
+        if self.end_of_text != self.special.get(END_OF_TEXT):
+            info["end_of_text"] = self.end_of_text
+        if self.literal:
+            info["literal"] = self.literal
         text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
         ranks = sorted(e._mergeable_ranks.items(), key=lambda item: item[1])
         lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
@@ -95,7 +121,8 @@ class Tokenizer:
                 mergeable_ranks=ranks,
                 special_tokens=info["special_tokens"],
             )
-            return Tokenizer(info["kind"], encoding, info["normalizer"])
+            more = (info.get("end_of_text"), info.get("literal"))
+            return Tokenizer(info["kind"], encoding, info["normalizer"], *more)
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"the tokenizer files in {folder} are damaged: {e!r}") from e
 

@@ -107,7 +107,8 @@ def main(argv: list[str]) -> int:
         from prepare import Settings as Preparation
         from prepare import prepare
 
-        prepare(Preparation(source=("python",), out=s.data))
+        # a small vocabulary: a small model has no weights to spare for rare tokens
+        prepare(Preparation(source=("python",), out=s.data, vocab_size=2048))
     if s.show_batch:
         return show_batch(s)
     if s.eval_only:

@@ -1,11 +1,21 @@
-# Tiny Shakespeare, byte by byte.
+# Tiny Shakespeare, byte by byte, as well as two CPU cores can in three minutes.
 #
 #     python prepare.py shakespeare --tokenizer=bytes --val=0.1 --test=0
 #     python train.py config/shakespeare.py
 #
-# Expected result: (to be measured)
+# Expected result: @@TS@@
 
 data = "data/shakespeare"
+
 block_size = 128
-steps = 1000
-batch_tokens = 8 * 128
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+steps = 1900
+batch_tokens = 16 * 128
+lr = 0.015
+decay = 0.8
+grad_clip = 0
+eval_every = 1900
+save_every = 950

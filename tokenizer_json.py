@@ -1,0 +1,166 @@
+"""Byte-level BPE as Hugging Face's `tokenizers` library writes it: tokenizer.json in and out.
+
+That library merges pairs in the order of a list, tiktoken by the rank of what comes out; it knows
+patterns in Oniguruma's dialect, tiktoken in Rust's. Where the two agree on every text, and in most
+published vocabularies they do, one becomes the other; the rest is refused.
+"""
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str as GPT2_SPLIT
+
+from tokenizer import END_OF_TEXT, Tokenizer
+
+# tokenizer.json spells bytes as printable characters: Latin-1 where that is printable, the other
+# bytes in order from U+0100 on. As in encoder.py of github.com/openai/gpt-2.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+SPELLING = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+BYTE = {character: b for b, character in SPELLING.items()}
+
+# GPT-2's pattern when digits have been cut out before, one by one or in runs, as SmolLM does: to
+# the white space before it, a digit is then the end of the text.
+DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}@| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+
+def spell(token: bytes) -> str:
+    return "".join(SPELLING[b] for b in token)
+
+
+def unspell(text: str) -> bytes:
+    return bytes(BYTE[c] for c in text) if set(text) <= BYTE.keys() else text.encode()
+
+
+def last_merge(token: bytes, rank: Callable) -> tuple[bytes, bytes] | None:
+    """The pair whose merge completes `token` if its bytes alone are encoded; None if none does.
+
+    `rank((left, right))` is the place of a merge in the order of merges, or None.
+    """
+    parts, pair = [token[i : i + 1] for i in range(len(token))], None
+    while len(parts) > 1:
+        ranked = [(r, i) for i, p in enumerate(pairwise(parts)) if (r := rank(p)) is not None]
+        if not ranked:
+            return None
+        _, i = min(ranked)
+        pair = parts[i], parts[i + 1]
+        parts[i : i + 2] = [pair[0] + pair[1]]
+    return pair
+
+
+def from_json(info: dict, name: str, vocab_size: int, ends: list) -> Tokenizer:
+    """The tokenizer that a tokenizer.json, read as `info`, describes.
+
+    Its ids are those of the `tokenizers` library where special tokens in a text are text, too
+    (`encode_special_tokens`). Ids below `vocab_size` without a token get one that no text has.
+    End-of-text is the first of `ends`, ids or names, that is a special token; else <|endoftext|>;
+    else the byte 0. Raises ValueError, with the name of what is needed, for other tokenizers.
+    """
+
+    def require(kept, needs: str) -> None:
+        if not kept:
+            raise ValueError(f"the tokenizer of {name} needs {needs}, which this one lacks")
+
+    def steps(step: dict | None, inner: str) -> list[dict]:
+        return step.get(inner, [step]) if step else []
+
+    # 1. how text becomes words
+    model, added = info["model"], info.get("added_tokens") or []
+    *before, last = steps(info.get("pre_tokenizer"), "pretokenizers") or [{"type": "none"}]
+    kinds, own = [step["type"] for step in (*before, last)], last.get("use_regex", True)
+    options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
+    byte_level = "merges" in model and kinds[-1] == "ByteLevel"
+    require(byte_level and not any(map(model.get, options)), "SentencePiece or the like")
+    require(not last.get("add_prefix_space"), "a space before the text (add_prefix_space)")
+    if own and kinds == ["ByteLevel"]:
+        pattern = GPT2_SPLIT
+    elif own and kinds == ["Digits", "ByteLevel"]:
+        pattern = DIGITS_SPLIT.replace("@", "" if before[0]["individual_digits"] else "+")
+    else:
+        require(not own and kinds == ["Split", "ByteLevel"], f"words cut by {', '.join(kinds)}")
+        cut = before[0]
+        isolated = cut["behavior"] == "Isolated" and not cut["invert"] and "Regex" in cut["pattern"]
+        require(isolated, "words cut by something else than a pattern of words")
+        # there, a plus behind an interval repeats it; here it would make it possessive
+        interval = r"(\\p\{\w+\}|\[[^\]]*\]|\\?\w)(\{\d+(?:,\d*)?\})\+"
+        pattern = re.sub(interval, r"(?:\1\2)+", cut["pattern"]["Regex"])
+    forms = [step["type"] for step in steps(info.get("normalizer"), "normalizers")]
+    require(forms in ([], ["NFC"], ["NFD"], ["NFKC"], ["NFKD"]), f"the normaliser {forms}")
+
+    # 2. the tokens; one that its own bytes do not lead to is in no text, and so is special
+    order = {}  # (left, right), as bytes: its place in the order of merges
+    for i, pair in enumerate(model["merges"]):
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        order[unspell(left), unspell(right)] = i
+    ranks, special, made = {}, {}, {}
+    for text, i in model["vocab"].items():
+        token = unspell(text)
+        pair = last_merge(token, order.get)
+        if pair:
+            made[order[pair]] = i
+        if pair or len(token) == 1 or model.get("ignore_merges"):  # then a whole word is looked up
+            ranks[token] = i
+        else:
+            special[text] = i
+    special |= {token["content"]: token["id"] for token in added}
+    missing = 256 - sum(len(token) == 1 for token in ranks)
+    require(not missing, f"{missing} of the 256 bytes to be left out")
+    in_order = [made[k] for k in sorted(made)]
+    require(in_order == sorted(in_order), "ids in another order than its merges")
+    for token in ranks.keys() - {left + right for left, right in order}:  # never merged: here
+        cuts = [(token[:k], token[k:]) for k in range(1, len(token))]  # neither may they be
+        require(not any(c in ranks and d in ranks for c, d in cuts), f"no merge for {spell(token)}")
+    literal = [token for token in added if not token.get("special")]
+    for token in literal:
+        exact = not any(map(token.get, ("single_word", "lstrip", "rstrip")))
+        exact = exact and not (forms and token.get("normalized"))
+        require(exact, f"more than exactly {token['content']!r} in a text to match that token")
+
+    # 3. ids without a token, and the end of text
+    used = {*ranks.values(), *special.values()}
+    if max(used) >= vocab_size:
+        raise ValueError(f"the tokenizer of {name} has id {max(used)}, its model only {vocab_size}")
+    special |= {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
+    known = special | {i: i for i in special.values()}
+    end = next((known[e] for e in [*ends, END_OF_TEXT] if e in known), ranks[b"\0"])
+    if pattern == GPT2_SPLIT and vocab_size == 50257:
+        name = "gpt2"  # whichever model has it: its data are prepared with --tokenizer=gpt2
+    encoding = tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+    )
+    names = [token["content"] for token in literal]
+    return Tokenizer("tiktoken", encoding, forms[0] if forms else None, end, names)
+
+
+def to_json(tokenizer: Tokenizer) -> dict:
+    """The content of a tokenizer.json that gives the same ids."""
+    ranks, special = tokenizer.encoding._mergeable_ranks, tokenizer.special
+    tokens = sorted(ranks, key=ranks.get)
+    pairs = [last_merge(t, lambda pair: ranks.get(pair[0] + pair[1])) for t in tokens if len(t) > 1]
+    # there, a plus behind an interval would repeat it; at the end of a choice it changes nothing
+    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+(?=\||$)", r"\1", tokenizer.encoding._pat_str)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+    model = dict(type="BPE", dropout=None, unk_token=None, fuse_unk=False, byte_fallback=False)
+    model |= dict(continuing_subword_prefix=None, end_of_word_suffix=None)
+    model |= dict(ignore_merges=None in pairs)  # what no merge makes is a word looked up whole
+    # special tokens stand here, too: only then they keep their ids
+    model |= dict(vocab={spell(token): ranks[token] for token in tokens} | special)
+    model |= dict(merges=[[spell(left), spell(right)] for left, right in filter(None, pairs)])
+    return dict(
+        version="1.0",
+        truncation=None,
+        padding=None,
+        added_tokens=[
+            dict(id=i, content=text, **flags, special=text not in tokenizer.literal)
+            for text, i in sorted(special.items(), key=lambda item: item[1])
+        ],
+        normalizer={"type": tokenizer.normalizer} if tokenizer.normalizer else None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
+        post_processor=None,
+        decoder=byte_level,
+        model=model,
+    )
