@@ -2,7 +2,7 @@
 
     train     training steps of GPT-2's smallest shape, beside transformers (if installed)
     decode    text from that shape, one sequence and eight, beside transformers and CTranslate2
-    prepare   encoding with GPT-2's vocabulary, or one learned here, beside tiktoken's own batch call
+    prepare   the whole of prepare.py with GPT-2's vocabulary, beside tiktoken's own batch call
     loss      the whole command of config/shakespeare.py and config/small.py: seconds and loss
 
 Every figure comes from a process of its own. The variants take turns for `rounds` rounds, and the
@@ -257,8 +257,11 @@ def encode_ours(s: Settings) -> dict:
         command = [sys.executable, "prepare.py", str(path), "--tokenizer=gpt2"]
         start = time.perf_counter()
         subprocess.run(
-            [*command, f"--out={folder}/out"], check=True, cwd=Path(__file__).parent,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [*command, f"--out={folder}/out"],
+            check=True,
+            cwd=Path(__file__).parent,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         seconds = time.perf_counter() - start
         meta = json.loads((Path(folder) / "out" / "meta.json").read_text(encoding="utf-8"))
@@ -290,7 +293,9 @@ def whole_command(s: Settings, name: str) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "train.py", f"config/{name}.py", f"--seed={seed}"]
             start = time.perf_counter()
-            subprocess.run([*command, f"--out={folder}/run"], check=True, cwd=root, stdout=sys.stderr)
+            subprocess.run(
+                [*command, f"--out={folder}/run"], check=True, cwd=root, stdout=sys.stderr
+            )
             seconds.append(time.perf_counter() - start)
             row = best_row(Path(folder) / "run")
             losses.append((row["val_loss"], row["val_bpb"]))

@@ -1,27 +1,19 @@
 """Text to token shards: python prepare.py SOURCE... --out=data/name --tokenizer=bpe
 
-    1. read      the documents of every source: sources.py
-    2. clean     line ends, Unicode form NFC, control characters; empty and repeated documents go
-    3. split     into train, val and test, by a hash of the document's content
-    4. learn     byte-pair encoding from the training split, with --tokenizer=bpe
-    5. encode    each split into shards
-
-Steps 1 to 3 append the cleaned text to a spool file for each split, every document ended by a zero
-byte. Steps 4 and 5 read the spool on all cores, a megabyte at a time, so memory stays constant.
+1. read      the documents of every source                               sources.py
+2. clean     line ends, Unicode form, control characters, repetitions    spool.py
+3. split     into train, val and test, by a hash of the content          spool.py
+4. learn     byte-pair encoding from the training split                  tokenizer.py
+5. encode    each split into shards, on all cores                        dataset.py
 """
 
-import hashlib
-import io
 import json
 import os
-import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-import unicodedata
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -35,7 +27,8 @@ import regex
 
 import config
 from dataset import ShardWriter
-from sources import PIECE, documents, require
+from sources import PIECE, require
+from spool import SPLITS, read_chunk, spool
 from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, bytes_tokenizer, published_tokenizer
 
 try:
@@ -60,13 +53,7 @@ class Settings:
     overwrite: bool = False  # replace a set that was made with other settings
 
 
-SPLITS = ("train", "val", "test")
 FREE = ("out", "workers", "overwrite")  # settings that do not change the result
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
-INSIDE = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
-# A place where text may be cut without changing its tokens: no published split pattern joins a
-# newline with a letter behind it, if a visible character stands before. \0 ends a document.
-SAFE_CUT = re.compile(r"\0|(?<=\S)\n(?=[^\W\d_])")
 
 
 def main(argv: list[str]) -> None:
@@ -104,8 +91,9 @@ def prepare(s: Settings) -> None:
     with locked(out.parent / (out.name + ".partial")) as partial:
         if already_prepared(out, settings, s.overwrite):  # by another process, meanwhile
             return
-        start, report = time.monotonic(), Counter()
-        spool(s, partial, report)
+        start, report, progress = time.monotonic(), Counter(), Progress("reading")
+        spool(s, partial, report, progress)
+        progress.end()
         if not report["train", "bytes"]:
             raise ValueError(f"no text left to train on in {', '.join(s.source)}")
         for split, fraction in (("val", s.val), ("test", s.test)):
@@ -142,9 +130,9 @@ def already_prepared(out: Path, settings: dict, overwrite: bool) -> bool:
         made_with = json.loads((out / "meta.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{out} exists and is no prepared data: choose another --out") from e
-    if made_with == settings:
+    if made_with == settings and not overwrite:
         print(f"{out} is already prepared with these settings")
-        return not overwrite
+        return True
     differing = [k for k in settings if made_with.get(k) != settings[k]]
     if not overwrite:
         raise ValueError(
@@ -203,109 +191,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-# --- 2. and 3. clean and split, into the spool
-
-
-def spool(s: Settings, folder: Path, report: Counter) -> None:
-    """Cleans all documents and appends each to the spool file of its split; counts in `report`."""
-    files = {split: open(folder / f"spool_{split}", "wb") for split in SPLITS}
-    seen: set[bytes] = set()  # all that grows with the input: one digest for each document
-    progress = Progress("reading")
-    for source in s.source:
-        cleaned = clean(documents(source, s.pattern, s.field), folder, report, seen, progress)
-        first, second = next(cleaned, None), next(cleaned, None)
-        if first and not second:  # a source of one document is cut in three
-            cut_in_order(first[0], files, s, report)
-            continue
-        for text, digest in chain(filter(None, (first, second)), cleaned):
-            draw = hashlib.blake2b(b"%d " % s.seed + digest, digest_size=8).digest()
-            u = int.from_bytes(draw, "big") / 2**64  # uniform in [0, 1)
-            split = "val" if u < s.val else "test" if u < s.val + s.test else "train"
-            append(text, files[split], split, report)
-    progress.end()
-    for file in files.values():
-        file.close()
-
-
-def clean(docs, folder: Path, report: Counter, seen: set[bytes], progress):
-    """Yields (file of cleaned text, digest) for each document that is not empty and not seen."""
-    for doc in docs:
-        # a long document waits on disk, since its digest, and so its fate, is known at its end only
-        text = tempfile.SpooledTemporaryFile(max_size=8 * PIECE, dir=folder)
-        digest, empty = hashlib.blake2b(digest_size=16), True
-        for piece in doc:
-            if not piece.isascii() and not unicodedata.is_normalized("NFC", piece):
-                piece = unicodedata.normalize("NFC", piece)
-                report["pieces brought to NFC"] += 1
-            piece, removed = CONTROL.subn("", piece)
-            report["control characters removed"] += removed
-            empty = empty and not piece.strip()
-            data = piece.encode(errors="replace")  # half a surrogate pair becomes a question mark
-            digest.update(data)
-            text.write(data)
-            report["bytes read"] += len(data)
-            progress(report["bytes read"])
-        report["documents read"] += 1
-        if empty or digest.digest() in seen:
-            report["empty documents" if empty else "repeated documents"] += 1
-            continue
-        seen.add(digest.digest())
-        text.seek(0)
-        yield text, digest.digest()
-
-
-def append(text, file, split: str, report: Counter, count: int = sys.maxsize) -> None:
-    """Copies up to `count` bytes of `text` to a spool file, as one document."""
-    while count and (block := text.read(min(PIECE, count))):
-        file.write(block)
-        report[split, "bytes"] += len(block)
-        count -= len(block)
-    file.write(b"\0")
-    report[split, "documents"] += 1
-
-
-def cut_in_order(text, files: dict, s: Settings, report: Counter) -> None:
-    """train | val | test: each ends after the first line end behind its fraction of the bytes."""
-    size = text.seek(0, io.SEEK_END)
-
-    def line_end(fraction: float, start: int) -> int:
-        text.seek(max(start, round(fraction * size)))
-        line = text.readline(PIECE)
-        if not line.endswith(b"\n"):  # none near: after a space, or at least after a character
-            text.seek(-len(line), io.SEEK_CUR)
-            text.readline(line.find(b" ") + 1 or len(line) - len(line.lstrip(INSIDE)))
-        return text.tell()
-
-    first = line_end(1 - s.val - s.test, 0) if s.val + s.test else size
-    second = line_end(1 - s.test, first) if s.val and s.test else size if s.val else first
-    cuts = [0, first, second, size]
-    for split, start, end in zip(SPLITS, cuts, cuts[1:], strict=False):
-        if end > start:
-            text.seek(start)
-            append(text, files[split], split, report, end - start)
-
-
 # --- 4. and 5. the work of the processes: a chunk of a spool file, given by its number
-
-
-def read_chunk(path: Path, number: int) -> str:
-    """Chunk `number` of a spool file, about PIECE bytes: chunks meet at safe cuts."""
-    with open(path, "rb") as f:
-        start, end = boundary(f, number * PIECE), boundary(f, (number + 1) * PIECE)
-        f.seek(start)
-        return f.read(end - start).decode()
-
-
-def boundary(f, position: int) -> int:
-    """The first safe cut after `position`; the next whole character if none is near."""
-    if position == 0:
-        return 0
-    f.seek(position)
-    window = f.read(PIECE // 16)
-    inside = len(window) - len(window.lstrip(INSIDE))
-    text = window[inside:].decode(errors="ignore")
-    cut = SAFE_CUT.search(text)
-    return position + inside + (len(text[: cut.end()].encode()) if cut else 0)
 
 
 def count_words(path: Path, number: int) -> Counter:

@@ -17,5 +17,6 @@ batch_tokens = 16 * 128
 lr = 0.015
 decay = 0.8
 grad_clip = 0
-eval_every = 1900
+eval_every = 950
 save_every = 950
+log_every = 25

@@ -18,4 +18,5 @@ decay = 0.8
 grad_clip = 0
 eval_every = 875
 save_every = 875
+log_every = 25
 sample_prompt = "def "

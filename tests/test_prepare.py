@@ -11,6 +11,7 @@ from conftest import make_text
 
 import prepare
 import sources
+import spool
 from dataset import Dataset
 
 
@@ -130,7 +131,7 @@ def test_same_input_same_bytes_whatever_the_workers(tmp_path, text_file):
 
 def test_a_long_document_goes_through_in_pieces(tmp_path, monkeypatch):
     """Small pieces: characters, line ends and words lie across every kind of border."""
-    for module in (prepare, sources):
+    for module in (prepare, sources, spool):
         monkeypatch.setattr(module, "PIECE", 1000)
     monkeypatch.setattr(prepare, "ProcessPoolExecutor", InProcess)  # so that it holds for workers
     text = make_text(400, seed=5) + "文" * 3000 + "\n" + "x" * 3000 + "\n　　缩进。\n" * 400
@@ -159,11 +160,11 @@ class InProcess:
 
 
 def test_chunks_are_cut_where_tokens_do_not_change(monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare, "PIECE", 4000)
+    monkeypatch.setattr(spool, "PIECE", 4000)
     text = make_text(500, seed=2).replace("学习", "learns")
     path = tmp_path / "spool"
     path.write_bytes(text.encode() + b"\0")
-    chunks = [prepare.read_chunk(path, i) for i in range(-(-path.stat().st_size // 4000))]
+    chunks = [spool.read_chunk(path, i) for i in range(-(-path.stat().st_size // 4000))]
     assert "".join(chunks) == text + "\0"
     words = prepare.regex.findall(prepare.SPLIT, text)
     cut = [word for chunk in chunks for word in prepare.regex.findall(prepare.SPLIT, chunk[:-1])]

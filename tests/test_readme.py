@@ -58,7 +58,11 @@ def test_every_command_of_the_readme_runs(place):
             pytest.importorskip("matplotlib")
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            ["bash", "-c", small(command)], cwd=place, env=environment, capture_output=True, text=True
+            ["bash", "-c", small(command)],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode in (0, 2 if "stpes" in command else 0), f"{command}\n{done.stderr}"
         ran.append(command)
@@ -70,7 +74,9 @@ def test_the_two_commands_come_first():
     first, second = BLOCKS[:2]
     assert first.strip().endswith("&& python train.py config/small.py")
     assert second.strip().endswith("python -m pytest")
-    assert all("python3 -m venv .venv && . .venv/bin/activate" in block for block in (first, second))
+    assert all(
+        "python3 -m venv .venv && . .venv/bin/activate" in block for block in (first, second)
+    )
 
 
 def test_files_that_are_named_exist():
