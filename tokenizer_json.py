@@ -92,7 +92,7 @@ def from_json(info: dict, name: str, vocab_size: int, ends: list) -> Tokenizer:
     # 2. the tokens; one that its own bytes do not lead to is in no text, and so is special
     order = {}  # (left, right), as bytes: its place in the order of merges
     for i, pair in enumerate(model["merges"]):
-        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        left, right = pair.split(" ", 1) if isinstance(pair, str) and " " in pair else pair
         order[unspell(left), unspell(right)] = i
     ranks, special, made = {}, {}, {}
     for text, i in model["vocab"].items():
@@ -105,8 +105,10 @@ def from_json(info: dict, name: str, vocab_size: int, ends: list) -> Tokenizer:
         else:
             special[text] = i
     special |= {token["content"]: token["id"] for token in added}
-    missing = 256 - sum(len(token) == 1 for token in ranks)
-    require(not missing, f"{missing} of the 256 bytes to be left out")
+    single = sum(len(token) == 1 for token in ranks)
+    require(single == 256, f"no more than {single} of the 256 bytes")
+    ids = [*ranks.values()]
+    require(len({*ids}) == len(ids) and min(ids) >= 0, "the same id for two tokens")
     in_order = [made[k] for k in sorted(made)]
     require(in_order == sorted(in_order), "ids in another order than its merges")
     for token in ranks.keys() - {left + right for left, right in order}:  # never merged: here
@@ -127,9 +129,12 @@ def from_json(info: dict, name: str, vocab_size: int, ends: list) -> Tokenizer:
     end = next((known[e] for e in [*ends, END_OF_TEXT] if e in known), ranks[b"\0"])
     if pattern == GPT2_SPLIT and vocab_size == 50257:
         name = "gpt2"  # whichever model has it: its data are prepared with --tokenizer=gpt2
-    encoding = tiktoken.Encoding(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-    )
+    try:
+        encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+    except ValueError as e:
+        raise ValueError(f"the tokenizer of {name} cuts words by {pattern!r}: {e}") from e
     names = [token["content"] for token in literal]
     return Tokenizer("tiktoken", encoding, forms[0] if forms else None, end, names)
 

@@ -189,9 +189,7 @@ def train(s: Settings, stop: Stop) -> int:
     machine.start(here, s.deterministic)
     say = print if here.rank == 0 else lambda *_: None  # the first process speaks for all
     say(f"machine: {here.why}")
-    stop.at_once = (
-        here.world == 1 or here.compile
-    )  # processes that wait for each other stop together
+    stop.at_once = here.world == 1 or here.compile  # otherwise the processes stop together
 
     # 2. the data
     data = Dataset(s.data, s.tokenizer)

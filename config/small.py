@@ -2,7 +2,8 @@
 #
 #     python train.py config/small.py
 #
-# Expected result: @@SMALL@@
+# Expected result: about 1.44 bits per byte of unseen files (xz -9e 1.69, gzip -9 1.95) after three
+# minutes on two CPU cores with fast bfloat16; the figures of another Python's library differ.
 
 data = "data/python"
 

@@ -20,6 +20,7 @@ from test_train import rows, training, weights
 
 import checkpoint
 from metrics import read_metrics
+from run import lock
 
 BUSY = ["--steps=120", "--eval_every=20", "--save_every=7", "--dropout=0.1", "--device_batch=4"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -37,6 +38,29 @@ def start(data, out, *settings, launcher=()) -> subprocess.Popen:
     return subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", process_group=0
     )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """uninterrupted(launcher): a run with the settings BUSY that nothing has disturbed."""
+    runs = {}
+
+    def run(launcher=()):
+        key = len(launcher) > 0
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp("uninterrupted") / "run"
+            process = start(data, runs[key], *BUSY, launcher=launcher)
+            output, _ = process.communicate()
+            assert process.returncode == 0, output
+        return runs[key]
+
+    return run
+
+
+def assert_equal_runs(run, whole) -> None:
+    assert weights(run, 120) == weights(whole, 120)
+    assert rows(run) == rows(whole)
+    assert [row["step"] for row in training(run)] == list(range(1, 121))
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -85,9 +109,7 @@ def test_killed_at_every_durable_operation(train, monkeypatch):
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.soak)])
-def test_killed_at_random_moments(data, tmp_path, kills):
-    whole = start(data, tmp_path / "whole", *BUSY)
-    assert whole.wait() == 0
+def test_killed_at_random_moments(data, tmp_path, kills, uninterrupted):
     rng = random.Random(kills)
     steps = []
     for _ in range(kills):
@@ -101,16 +123,14 @@ def test_killed_at_random_moments(data, tmp_path, kills):
         if len(checkpoint.checkpoints(tmp_path / "parts")) and steps[-1] >= 126:
             shutil.rmtree(tmp_path / "parts")  # it had come to its end
     last = start(data, tmp_path / "parts", *BUSY)
-    assert last.wait() == 0, last.stdout.read()
-    assert weights(tmp_path / "parts", 120) == weights(tmp_path / "whole", 120)
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert [row["step"] for row in training(tmp_path / "parts")] == list(range(1, 121))
+    output, _ = last.communicate()
+    assert last.returncode == 0, output
+    assert_equal_runs(tmp_path / "parts", uninterrupted())
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.soak)])
-def test_torchrun_restarts_a_killed_rank(data, tmp_path, kills):
+def test_torchrun_restarts_a_killed_rank(data, tmp_path, kills, uninterrupted):
     launcher = [*TORCHRUN, f"--max-restarts={kills}"]
-    whole = start(data, tmp_path / "whole", *BUSY, launcher=launcher)
     process = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
     for kill in range(kills):
         want = (kill + 1) * 100 // (kills + 1)
@@ -125,9 +145,7 @@ def test_torchrun_restarts_a_killed_rank(data, tmp_path, kills):
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "resumed from step" in output
-    assert whole.wait() == 0
-    assert weights(tmp_path / "parts", 120) == weights(tmp_path / "whole", 120)
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert_equal_runs(tmp_path / "parts", uninterrupted(TORCHRUN))
 
 
 @pytest.mark.soak
@@ -282,10 +300,9 @@ def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
 
 @pytest.mark.parametrize("stops", [2, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["one process", "two processes"])
-def test_stopped_at_random_moments(data, tmp_path, stops, launcher):
+def test_stopped_at_random_moments(data, tmp_path, stops, launcher, uninterrupted):
     if launcher and stops == 2:
         stops = 1
-    whole = start(data, tmp_path / "whole", *BUSY, launcher=launcher)
     rng = random.Random(stops)
     for i in range(stops):
         process = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
@@ -302,14 +319,12 @@ def test_stopped_at_random_moments(data, tmp_path, stops, launcher):
     last = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
     output, _ = last.communicate()
     assert last.returncode == 0, output
-    assert whole.wait() == 0
-    assert weights(tmp_path / "parts", 120) == weights(tmp_path / "whole", 120)
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert_equal_runs(tmp_path / "parts", uninterrupted(launcher))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(data, tmp_path, number):
-    slow = ["--n_embd=512", "--n_layer=8", "--batch_tokens=4096", "--steps=100"]
+    slow = ["--n_embd=256", "--n_layer=4", "--batch_tokens=4096", "--steps=100"]
     process = start(data, tmp_path / "run", *slow)
     wait_for(lambda: read_metrics(tmp_path / "run"), process)
     process.send_signal(number)
@@ -388,4 +403,4 @@ def test_the_lock_is_the_kernels(data, tmp_path):
     script("train.py", *argv, "--steps=100000", status=2)
     process.kill()
     process.wait()
-    script("train.py", *argv, "--steps=1", "--fresh")
+    lock(tmp_path / "run").close()

@@ -11,6 +11,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+COMMANDS = [line.split("&& ")[-1] for line in COMMANDS]  # less what sets everything up
 
 SMALL = ["--steps=2", "--batch_tokens=512", "--block_size=64", "--n_layer=1", "--n_head=2"]
 SMALL += ["--n_embd=32", "--device_batch=2", "--sample_tokens=5", "--eval_every=2"]
@@ -25,6 +26,10 @@ def place(tmp_path_factory, data):
     (folder / "data").mkdir()
     for name in ("python", "shakespeare"):
         (folder / "data" / name).symlink_to(data)
+    for name in ("shakespeare", "nanogpt_cpu"):  # runs that README's results tell of
+        (folder / "out" / name).mkdir(parents=True)
+        row = '{"step": 1, "loss": 2.0, "tokens": 8, "seconds": 1.0}\n'
+        (folder / "out" / name / "metrics.jsonl").write_text(row)
     (folder / "my_text.txt").write_text((ROOT / "README.md").read_text() * 20)
     (folder / "some_file.py").write_text("import os\n")
     return folder
