@@ -176,11 +176,11 @@ def decode_ours(s: Settings, dtype: str, samples: int = 1, context: int = 1) -> 
     import torch
 
     from model import GPT, GPTConfig
-    from sample import generate, prepared
+    from sample import generate
 
     model = GPT(GPTConfig(**SHAPE))
     model.init_weights(0, zero_init=False)
-    model = prepared(model.eval(), dtype)
+    model = model.eval().to(getattr(torch, dtype))
     prompt = torch.randint(SHAPE["vocab_size"], (context,)).tolist()
     steps = generate(model, prompt, 10**9, temperature=0, num_samples=samples)
     next(steps)  # the prompt is read

@@ -117,7 +117,7 @@ def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
             value = 0  # as in GPTConfig: derived, or off
         kind = (int, float) if types[ours] is float else int  # a bool is an int, too
         fits = isinstance(value, kind) and isinstance(value, bool) == (types[ours] is bool)
-        if not fits or value < least:
+        if not fits or not least <= value < 2**31:
             raise ValueError(f"config.json of {source} has {key}={value!r}, which cannot be")
         values[ours] = value
     if values["position"] == "rotary":
@@ -128,7 +128,9 @@ def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
         require(single, f"a rotary scaling ({kind})")
         partial = rope.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1
         require(partial == 1, f"a partial rotary embedding ({partial})")
-        values["rope_base"] = rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0
+        base = rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0
+        require(isinstance(base, (int, float)) and base > 0, f"rope_theta={base!r}")
+        values["rope_base"] = float(base)
     return family, GPTConfig(**values)
 
 

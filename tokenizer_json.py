@@ -92,7 +92,7 @@ def from_json(info: dict, name: str, vocab_size: int, ends: list) -> Tokenizer:
     # 2. the tokens; one that its own bytes do not lead to is in no text, and so is special
     order = {}  # (left, right), as bytes: its place in the order of merges
     for i, pair in enumerate(model["merges"]):
-        left, right = pair.split(" ", 1) if isinstance(pair, str) and " " in pair else pair
+        left, right = pair if isinstance(pair, list) else pair.partition(" ")[::2]
         order[unspell(left), unspell(right)] = i
     ranks, special, made = {}, {}, {}
     for text, i in model["vocab"].items():

@@ -8,9 +8,9 @@ Interrupted, it continues where its newest checkpoint stands, when the same comm
 """
 
 import importlib.util
-import json
 import math
 import os
+import shlex
 import time
 from dataclasses import dataclass, fields
 from functools import partial
@@ -339,7 +339,7 @@ def train(s: Settings, stop: Stop) -> int:
         print("\na sample:\n")
         picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
         sample.write_samples(model.eval(), data.tokenizer, s.sample_prompt, picked)
-    print(f"\nnext: python sample.py {s.out} --prompt={json.dumps(s.sample_prompt)}")
+    print(f"\nnext: python sample.py {s.out} --prompt={shlex.quote(s.sample_prompt)}")
     return 0
 
 

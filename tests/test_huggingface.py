@@ -1,0 +1,507 @@
+"""Hugging Face's layout: the same logits, bits, ids and text on both sides, and clear refusals.
+
+transformers makes the models; nothing here needs a network.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections import Counter
+
+import pytest
+import regex
+import torch
+from conftest import make_text, script
+from safetensors.torch import load_file, save_file
+
+import families
+import huggingface
+import tokenizer_json
+from checkpoint import load_model
+from model import GPT, GPTConfig
+from sample import generate
+from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, bytes_tokenizer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+tf = pytest.importorskip("transformers", reason="transformers is not installed")
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+cuts = tokenizers.pre_tokenizers
+
+# --- texts and tokenizers
+
+WORDS = ["<|endoftext|>", "<think>", "</think>", "def f(x):\n    return", " world", "1234567"]
+WORDS += [
+    "  \n\n\t ",
+    "don't I'LL",
+    "黛玉笑道：",
+    "👩‍👩‍👧🇯🇵",
+    "e\u0301\u0323",
+    "か\u3099",
+    "\u1100\u1161\u00a0",
+    "\r\n",
+]
+LLAMA3 = (  # of meta-llama/Meta-Llama-3-8B
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CL100K = (  # of tiktoken: possessive, also behind an interval
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+
+
+def hard_texts(count: int) -> list[str]:
+    rng = random.Random(0)
+    planes = [(9, 127), (9, 127), (0x80, 0x3FF), (0x4E00, 0x9FFF), (1, 0xD7FF), (0xE000, 0x10FFFF)]
+
+    def piece() -> str:
+        return rng.choice(WORDS) if rng.random() < 0.4 else chr(rng.randint(*rng.choice(planes)))
+
+    return ["".join(piece() for _ in range(rng.randint(0, 24))) for _ in range(count)]
+
+
+TEXTS = hard_texts(10_000)
+CORPUS = [make_text(600), *TEXTS[:1000]]
+
+
+def bpe(*words, normalizer=None, special=("<|endoftext|>",), vocab_size=800, **options):
+    """A tokenizer that the library itself learns; the last of `words` is use_regex."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(**options))
+    last = cuts.ByteLevel(add_prefix_space=False, use_regex=words[-1])
+    t.pre_tokenizer = cuts.Sequence([*words[:-1], last]) if words[:-1] else last
+    t.decoder = tokenizers.decoders.ByteLevel()
+    if normalizer:
+        t.normalizer = normalizer
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=cuts.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    t.train_from_iterator(CORPUS, trainer)
+    return t
+
+
+def split(pattern: str):
+    return cuts.Split(tokenizers.Regex(pattern), "isolated")
+
+
+def qwen3():
+    t = bpe(
+        split(LLAMA3.replace("{1,3}", "")),
+        False,
+        normalizer=tokenizers.normalizers.NFC(),
+        special=(),
+    )
+    flags = dict(normalized=False)
+    t.add_tokens([tokenizers.AddedToken("<|endoftext|>", special=True, **flags)])
+    t.add_tokens(
+        [tokenizers.AddedToken(word, special=False, **flags) for word in ("<think>", "</think>")]
+    )
+    return t
+
+
+KINDS = {
+    "gpt2": lambda: bpe(True),
+    "smollm": lambda: bpe(cuts.Digits(individual_digits=True), True),
+    "digits": lambda: bpe(cuts.Digits(individual_digits=False), True),
+    "llama3": lambda: bpe(split(LLAMA3), False, special=(), ignore_merges=True),
+    "interval": lambda: bpe(split(LLAMA3.replace("1,3}", "1,3}+")), False),
+    "qwen3": qwen3,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_imported_ids_are_those_of_the_tokenizers_library(kind):
+    theirs = KINDS[kind]()
+    size = theirs.get_vocab_size()
+    ours = tokenizer_json.from_json(json.loads(theirs.to_str()), kind, size + 3, [])
+    theirs.encode_special_tokens = True  # in a text, they are text here
+    assert [ours.encode(t) for t in TEXTS] == [theirs.encode(t).ids for t in TEXTS]
+    decoded = theirs.decode_batch([ours.encode(t) for t in TEXTS], skip_special_tokens=False)
+    assert [ours.decode(ours.encode(t)) for t in TEXTS] == decoded
+    assert ours.vocab_size == size + 3 and ours.decode([size + 2])  # ids without a token decode
+    if "<|endoftext|>" in theirs.get_vocab():
+        assert ours.end_of_text == theirs.token_to_id("<|endoftext|>")
+
+
+def ours_of(kind: str) -> Tokenizer:
+    if kind == "bytes":
+        return bytes_tokenizer()
+    words = Counter(regex.findall(SPLIT, "".join(CORPUS)))
+    learned = bpe_tokenizer(words, 600)
+    if kind == "cl100k":
+        encoding = learned.encoding
+        learned.encoding = type(encoding)(
+            "cl100k",
+            pat_str=CL100K,
+            mergeable_ranks=encoding._mergeable_ranks,
+            special_tokens=encoding._special_tokens,
+        )
+    return learned
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "cl100k", "qwen3"])
+def test_exported_ids_are_ours(kind):
+    if kind == "qwen3":
+        info = json.loads(qwen3().to_str())
+        ours = tokenizer_json.from_json(info, kind, 810, [])
+    else:
+        ours = ours_of(kind)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.to_json(ours)))
+    theirs.encode_special_tokens = True
+    assert [ours.encode(t) for t in TEXTS] == [theirs.encode(t).ids for t in TEXTS]
+    assert theirs.get_vocab_size() == ours.vocab_size
+    assert all(theirs.token_to_id(text) == i for text, i in ours.special.items())
+
+
+def test_an_added_token_that_is_not_special_is_read_in_a_text_and_stored(tmp_path):
+    ours = tokenizer_json.from_json(json.loads(qwen3().to_str()), "qwen3", 810, [])
+    assert ours.special["<think>"] in ours.encode("a<think>b")
+    assert ours.special["<|endoftext|>"] not in ours.encode("a<|endoftext|>b")
+    ours.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.digest() == ours.digest() and loaded.end_of_text == ours.end_of_text
+    assert [loaded.encode(t) for t in TEXTS[:100]] == [ours.encode(t) for t in TEXTS[:100]]
+
+
+# --- models
+
+SMALL = dict(hidden_size=72, intermediate_size=100, num_hidden_layers=2, num_attention_heads=6)
+SMALL |= dict(max_position_embeddings=70)
+FEW = SMALL | dict(num_attention_heads=3, num_key_value_heads=1)
+TIED = dict(tie_word_embeddings=True)
+GPT2 = dict(n_embd=60, n_layer=2, n_head=5, n_positions=65)
+MODELS = {
+    "gpt2": (tf.GPT2Config, GPT2 | dict(vocab_size=507)),
+    "gpt2 untied": (tf.GPT2Config, GPT2 | dict(vocab_size=401, n_inner=99) | dict.fromkeys(TIED)),
+    "llama": (tf.LlamaConfig, SMALL | dict(vocab_size=501, num_key_value_heads=2)),
+    "llama tied 64": (tf.LlamaConfig, FEW | TIED | dict(vocab_size=499, head_dim=64)),
+    "qwen3": (tf.Qwen3Config, SMALL | dict(vocab_size=509, head_dim=24, num_key_value_heads=3)),
+    "qwen3 tied 128": (tf.Qwen3Config, FEW | TIED | dict(vocab_size=503, head_dim=128)),
+    "nanochat": (tf.NanoChatConfig, SMALL | dict(vocab_size=511, num_key_value_heads=3)),
+    "nanochat tied 64": (tf.NanoChatConfig, FEW | TIED | dict(vocab_size=487, head_dim=64)),
+}
+
+
+def make_theirs(kind: str, folder, **options):
+    """A random model of transformers, saved in `folder` with a tokenizer."""
+    cls, settings = MODELS[kind]
+    settings = {k: bool(v) if k == "tie_word_embeddings" else v for k, v in settings.items()}
+    torch.manual_seed(len(kind))
+    model = tf.AutoModelForCausalLM.from_config(cls(**settings)).eval()
+    for name, p in model.named_parameters():  # also what transformers sets to zero or one
+        p.data = torch.randn(p.shape) * 0.1 + (p.ndim == 1 and name.endswith("weight"))
+    model.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
+    bpe(True, vocab_size=settings["vocab_size"] - 3).save(str(folder / "tokenizer.json"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """both(kind): a model of transformers, and the folder of theirs and of ours."""
+    made = {}
+
+    def make(kind: str):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("both")
+            model = make_theirs(kind, folder / "theirs")
+            huggingface.main(["import", str(folder / "theirs"), str(folder / "ours")])
+            made[kind] = (model, folder / "theirs", folder / "ours")
+        return made[kind]
+
+    return make
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        out = model(tokens)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_imported_model_computes_what_it_computed_there(kind, both):
+    theirs, _, folder = both(kind)
+    ours, tokenizer = load_model(folder)
+    assert tokenizer.vocab_size == ours.config.vocab_size == theirs.config.vocab_size
+    tokens = torch.randint(ours.config.vocab_size, (2, ours.config.block_size))
+    assert (logits(ours, tokens) - logits(theirs, tokens)).abs().max() < 1e-5
+    greedy = [i for (i,) in generate(ours, tokens[0, :5].tolist(), 40, temperature=0)]
+    mask = torch.ones(1, 5, dtype=torch.long)
+    options = dict(max_new_tokens=40, do_sample=False, eos_token_id=None, attention_mask=mask)
+    assert greedy == theirs.generate(tokens[:1, :5], **options)[0, 5:].tolist()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_exported_model_computes_what_it_computes_here(kind, both, tmp_path):
+    theirs, _, folder = both(kind)
+    ours, tokenizer = load_model(folder)
+    huggingface.main(["export", str(folder), str(tmp_path / "out")])
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(model) is type(theirs)
+    tokens = torch.randint(ours.config.vocab_size, (2, ours.config.block_size))
+    assert (logits(ours, tokens) - logits(model, tokens)).abs().max() < 1e-5
+    for config in (model.config, model.generation_config):
+        ids = {config.bos_token_id, config.eos_token_id, config.pad_token_id}
+        assert ids == {tokenizer.end_of_text}
+    words = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [words(t).input_ids for t in TEXTS[:200]] == [tokenizer.encode(t) for t in TEXTS[:200]]
+    assert words.eos_token_id == words.pad_token_id == tokenizer.end_of_text
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_export_and_import_give_identical_bits(kind, both, tmp_path):
+    _, _, folder = both(kind)
+    huggingface.main(["export", str(folder), str(tmp_path / "out")])
+    huggingface.main(["import", str(tmp_path / "out"), str(tmp_path / "again")])
+    assert_equal(folder, tmp_path / "again")
+
+
+def assert_equal(one, two):
+    (a, t), (b, u) = load_model(one), load_model(two)
+    assert a.config == b.config and t.digest() == u.digest()
+    assert a.state_dict().keys() == b.state_dict().keys()
+    assert all(torch.equal(a.state_dict()[k], w) for k, w in b.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_shards_is_imported_exactly(dtype, tmp_path):
+    make_theirs("nanochat", tmp_path / "in", dtype=dtype, max_shard_size="100KB")
+    theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32).eval()
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
+    huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "out")])
+    ours, _ = load_model(tmp_path / "out")
+    tokens = torch.randint(500, (2, 70))
+    assert (logits(ours, tokens) - logits(theirs, tokens)).abs().max() < 1e-5
+
+
+def test_gpt2_is_read_from_the_files_of_2019(tmp_path):
+    """No prefix in the names, buffers among them, vocab.json and merges.txt, a sparse config."""
+    theirs = make_theirs("gpt2", tmp_path / "new")
+    old = tmp_path / "old"
+    old.mkdir()
+    weights = load_file(tmp_path / "new" / "model.safetensors")
+    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 65, 65)}, old / "model.safetensors")
+    settings = dict(model_type="gpt2", vocab_size=507, **GPT2)
+    (old / "config.json").write_text(json.dumps(settings))
+    info = json.loads((tmp_path / "new" / "tokenizer.json").read_text())["model"]
+    (old / "vocab.json").write_text(json.dumps(info["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in info["merges"])
+    (old / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    huggingface.main(["import", str(old), str(tmp_path / "out")])
+    ours, tokenizer = load_model(tmp_path / "out")
+    tokens = torch.randint(507, (1, 65))
+    assert (logits(ours, tokens) - logits(theirs, tokens)).abs().max() < 1e-5
+    there = tokenizers.Tokenizer.from_file(str(tmp_path / "new" / "tokenizer.json"))
+    there.encode_special_tokens = True
+    assert [tokenizer.encode(t) for t in TEXTS[:200]] == [there.encode(t).ids for t in TEXTS[:200]]
+
+
+CLASSIC = ["--position=learned", "--norm=layer", "--norm_weight=true", "--embed_norm=false"]
+CLASSIC += ["--qk_norm=false", "--mlp=gelu", "--logit_cap=0", "--tied=true"]
+
+
+@pytest.mark.parametrize("shape", [[], CLASSIC], ids=["modern", "gpt2 without biases"])
+def test_a_model_trained_here_writes_the_same_text_in_a_pipeline(shape, train, tmp_path, capsys):
+    import sample
+
+    run, out = train("run", "--lr=0.05", "--steps=30", "--block_size=64", *shape), tmp_path / "out"
+    huggingface.main(["export", str(run), str(out)])
+    pipe = tf.pipeline("text-generation", model=str(out), device="cpu")
+    for prompt in ("the ", "Zoë 模型🙂 <|endoftext|>", ""):
+        theirs = pipe(prompt, max_new_tokens=30, do_sample=False)[0]["generated_text"]
+        capsys.readouterr()
+        argv = [f"--prompt={prompt}", "--max_tokens=30", "--temperature=0", "--dtype=float32"]
+        sample.main([str(run), *argv])
+        assert capsys.readouterr().out == theirs + "\n"
+    huggingface.main(["import", str(out), str(tmp_path / "again")])
+    assert_equal(run, tmp_path / "again")
+    card = (out / "README.md").read_text()
+    facts = json.loads(next(run.glob("step-*/state.json")).read_text())
+    for fact in (facts["data_digest"], "tokens seen | 7,680", "val_loss", "--lr=0.05", "```json"):
+        assert fact in card
+
+
+def test_training_goes_on_from_what_was_imported(train, data, tmp_path):
+    run = train("run")
+    huggingface.main(["export", str(run), str(tmp_path / "out")])
+    huggingface.main(["import", str(tmp_path / "out"), str(tmp_path / "in")])
+    options = ["--lr=0", "--embed_lr=0", "--head_lr=0", "--block_size=16", "--dropout=0.1"]
+    tuned = train("tuned", f"--init_from={tmp_path / 'in'}", *options)
+    (a, _), (b, _) = load_model(run, "latest"), load_model(tuned, "latest")
+    assert b.config.block_size == 16 and torch.equal(a.wte.weight, b.wte.weight)
+
+
+def test_importing_takes_little_more_memory_than_the_largest_weight(tmp_path):
+    shape = GPTConfig(257, 64, n_layer=8, n_head=8, n_embd=384)
+    with torch.device("meta"):
+        state = GPT(shape).state_dict()
+    family, settings = families.to_config(shape)
+    names = families.names_there(family, state)
+    weights = {there: torch.ones(state[name].shape) for there, (name,) in names.items()}
+    (tmp_path / "in").mkdir()
+    save_file(weights, tmp_path / "in" / "model.safetensors")
+    huggingface.write_json(tmp_path / "in" / "config.json", settings)
+    size = (tmp_path / "in" / "model.safetensors").stat().st_size
+    code = (
+        "import resource, sys, torch, safetensors.torch, huggingface, families, tokenizer_json\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "torch.zeros(1).float().numpy(); before = peak()\n"
+        f"huggingface.main(['import', {str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}])\n"
+        "print((peak() - before) * (1 if sys.platform == 'darwin' else 1024))\n"
+    )
+    (tmp_path / "peak.py").write_text(code)
+    env = os.environ | {"PYTHONPATH": str(huggingface.Path(huggingface.__file__).parent)}
+    grown = int(script(str(tmp_path / "peak.py"), env=env).split()[-1])
+    assert size > 50_000_000 and grown < size / 2
+
+
+# --- mistakes
+
+
+def rewrite(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def rewrite_tokenizer(**changes):
+    def change(folder):
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def cut(length):
+    def change(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:length])
+
+    return change
+
+
+def sharded(folder):
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    shards = dict(weight_map=dict(a="one.safetensors", b="two.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+
+
+def with_tensor(name: str, tensor):
+    def change(folder):
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {name: tensor}, folder / "model.safetensors")
+
+    return change
+
+
+def scaling(kind: str) -> dict:
+    return dict(rope_type=kind, factor=8.0, rope_theta=10000.0)
+
+
+MISTAKES = {
+    "truncated": (cut(-1), "model.safetensors is damaged or cut short"),
+    "truncated header": (cut(50), "model.safetensors is damaged or cut short"),
+    "empty file": (cut(0), "model.safetensors is damaged or cut short"),
+    "missing shard": (sharded, "two.safetensors is missing, though"),
+    "pickle": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "pytorch_model.bin is a pickle.*convert it.*save_pretrained",
+    ),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
+    "wrong shape": (rewrite(intermediate_size=99), r"has shape \[100, 72\].*implies \[99, 72\]"),
+    "missing tensor": (rewrite(num_hidden_layers=3), "lacks the tensor layers.2"),
+    "spare tensor": (rewrite(num_hidden_layers=1), "needs layers.1"),
+    "absurd size": (rewrite(num_hidden_layers=10**9), "too few for 1000000000 layers"),
+    "integers": (
+        with_tensor("model.norm.weight", torch.zeros(72, dtype=torch.int8)),
+        "needs I8 weights",
+    ),
+    "no setting": (rewrite(hidden_size=None), "hidden_size=None, which cannot be"),
+    "text for a number": (rewrite(rms_norm_eps="a"), "rms_norm_eps='a', which cannot be"),
+    "architecture": (rewrite(model_type="mamba", architectures=["Mamba"]), "has Mamba, but only"),
+    "rotary scaling": (
+        rewrite(rope_parameters=scaling("llama3")),
+        "needs a rotary scaling .llama3",
+    ),
+    "older scaling": (
+        rewrite(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)),
+        "needs a rotary scaling .linear",
+    ),
+    "bias": (rewrite(attention_bias=True), "needs attention_bias=True"),
+    "bias tensor": (
+        with_tensor("model.layers.0.self_attn.q_proj.bias", torch.ones(72)),
+        "needs layers.0.self_attn.q_proj.bias",
+    ),
+    "window": (
+        rewrite(layer_types=["full_attention", "sliding_attention"]),
+        "needs layers of the types full_attention, sliding_attention",
+    ),
+    "activation": (rewrite(hidden_act="gelu"), "needs hidden_act=gelu"),
+    "quantised": (rewrite(quantization_config=dict(bits=4)), "needs quantization_config"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing or damaged"),
+    "half a tokenizer": (
+        lambda d: (d / "tokenizer.json").write_bytes((d / "tokenizer.json").read_bytes()[:99]),
+        "tokenizer.json is missing or damaged",
+    ),
+    "no tokenizer model": (rewrite_tokenizer(model=None), "damaged, or of an unknown kind"),
+    "unigram": (rewrite_tokenizer(model=dict(type="Unigram", vocab=[])), "needs SentencePiece"),
+    "metaspace": (rewrite_tokenizer(pre_tokenizer=dict(type="Metaspace")), "needs SentencePiece"),
+    "lower case": (rewrite_tokenizer(normalizer=dict(type="Lowercase")), "needs the normaliser"),
+    "prefix space": (
+        rewrite_tokenizer(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)),
+        "needs a space before the text",
+    ),
+    "sentencepiece": (
+        lambda d: (d / "tokenizer.json").rename(d / "tokenizer.model"),
+        "needs SentencePiece",
+    ),
+    "small model": (
+        lambda d: rewrite_tokenizer(added_tokens=[dict(id=9999, content="<x>", special=True)])(d),
+        "has id 9999, its model only 501",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_cannot_be_read_is_refused_by_name_and_leaves_nothing(mistake, both, tmp_path):
+    change, sentence = MISTAKES[mistake]
+    shutil.copytree(both("llama")[1], tmp_path / "in")
+    change(tmp_path / "in")
+    with pytest.raises(ValueError, match=sentence) as raised:
+        huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_shapes_that_transformers_lacks_are_refused_by_name(train, tmp_path):
+    run = train("run", "--mlp=swiglu")
+    with pytest.raises(ValueError, match=r"NanoChatForCausalLM, but for mlp=swiglu"):
+        huggingface.main(["export", str(run), str(tmp_path / "out")])
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence_and_status_2(both, tmp_path):
+    import subprocess
+    import sys
+
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("")
+    theirs = str(both("llama")[1])
+    for argv, sentence in {
+        (): "say what to do",
+        ("improt", theirs, "out"): "say what to do",
+        ("import", theirs, str(full)): "exists already: choose another target",
+        ("import", "./nowhere", str(tmp_path / "out")): "no such folder: './nowhere'",
+        ("import", "gpt2", str(tmp_path / "out")): "no such folder: 'gpt2', and no model of that",
+        ("export", theirs, str(tmp_path / "out")): "holds no checkpoint",
+    }.items():
+        command = [sys.executable, huggingface.__file__, *argv]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100)
+        assert done.returncode == 2 and sentence in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+    assert list(full.iterdir()) == [full / "file"] and not (tmp_path / "out").exists()
