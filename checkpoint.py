@@ -8,9 +8,7 @@ A checkpoint is written beside its final name, flushed to disk and then renamed,
 stands on half of one. The manifest holds size and sha256 of every other file and is written last.
 """
 
-import hashlib
 import json
-import mmap
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dataset import sha256_of
 from metrics import best_row
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
@@ -84,19 +83,15 @@ def save(
         ) from e
 
 
-def require_space(run: Path, size: int) -> None:
-    """Raises OSError if the disk has less than `size` bytes left."""
+def require_space(run: Path, size: int) -> int:
+    """The bytes left on the disk of `run`. Raises OSError if they are fewer than `size`."""
     free = shutil.disk_usage(next(p for p in (run, *run.absolute().parents) if p.exists())).free
     if size > free:
         raise OSError(
             f"the disk of {run} is too full: a checkpoint needs {size / 1e6:,.1f} MB and"
             f" {free / 1e6:,.1f} MB are free; earlier checkpoints are whole"
         )
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    return free
 
 
 def prune(run: Path, keep: int = 2) -> None:
@@ -156,7 +151,7 @@ def newest(run: Path) -> tuple[int, int]:
     return 0, 0
 
 
-def find(path: str, which: str = "best") -> Path:
+def find(path: str, checkpoint: str = "best") -> Path:
     """The checkpoint folder meant by `path`: itself, or in a run the best, latest or named one."""
     run = Path(path)
     if not run.is_dir():
@@ -168,16 +163,16 @@ def find(path: str, which: str = "best") -> Path:
     found = checkpoints(run)
     if not found:
         raise ValueError(f"{path} holds no checkpoint: train one with `python train.py`")
-    if which in ("best", "latest"):
+    if checkpoint in ("best", "latest"):
         best = best_row(run)
-        wanted = run / name(best["step"]) if best and which == "best" else found[0]
+        wanted = run / name(best["step"]) if best and checkpoint == "best" else found[0]
         return wanted if wanted in found else found[0]
-    if run / which not in found:
+    if run / checkpoint not in found:
         names = ", ".join(p.name for p in reversed(found))
         raise ValueError(
-            f"{path} has no checkpoint {which!r}: choose best, latest or one of {names}"
+            f"{path} has no checkpoint {checkpoint!r}: choose best, latest or one of {names}"
         )
-    return run / which
+    return run / checkpoint
 
 
 def load_weights(path: Path) -> tuple[GPT, Tokenizer, dict]:
@@ -190,13 +185,13 @@ def load_weights(path: Path) -> tuple[GPT, Tokenizer, dict]:
     return model, Tokenizer.load(path), state
 
 
-def load_model(path: str, which: str = "best", device: str = "cpu") -> tuple[GPT, Tokenizer]:
+def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tuple[GPT, Tokenizer]:
     """An eval-mode model and its tokenizer, from a run or a checkpoint folder.
 
-    `which` is "best" (lowest validation loss), "latest" or a name such as "step-00000400". Raises
-    ValueError if there is none or if it is damaged.
+    `checkpoint` is "best" (lowest validation loss), "latest" or a name such as "step-00000400".
+    Raises ValueError if there is none or if it is damaged.
     """
-    model, tokenizer, _ = load_weights(find(path, which))
+    model, tokenizer, _ = load_weights(find(path, checkpoint))
     return model.to(device).eval(), tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The shard format, and batches as a pure function of (seed, step, rank).
+"""The shard format, and batches as a pure function of (seed, step), shared out to the ranks.
 
     data/<name>/   train_000000.bin ...  val_000000.bin ... meta.json  encoding.json  vocab.tiktoken
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import Tokenizer, published_tokenizer
+from tokenizer import Tokenizer, bytes_tokenizer, published_tokenizer
 
 HEADER_INTS = 256
 FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # token type: magic, version
@@ -91,6 +91,14 @@ class Split:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.tokens = int(self.ends[-1])
 
+    def require(self, block_size: int) -> None:
+        """Raises ValueError if the split is too short for a window of `block_size` + 1 tokens."""
+        if self.tokens <= block_size:
+            raise ValueError(
+                f"the split {self.paths[0].parent} has {self.tokens} tokens, but a window takes"
+                f" block_size + 1 = {block_size + 1}: use more text or a smaller block_size"
+            )
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count as int64, fewer at the end of the split."""
         parts = []
@@ -105,8 +113,8 @@ class Split:
     ):
         """Inputs and targets (rows / world, block_size), int64: one rank's share of batch `step`.
 
-        A global batch is the next `rows` windows of an endless sequence that shuffles all windows
-        anew in each epoch: it depends on nothing but the arguments.
+        `step` counts from 0. A global batch is the next `rows` windows of an endless sequence that
+        shuffles all windows anew in each epoch: it depends on nothing but the arguments.
         """
         share = rows // world
         windows = []
@@ -191,7 +199,8 @@ class Dataset:
                     f"{folder} has no meta.json: name the vocabulary of its shards, as in"
                     " --tokenizer=gpt2"
                 )
-            self.tokenizer = published_tokenizer(tokenizer)
+            of_bytes = tokenizer == "bytes"
+            self.tokenizer = bytes_tokenizer() if of_bytes else published_tokenizer(tokenizer)
 
     def split(self, name: str) -> Split:
         """The split called `name`; the sizes of its shards are checked, their content is not."""
@@ -201,7 +210,9 @@ class Dataset:
         for path in paths:
             if not path.exists():
                 raise ValueError(f"{path} is missing: prepare the data again")
-        return Split(paths, self.text_bytes.get(name))
+        split = Split(paths, self.text_bytes.get(name))
+        split.require(1)  # one token to read, one to predict
+        return split
 
     def verify(self) -> str:
         """Reads all shards and returns a digest of the whole: equal digests mean equal data."""

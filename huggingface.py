@@ -24,7 +24,9 @@ import config
 @dataclass
 class Settings:
     command: tuple = ()  # import SOURCE TARGET, or export CHECKPOINT TARGET
-    which: str = "best"  # of a run to export: best (lowest validation loss), latest, or step-...
+    checkpoint: str = (
+        "best"  # of a run to export: best (lowest validation loss), latest, or step-...
+    )
 
 
 WANTED = ["*.json", "*.safetensors", "merges.txt"]  # of a model on huggingface.co
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> None:
     if command == "import":
         import_model(source, locate(source), Path(target))
     else:
-        export_model(source, s.which, Path(target))
+        export_model(source, s.checkpoint, Path(target))
 
 
 # --- in

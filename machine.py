@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -71,12 +72,19 @@ def pick(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> Ma
     if not has.get(kind):
         there = ", ".join(k for k in has if has[k])
         raise ValueError(f"device={device!r} is not to be had here: choose auto or one of {there}")
+    if world > 1 and kind == "mps":
+        if device != "auto":
+            raise ValueError(f"device={device!r} serves one process: use cpu, or no torchrun")
+        kind = "cpu"
     if world > 1 and kind == "cuda":
         device = f"cuda:{local}"
     try:
         chosen = torch.device(kind if device == "auto" else device)
     except RuntimeError as e:
         raise ValueError(f"device={device!r} is not to be had here: choose auto or {kind}") from e
+    if kind == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device={str(chosen)!r} is not to be had: there are {count} GPUs")
     why = [f"{world} process{'es' if world > 1 else ''} on {chosen}"]
 
     fast, reason = fast_dtype(kind)
@@ -121,7 +129,9 @@ def start(here: Machine, deterministic: bool) -> None:
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             how = dict(store=dist.PrefixStore(f"attempt {attempt}", store))
             how |= dict(rank=here.rank, world_size=here.world)
-        dist.init_process_group(backend, **how)
+        # the first process may have a corpus to prepare or terabytes to verify
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **how)
+        here.sum([0])  # all are here: NCCL alone would not wait
         atexit.register(dist.destroy_process_group)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 def best_row(run: Path) -> dict | None:
     """The evaluation with the lowest validation loss, if there is one."""
-    rows = [row for row in read_metrics(run) if isinstance(row.get("val_loss"), float)]
+    rows = [row for row in read_metrics(run) if math.isfinite(row.get("val_loss") or math.nan)]
     return min(rows, key=lambda row: row["val_loss"], default=None)
 
 

@@ -335,10 +335,8 @@ class GPT(nn.Module):
         """The head: hidden states (..., C) to float32 logits (..., V)."""
         weight = self.wte.weight if self.config.tied else self.head.weight  # (V, C)
         V, cap = self.config.vocab_size, self.config.logit_cap
-        if (
-            x.is_cuda
-        ):  # tensor cores want a multiple of 64: zero rows here, cut off again, never stored
-            weight = F.pad(weight, (0, 0, 0, -V % 64))
+        if x.is_cuda:  # tensor cores want a multiple of 64
+            weight = F.pad(weight, (0, 0, 0, -V % 64))  # zero rows: cut off below, never stored
         logits = F.linear(x, weight)[..., :V].float()
         # cap * tanh(logits / cap), but tanh is several times slower than sigmoid on a CPU
         return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits

@@ -48,7 +48,8 @@ class LossScale:
 
     def __init__(self, dtype: torch.dtype, state: list | None = None):
         self.on = dtype == torch.float16
-        self.value, self.good_steps = state or (2.0**16 if self.on else 1.0, 0)
+        first = (2.0**16 if self.on else 1.0, 0)
+        self.value, self.good_steps = state if self.on and state else first
 
     def unscale(self, parameters: list[nn.Parameter]) -> None:
         if self.on:
@@ -63,8 +64,8 @@ class LossScale:
         elif self.good_steps % 2000 == 0:
             self.value *= 2
 
-    def state(self) -> list:
-        return [self.value, self.good_steps]
+    def state(self) -> list | None:
+        return [self.value, self.good_steps] if self.on else None
 
 
 class Muon(torch.optim.Optimizer):

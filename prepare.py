@@ -14,11 +14,12 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -105,14 +106,14 @@ def prepare(s: Settings) -> None:
                 )
         workers = s.workers or cores()
         with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
-            tokenizer = tokenizer or learn_bpe(s, partial / "spool_train", pool)
+            tokenizer = tokenizer or learn_bpe(s, partial / "spool_train", pool, workers)
         tokenizer.save(partial)
         meta = dict(settings=settings, vocab_size=tokenizer.vocab_size)
         meta |= dict(tokenizer_sha256=tokenizer.digest(), splits={})
         initial = dict(initializer=start_worker, initargs=(partial,))
         with ProcessPoolExecutor(workers, get_context("spawn"), **initial) as pool:
             for split in SPLITS:
-                shards = encode_split(split, partial, tokenizer, pool)
+                shards = encode_split(split, partial, tokenizer, pool, workers)
                 facts = dict(shards=shards, tokens=sum(shard["tokens"] for shard in shards))
                 facts |= {key: report[split, key] for key in ("bytes", "documents")}
                 meta["splits"][split] = facts
@@ -194,6 +195,17 @@ def cores() -> int:
 # --- 4. and 5. the work of the processes: a chunk of a spool file, given by its number
 
 
+def in_order(pool, workers: int, function, path: Path, numbers) -> Iterator:
+    """function(path, number) for all `numbers`, in order, never far ahead of the reader."""
+    numbers, waiting = iter(numbers), deque()
+    while True:
+        some = islice(numbers, 2 * workers - len(waiting))
+        waiting.extend(pool.submit(function, path, number) for number in some)
+        if not waiting:
+            return
+        yield waiting.popleft().result()
+
+
 def count_words(path: Path, number: int) -> Counter:
     words = Counter()
     for document in read_chunk(path, number).split("\0"):
@@ -222,13 +234,14 @@ def encode_chunk(path: Path, number: int) -> np.ndarray:
     return tokens.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else tokens
 
 
-def learn_bpe(s: Settings, path: Path, pool) -> Tokenizer:
+def learn_bpe(s: Settings, path: Path, pool, workers: int) -> Tokenizer:
     chunks = -(-path.stat().st_size // PIECE)
     keep = min(chunks, s.bpe_bytes // PIECE)
     numbers = [i * chunks // keep for i in range(keep)]  # evenly spread
     words: Counter = Counter()
     progress = Progress("counting words", keep * PIECE)
-    for i, counted in enumerate(pool.map(count_words, [path] * keep, numbers), start=1):
+    found = in_order(pool, workers, count_words, path, numbers)
+    for i, counted in enumerate(found, start=1):
         words.update(counted)
         progress(i * PIECE)
     progress.end()
@@ -238,14 +251,15 @@ def learn_bpe(s: Settings, path: Path, pool) -> Tokenizer:
     return tokenizer
 
 
-def encode_split(split: str, folder: Path, tokenizer: Tokenizer, pool) -> list[dict]:
+def encode_split(split: str, folder: Path, tokenizer: Tokenizer, pool, workers: int) -> list[dict]:
     """Writes the shards of one split, in order, and returns their names, tokens and sha256."""
     path = folder / f"spool_{split}"
     size = path.stat().st_size
     chunks = range(-(-size // PIECE))
     writer = ShardWriter(folder, split, tokenizer.vocab_size)
     progress = Progress(f"encoding {split}", size)
-    for i, tokens in enumerate(pool.map(encode_chunk, [path] * len(chunks), chunks), start=1):
+    encoded = in_order(pool, workers, encode_chunk, path, chunks)
+    for i, tokens in enumerate(encoded, start=1):
         writer.write(tokens)
         progress(min(size, i * PIECE))
     progress.end()

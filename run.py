@@ -8,12 +8,14 @@ import os
 import shutil
 import time
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import checkpoint
+from machine import Machine
 from metrics import MetricsLog, start_trackers
 from tokenizer import Tokenizer
 
@@ -35,17 +37,24 @@ class Run:
     Raises ValueError if another process works in the folder.
     """
 
-    def __init__(self, s, start: float):
+    def __init__(self, s, start: float, here: Machine):
         self.s, self.start, self.folder = s, start, Path(s.out)
         self.step, self.files, self.lock = 0, 0, None
+        self.circumstances = dict(  # what equal bits depend on, beside settings and data
+            processes=here.world,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            device=here.device.type,
+            dtype=str(here.dtype),
+            compile=here.compile,
+        )
+        # what torchrun restarts must not begin anew once more
+        self.fresh = s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if not self.folder.exists():
             return  # made in `begin`, when no mistake has been found
         self.lock = lock(self.folder)
-        # what torchrun restarts must not begin anew once more
-        if s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            move_aside(self.folder)
-            self.lock = None
-            return
+        if self.fresh:
+            return  # moved aside in `begin`, likewise
         for pattern in ("step-*.partial", "step-*.old"):  # an interrupted save or deletion
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover)
@@ -62,7 +71,10 @@ class Run:
         if self.step:
             self.check(state)
         need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
-        checkpoint.require_space(self.folder, need)
+        free = checkpoint.require_space(self.folder, need)
+        if self.fresh and self.lock:
+            move_aside(self.folder)
+            self.lock = None
         self.lock = self.lock or lock(self.folder)
         self.log = MetricsLog(self.folder, self.step, state["metrics"])
         path = self.folder / "config.json"
@@ -72,7 +84,7 @@ class Run:
             if not path.exists() or path.read_bytes() not in (settings, before):
                 print(f"{path} is not that of the checkpoint: written anew")
         checkpoint.write_durably(path, settings)
-        print(f"a checkpoint takes up to {need / 1e6:,.1f} MB of the disk")
+        print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder)
 
     def check(self, state: dict) -> None:
@@ -96,9 +108,9 @@ class Run:
         print(f"resumed from step {self.step} of {self.folder} ({verified})")
         if before["steps"] != now["steps"]:
             print(f"steps was {before['steps']}, is {now['steps']}: the learning rate follows")
-        for name, value in circumstances().items():
-            if state["machine"][name] != value:
-                was = state["machine"][name]
+        for name, value in self.circumstances.items():
+            was = state["machine"].get(name)
+            if was != value:
                 print(f"{name} was {was}, is {value}: the same data, but not the same bits")
 
     def elapsed(self) -> float:
@@ -118,19 +130,13 @@ class Run:
         """Writes the checkpoint after `step` updates."""
         state = dict(step=step, settings=asdict(self.s), model=asdict(model.config))
         state |= dict(data_digest=self.digest, metrics=self.log.mark(), loss_scale=scale)
-        state |= dict(seconds=self.elapsed(), machine=circumstances())
+        state |= dict(seconds=self.elapsed(), machine=self.circumstances)
         tensors = checkpoint.optimizer_tensors(model, optimizers)
         checkpoint.save(self.folder, step, model.state_dict(), tensors, state, tokenizer)
 
     def close(self) -> None:
         for track in self.trackers:
             track(None)
-
-
-def circumstances() -> dict:
-    """What equal bits depend on, beside settings and data."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    return dict(processes=world, threads=torch.get_num_threads(), torch=torch.__version__)
 
 
 def lock(folder: Path):
@@ -152,8 +158,6 @@ def move_aside(folder: Path) -> None:
     """Renames the folder of a run that has something in it to the next free <name>.1, .2, ..."""
     if not any(path.name != "lock" for path in folder.iterdir()):
         return
-    numbers = iter(range(1, 1_000_000))
-    while (aside := folder.with_name(f"{folder.name}.{next(numbers)}")).exists():
-        pass
+    aside = next(p for n in count(1) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
     folder.rename(aside)
     print(f"the old run is now {aside}")

@@ -15,8 +15,8 @@ import config
 
 @dataclass
 class Settings:
-    checkpoint: str = "out/small"  # a run, or one checkpoint of it
-    which: str = "best"  # of a run: best (lowest validation loss), latest, or step-...
+    run: str = "out/small"  # folder of a run, or one checkpoint of it
+    checkpoint: str = "best"  # of a run: best (lowest validation loss), latest, or step-...
     prompt: str = ""  # text to continue; empty begins a new document
     prompt_file: str = ""  # read the prompt from this file; - is standard input
     max_tokens: int = 200  # tokens to generate for each sample
@@ -130,7 +130,7 @@ class TextStream:
 
 
 def main(argv: list[str]) -> None:
-    s = config.load(Settings, argv, "Generate text from a checkpoint.", "checkpoint")
+    s = config.load(Settings, argv, "Generate text from a checkpoint.", "run")
     config.check(
         s,
         ("temperature", "at least 0", s.temperature >= 0),
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     from checkpoint import load_model
 
     here = machine.pick(s.device, s.dtype)
-    model, tokenizer = load_model(s.checkpoint, s.which, here.device)
+    model, tokenizer = load_model(s.run, s.checkpoint, here.device)
     model.to(here.dtype)
     if not s.interactive:
         write_samples(model, tokenizer, s.prompt, s)

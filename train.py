@@ -12,7 +12,7 @@ import math
 import os
 import shlex
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Settings:
     optimizer: str = "muon"  # muon (AdamW for embeddings and head), adamw or nadamw
     lr: float = 0.02  # of the matrices
     embed_lr: float = 0.3  # of the embeddings, with muon
-    head_lr: float = 0.004  # of head and vectors, with muon
+    head_lr: float = 0.004  # of the head, biases and norm weights, with muon
     warmup: float = 0.0  # steps of linear rise; below 1: a fraction of steps
     decay: float = 0.6  # last fraction of the steps, in which the rate falls
     schedule: str = "linear"  # or cosine: the shape of the fall
@@ -124,10 +124,11 @@ def installed(package: str) -> bool:
 
 def check(s: Settings) -> None:
     """Raises ValueError for the first setting that cannot work, before anything is loaded."""
+    positive = "block_size n_layer n_head n_embd steps batch_tokens log_every eval_every save_every"
+    config.check(s, *((name, "at least 1", getattr(s, name) >= 1) for name in positive.split()))
     world = int(os.environ.get("WORLD_SIZE", 1))
     rows = s.block_size * world
     processes = f" and {world} processes" if world > 1 else ""
-    positive = "block_size n_layer n_head n_embd steps batch_tokens log_every eval_every save_every"
     choices = dict(optimizer="muon adamw nadamw", schedule="linear cosine", split="train val test")
     choices |= dict(position="rotary learned", norm="rms layer", mlp="relu2 gelu swiglu")
     not_negative = "n_kv_head head_dim mlp_dim norm_eps logit_cap device_batch lr embed_lr head_lr"
@@ -136,7 +137,6 @@ def check(s: Settings) -> None:
     below_one = "dropout momentum beta1 beta2"
     config.check(
         s,
-        *((name, "at least 1", getattr(s, name) >= 1) for name in positive.split()),
         *((name, "at least 0", 0 <= getattr(s, name) < 2**63) for name in not_negative.split()),
         *((name, "from 0 to 1", 0 <= getattr(s, name) <= 1) for name in fractions.split()),
         *((name, "at least 0, below 1", 0 <= getattr(s, name) < 1) for name in below_one.split()),
@@ -195,16 +195,12 @@ def train(s: Settings, stop: Stop) -> int:
     data = Dataset(s.data, s.tokenizer)
     digest = here.first_does(data.verify)
     train_split, val_split = data.split("train"), data.split("val")
-    if train_split.tokens <= s.block_size:
-        raise ValueError(
-            f"the training split of {s.data} has {train_split.tokens} tokens, but a window takes"
-            f" block_size + 1 = {s.block_size + 1}: use more text or a smaller block_size"
-        )
+    train_split.require(s.block_size)
     sizes = f"{train_split.tokens:,} tokens to train on, {val_split.tokens:,} to validate"
     say(f"data: {s.data}, {sizes}, vocabulary {data.tokenizer.vocab_size:,}")
 
     # 3. the model: new, or as the newest checkpoint of the run has it
-    run = here.first_does(lambda: Run(s, START))  # None in all other processes
+    run = here.first_does(lambda: Run(s, START, here))  # None in all other processes
     done = int(here.sum([run.step if run else 0])[0])  # updates so far
     if done:
         path = Path(s.out) / checkpoint.name(done)
@@ -228,14 +224,16 @@ def train(s: Settings, stop: Stop) -> int:
 
     def validate(step: int) -> bool:
         """Evaluates the model; false if a stop was asked for, and there is no result."""
-        stop.at_once = here.world == 1  # nothing would be lost: this step is saved
+        before, stop.at_once = stop.at_once, here.world == 1  # this step is saved
         result = evaluate(model, val_split, here, stop)
-        stop.at_once = False
+        stop.at_once = before
         if result is None:
             return False
         loss, bpb = result
+        if not math.isfinite(loss):
+            loss = bpb = None  # JSON has no such number, and it is never the best
         bits = f", {bpb:.4f} bits per byte" if bpb else ""
-        say(f"step {step}: validation loss {loss:.4f}{bits}")
+        say(f"step {step}: validation loss {loss or math.nan:.4f}{bits}")
         if run:
             run.record(step=step, val_loss=loss, val_bpb=bpb, tokens=step * s.batch_tokens)
             run.log.mark()
@@ -245,11 +243,13 @@ def train(s: Settings, stop: Stop) -> int:
         run.save(step, model, optimizers, scale.state(), data.tokenizer)
 
     def stopped(step: int) -> int:
+        if run:
+            run.close()
         say(f"stopped by a signal after step {step}, which is saved; the same command continues")
         return 0
 
     if here.sum([bool(run and done and due(done, s.eval_every) and not run.log.evaluated)])[0]:
-        say(f"the evaluation of step {done} is made up for")  # interrupted after saving
+        say(f"the evaluation of step {done} is made again")  # its row is gone, or was never there
         if not validate(done):
             return stopped(done)
     if done >= s.steps:
@@ -291,8 +291,10 @@ def train(s: Settings, stop: Stop) -> int:
             say(
                 f"stopped at step {step}: its loss is {loss} and its gradient norm {norm}, so no"
                 f" update was made. Its batch is windows {(step - 1) * rows} to {step * rows - 1}"
-                f" (--show_batch={step} prints it); the last checkpoint is step {last_saved}"
+                f" (--show_batch={step} prints it); the last saved step is {last_saved or 'none'}"
             )
+            if run:
+                run.close()
             return 3
         stop.at_once = False  # from here to the end of the step all is done or nothing
         if finite:  # float16 may overflow now and then: that update is left out
@@ -330,8 +332,11 @@ def train(s: Settings, stop: Stop) -> int:
         return 0
     run.close()
     best = best_row(run.folder)
-    print(f"\nbest validation loss: {best['val_loss']:.4f} nats a token, at step {best['step']}")
-    if best["val_bpb"]:
+    if best:
+        print(
+            f"\nbest validation loss: {best['val_loss']:.4f} nats a token, at step {best['step']}"
+        )
+    if best and best["val_bpb"]:
         others = compressors(val_split, data.tokenizer)
         others = f" ({others})" if others else ""
         print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
@@ -356,6 +361,12 @@ def new_model(s: Settings, tokenizer):
                 f" {s.data} is written in {tokenizer.name} ({tokenizer.vocab_size} tokens): prepare"
                 " the data with the tokenizer of the model"
             )
+        shape, theirs = asdict(model.config), []
+        for name in sorted(set(shape) & set(asdict(s)) - {"block_size", "dropout"}):
+            if shape[name] != (getattr(s, name) or shape[name]):
+                theirs.append(f"{name}={shape[name]}")
+        if theirs:
+            print(f"the shape is that of {s.init_from}, not of the settings: {', '.join(theirs)}")
         model.set_context(s.block_size, s.dropout)
         return model
     shape = {f.name: getattr(s, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
@@ -370,7 +381,9 @@ def show_batch(s: Settings) -> int:
 
     data = Dataset(s.data, s.tokenizer)
     rows = s.batch_tokens // s.block_size
-    x, y = data.split("train").batch(s.show_batch - 1, rows, s.block_size, s.seed)
+    split = data.split("train")
+    split.require(s.block_size)
+    x, y = split.batch(s.show_batch - 1, rows, s.block_size, s.seed)
     for i, (inputs, targets) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
         text = data.tokenizer.decode([*inputs, targets[-1]])
         print(f"--- step {s.show_batch}, window {(s.show_batch - 1) * rows + i}\n{text}")

@@ -143,6 +143,8 @@ def run(main) -> None:
 
     Mistakes travel as ValueError and OSError. `python -X dev` shows where they come from.
     """
+    if sys.stdout:
+        sys.stdout.reconfigure(line_buffering=True)  # a log file is as far as the run is
     try:
         status = main(sys.argv[1:])
         if sys.stdout:  # may be closed from the beginning
@@ -151,7 +153,7 @@ def run(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader has seen enough, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_stdout()
         sys.exit(141)  # as the shell reports it
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         memory = any(word in str(e) for word in ("out of memory", "can't allocate memory"))
@@ -166,4 +168,13 @@ def run(main) -> None:
             text = f"the disk is full ({text}): nothing that was there before is lost"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # processes of torchrun make the same mistake
             print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was standard output that could not be written
+            forget_stdout()
         sys.exit(2)
+
+
+def forget_stdout() -> None:
+    """Lets Python close its standard output without another complaint."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

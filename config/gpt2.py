@@ -4,8 +4,8 @@
 #     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 #
 # Source: Radford et al. 2019 for the shape; Brown et al. 2020 (arXiv:2005.14165) for the recipe.
-# Expected result: the loss begins near ln 50257 = 10.82. 20,000 steps are about ten billion tokens;
-# with as much web text as that, runs of this recipe end near 3.3.
+# Expected result: the loss begins near ln 50257 = 10.82. 20,000 steps are about ten billion tokens,
+# for which one wants several GPUs; where it ends depends on the text, and was not measured here.
 
 data = "data/gpt2"
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.pop("PYTHONUNBUFFERED", None)  # as on most machines
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: equal bits, and small work anyway
 
 # a tiny model and a short run; tests add what they need
