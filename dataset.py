@@ -8,7 +8,6 @@ little-endian: the layout of github.com/karpathy/llm.c and its descendants.
 
 import hashlib
 import json
-import mmap
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +23,11 @@ IGNORE = -100  # a target that does not count
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
-        return hashlib.sha256(m).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:  # not mapped: that would count as memory of the whole file
+        for block in iter(lambda: f.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def tokenizer_digest(folder: Path) -> str:

@@ -8,7 +8,6 @@ AutoModelForCausalLM and AutoTokenizer. Weights pass through one by one, so an i
 more memory than the largest of them.
 """
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -24,9 +23,7 @@ import config
 @dataclass
 class Settings:
     command: tuple = ()  # import SOURCE TARGET, or export CHECKPOINT TARGET
-    checkpoint: str = (
-        "best"  # of a run to export: best (lowest validation loss), latest, or step-...
-    )
+    checkpoint: str = "best"  # of an exported run: best (lowest validation loss), latest, step-...
 
 
 WANTED = ["*.json", "*.safetensors", "merges.txt"]  # of a model on huggingface.co
@@ -54,6 +51,7 @@ def import_model(source: str, folder: Path, target: Path) -> None:
     from safetensors.torch import save_file
 
     import families
+    from checkpoint import sha256_of
     from model import GPT
 
     # 1. what it is, and whether it has the tensors of such a model
@@ -257,14 +255,6 @@ def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:  # not mapped: that would count as memory of the whole file
-        for block in iter(lambda: f.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -31,6 +31,13 @@ def best_row(run: Path) -> dict | None:
     return min(rows, key=lambda row: row["val_loss"], default=None)
 
 
+def since_best(run: Path) -> int:
+    """How many evaluations there were after the best one."""
+    steps = [row["step"] for row in read_metrics(run) if "val_loss" in row]
+    best = best_row(run)
+    return len(steps) - 1 - steps.index(best["step"]) if best else len(steps)
+
+
 class MetricsLog:
     """metrics.jsonl of a run, one JSON object a line, and its sha256 at the last mark.
 

@@ -110,7 +110,8 @@ class Norm(nn.Module):
 
 def rotary_table(length: int, dim: int, base: float) -> Tensor:
     """Cosines and sines of position * base^(-2i/dim): (2, length, dim). arXiv:2104.09864."""
-    frequency = base ** -(torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim)
+    # in this very form, rounded as in transformers: far out, an ulp of it is a different angle
+    frequency = 1.0 / base ** (torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim)
     angle = torch.outer(torch.arange(length, device="cpu", dtype=torch.float32), frequency)
     cos, sin = angle.cos(), angle.sin()  # (length, dim/2)
     # channels i and i + dim/2 turn together: Llama's layout; the sign is that of the other channel

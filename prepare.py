@@ -42,7 +42,7 @@ except ImportError:  # Windows has no such lock
 class Settings:
     source: tuple = ()  # files, folders, - for standard input, or the names python and shakespeare
     out: str = ""  # folder to write; by default data/<name of the first source>
-    tokenizer: str = "bpe"  # bpe (learned here), bytes, gpt2, or another encoding of tiktoken
+    tokenizer: str = "bpe"  # bpe (learned here), bytes, a name in tiktoken (gpt2), or a folder
     vocab_size: int = 4096  # of a bpe vocabulary: 256 bytes, what is learned, end-of-text
     val: float = 0.05  # fraction of the documents for validation
     test: float = 0.05  # fraction of the documents for the test split
@@ -77,10 +77,12 @@ def prepare(s: Settings) -> None:
         ("workers", "at least 0", s.workers >= 0),
     )
     tokenizer = None  # learned below; the others are known at once, and so are mistakes in them
-    if s.tokenizer != "bpe":
-        tokenizer = (
-            bytes_tokenizer() if s.tokenizer == "bytes" else published_tokenizer(s.tokenizer)
-        )
+    if Path(s.tokenizer).is_dir():
+        tokenizer = Tokenizer.load(Path(s.tokenizer))
+    elif s.tokenizer == "bytes":
+        tokenizer = bytes_tokenizer()
+    elif s.tokenizer != "bpe":
+        tokenizer = published_tokenizer(s.tokenizer)
     name = "stdin" if s.source[0] == "-" else Path(s.source[0]).absolute().name.split(".")[0]
     out = Path(s.out or f"data/{name}")
     settings = {k: v for k, v in asdict(s).items() if k not in FREE}

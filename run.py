@@ -27,7 +27,7 @@ except ImportError:  # Windows has no such lock
 # What may differ when a run is resumed; anything else would make it another run.
 FREE = {"config", "data", "out", "init_from", "steps", "log_every", "eval_every", "save_every"}
 FREE |= {"sample_tokens", "sample_prompt", "tensorboard", "wandb", "device", "fresh"}
-FREE |= {"eval_only", "split", "show_batch"}
+FREE |= {"patience", "eval_only", "split", "show_batch"}
 
 
 class Run:

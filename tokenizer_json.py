@@ -54,9 +54,10 @@ def from_json(info: dict, name: str, vocab_size: int, ends: list) -> Tokenizer:
     """The tokenizer that a tokenizer.json, read as `info`, describes.
 
     Its ids are those of the `tokenizers` library where special tokens in a text are text, too
-    (`encode_special_tokens`), but where NFC orders marks newer than its Unicode tables. Ids below `vocab_size` without a token get one that no text has.
-    End-of-text is the first of `ends`, ids or names, that is a special token; else <|endoftext|>;
-    else the byte 0. Raises ValueError, with the name of what is needed, for other tokenizers.
+    (`encode_special_tokens`), but for combining marks that its Unicode tables are too old for. Ids
+    below `vocab_size` without a token get one that no text has. End-of-text is the first of
+    `ends`, ids or names, that is a special token; else <|endoftext|>; else the byte 0. Raises
+    ValueError, with the name of what is needed, for other tokenizers.
     """
 
     def require(kept, needs: str) -> None:

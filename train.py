@@ -77,6 +77,7 @@ class Settings:
     log_every: int = 10  # steps between rows of metrics.jsonl
     eval_every: int = 500  # steps between evaluations on the whole validation split
     save_every: int = 500  # steps between checkpoints
+    patience: int = 0  # stop after this many evaluations without a better one; 0 is never
     sample_tokens: int = 200  # length of the sample at the end
     sample_prompt: str = ""  # its beginning
     tensorboard: bool = False  # also log to TensorBoard, in the folder of the run
@@ -132,7 +133,7 @@ def check(s: Settings) -> None:
     choices = dict(optimizer="muon adamw nadamw", schedule="linear cosine", split="train val test")
     choices |= dict(position="rotary learned", norm="rms layer", mlp="relu2 gelu swiglu")
     not_negative = "n_kv_head head_dim mlp_dim norm_eps logit_cap device_batch lr embed_lr head_lr"
-    not_negative += " warmup weight_decay grad_clip sample_tokens seed show_batch"
+    not_negative += " warmup weight_decay grad_clip patience sample_tokens seed show_batch"
     fractions = "decay final_lr"
     below_one = "dropout momentum beta1 beta2"
     config.check(
@@ -179,7 +180,7 @@ def train(s: Settings, stop: Stop) -> int:
     import sample
     from dataset import Dataset
     from evaluate import compressors, evaluate
-    from metrics import best_row
+    from metrics import best_row, since_best
     from model import IGNORE
     from optim import LossScale, learning_rate, make_optimizers
     from run import Run
@@ -248,12 +249,17 @@ def train(s: Settings, stop: Stop) -> int:
         say(f"stopped by a signal after step {step}, which is saved; the same command continues")
         return 0
 
+    def impatient() -> bool:
+        waited = since_best(run.folder) if run else 0  # the first process has the file
+        return 0 < s.patience <= here.sum([waited])[0]
+
     if here.sum([bool(run and done and due(done, s.eval_every) and not run.log.evaluated)])[0]:
         say(f"the evaluation of step {done} is made again")  # its row is gone, or was never there
         if not validate(done):
             return stopped(done)
-    if done >= s.steps:
-        say(f"nothing to do: {s.out} has reached step {done} of {s.steps}")
+    if done >= s.steps or impatient():
+        why = "" if done >= s.steps else f" and {s.patience} evaluations without a better one"
+        say(f"nothing to do: {s.out} has reached step {done} of {s.steps}{why}")
         return 0
 
     # 5. the updates
@@ -325,6 +331,9 @@ def train(s: Settings, stop: Stop) -> int:
                 return stopped(step)
             if run:
                 checkpoint.prune(run.folder)
+            if evaluating and impatient():
+                say(f"stopped early: no better evaluation in the last {s.patience}")
+                break
 
     # 6. the result
     stop.at_once = True

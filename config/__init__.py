@@ -170,11 +170,12 @@ def run(main) -> None:
             print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         try:
             sys.stdout.flush()
-        except OSError:  # it was standard output that could not be written
+        except (OSError, AttributeError):  # standard output is closed, or its disk is full
             forget_stdout()
         sys.exit(2)
 
 
 def forget_stdout() -> None:
     """Lets Python close its standard output without another complaint."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,9 +6,9 @@
 #
 # The shape is that of the checkpoint: only its context is cut, for speed, and dropout added, since
 # a big model learns a megabyte of text by heart. The learning rate is a twentieth of config/gpt2's.
-# Every evaluation is kept in mind, and the best checkpoint is the one that sample.py opens.
-# Source: config/finetune_shakespeare.py of github.com/karpathy/nanoGPT. Expected result: (to be
-# measured where GPT-2's weights can be fetched)
+# It ends when three evaluations in a row were no better than the best; that one is kept.
+# Source: config/finetune_shakespeare.py of github.com/karpathy/nanoGPT. Expected result: not
+# measured here, where GPT-2's weights cannot be fetched.
 
 data = "data/shakespeare_gpt2"
 block_size = 256
@@ -27,4 +27,5 @@ warmup = 0.1
 decay = 1
 final_lr = 0.1
 eval_every = 20
+patience = 3
 save_every = 20

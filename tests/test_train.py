@@ -232,6 +232,17 @@ def test_eval_only_changes_nothing(train, capsys):
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+def test_patience_ends_a_run_that_gets_no_better(train, capsys):
+    still = ["--lr=0", "--embed_lr=0", "--head_lr=0", "--eval_every=1", "--patience=3"]
+    run = train("run", *still)
+    assert "stopped early" in capsys.readouterr().out
+    assert [row["step"] for row in rows(run) if "val_loss" in row] == [1, 2, 3, 4]
+    before = (run / "metrics.jsonl").read_bytes()
+    train("run", *still)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_learning_rate_is_tied_to_the_number_of_steps():
     linear = [learning_rate(i, 10, 0.2, 0.5, 0.1, "linear") for i in range(10)]
     assert linear == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 0.82, 0.64, 0.46, 0.28])
