@@ -24,7 +24,7 @@ START = time.monotonic()
 
 @dataclass
 class Settings:
-    config: str = "config/small.py"  # file of settings; those on the command line go before it
+    config: str = "config/small.py"  # file of settings; the command line overrides it
 
     # what goes in and out
     data: str = "data/python"  # folder that prepare.py has written; data/python is made if missing
@@ -41,14 +41,14 @@ class Settings:
     n_embd: int = 128  # width
     head_dim: int = 0  # width of a head; 0 means n_embd / n_head
     mlp_dim: int = 0  # width inside the MLP; 0 means 4 * n_embd
-    position: str = "rotary"  # or learned
+    position: str = "rotary"  # positions: rotary or learned
     rope_base: float = 10000.0  # of the rotary positions: larger turns slower
-    norm: str = "rms"  # or layer
+    norm: str = "rms"  # rms (RMSNorm) or layer (LayerNorm)
     norm_weight: bool = False  # a learned scale in every norm
     norm_eps: float = 1e-6  # keeps norms from dividing by zero
     embed_norm: bool = True  # a norm after the embedding
     qk_norm: bool = True  # a norm of queries and keys
-    mlp: str = "relu2"  # or gelu, swiglu
+    mlp: str = "relu2"  # relu2, gelu or swiglu
     bias: bool = False  # biases in linear layers and LayerNorm
     tied: bool = False  # the head is the embedding
     logit_cap: float = 15.0  # soft bound of the logits; 0 is none
