@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -147,6 +148,9 @@ def run(main) -> None:
         sys.stdout.reconfigure(line_buffering=True)  # a log file is as far as the run is
     try:
         status = main(sys.argv[1:])
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):  # all is done: a request to stop must not spoil the status
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
         if sys.stdout:  # may be closed from the beginning
             sys.stdout.flush()
         sys.exit(status)
