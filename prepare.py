@@ -184,8 +184,10 @@ def publish(partial: Path, out: Path) -> None:
 
 def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def cores() -> int:
