@@ -172,15 +172,18 @@ def train_transformers(s: Settings, dtype: str) -> dict:
 # --- decode
 
 
-def decode_ours(s: Settings, dtype: str, samples: int = 1, context: int = 1) -> dict:
+def decode_ours(
+    s: Settings, dtype: str, samples: int = 1, context: int = 1, quantize: str = ""
+) -> dict:
     import torch
 
+    from inference import ready
     from model import GPT, GPTConfig
     from sample import generate
 
     model = GPT(GPTConfig(**SHAPE))
     model.init_weights(0, zero_init=False)
-    model = model.eval().to(getattr(torch, dtype))
+    model = ready(model.eval().to(getattr(torch, dtype)), quantize, samples)
     prompt = torch.randint(SHAPE["vocab_size"], (context,)).tolist()
     steps = generate(model, prompt, 10**9, temperature=0, num_samples=samples)
     next(steps)  # the prompt is read
@@ -230,10 +233,12 @@ def write_gpt2_tokenizer(folder: Path) -> None:
     """A vocabulary of the right size: speed does not depend on what the tokens mean."""
     from tokenizers import Tokenizer, models
 
-    vocab = {"<|endoftext|>": 50256, "a": 0} | {f"t{i}": i for i in range(1, 50256)}
+    end = "<|endoftext|>"
+    vocab = {end: 50256, "a": 0} | {f"t{i}": i for i in range(1, 50256)}
     Tokenizer(models.BPE(vocab, [])).save(str(folder / "tokenizer.json"))
+    special = dict(eos_token=end, bos_token=end, unk_token=end)
     (folder / "tokenizer_config.json").write_text(
-        json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>"))
+        json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast") | special)
     )
 
 
@@ -320,6 +325,7 @@ VARIANTS = {
     | {
         "ours, bfloat16": lambda s: decode_ours(s, "bfloat16"),
         "ours, float32": lambda s: decode_ours(s, "float32"),
+        "ours, int8": lambda s: decode_ours(s, "bfloat16", quantize="int8"),
         "ours, bfloat16, eight sequences": lambda s: decode_ours(s, "bfloat16", samples=8),
         "ours, bfloat16, behind 900 tokens": lambda s: decode_ours(s, "bfloat16", context=900),
         "transformers, bfloat16": lambda s: decode_transformers(s, "bfloat16"),

@@ -128,20 +128,24 @@ class KVCache:
     """Keys and values of all positions so far, preallocated for the whole context.
 
     `length` counts the positions stored. Writing past the end raises ValueError: see `generate` in
-    sample.py for what to do then.
+    sample.py for what to do then. `at` is for inference.RecordedStep: the position of the one new
+    token, as a tensor (1,).
     """
 
     def __init__(self, config: GPTConfig, batch: int, device=None, dtype=torch.float32):
         shape = (config.n_layer, batch, config.n_kv_head, config.block_size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.length, self.at = 0, None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, K, T, D) of one layer and returns all of its k and v (B, K, S, D)."""
         end = self.length + k.size(2)
         if end > self.k.size(3):
             raise ValueError(f"{end} positions do not fit in a KV cache of {self.k.size(3)}")
+        if self.at is not None:
+            self.k[layer][:, :, self.at], self.v[layer][:, :, self.at] = k, v
+            return self.k[layer], self.v[layer]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
@@ -164,26 +168,28 @@ class Attention(nn.Module):
         self.wo = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         self.q_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
         self.k_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
+        self.ready_qkv = None  # one layer instead of three, that inference.ready has made
+
+    def joined(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of queries, keys and values: one product is faster than three."""
+        linears = (self.wq, self.wk, self.wv)
+        bias = torch.cat([w.bias for w in linears]) if self.config.bias else None
+        return torch.cat([w.weight for w in linears]), bias
 
     def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None):
         B, T, _ = x.shape
         D = self.config.head_dim
-        if cache is None:  # one product is faster than three, if there is more than a token
-            linears = (self.wq, self.wk, self.wv)
-            weight = torch.cat([w.weight for w in linears])
-            bias = torch.cat([w.bias for w in linears]) if self.config.bias else None
-            H, K = self.config.n_head, self.config.n_kv_head
-            q, k, v = F.linear(x, weight, bias).view(B, T, -1, D).split([H, K, K], dim=2)
-        else:
-            q, k, v = (w(x).view(B, T, -1, D) for w in (self.wq, self.wk, self.wv))
+        H, K = self.config.n_head, self.config.n_kv_head
+        qkv = self.ready_qkv(x) if self.ready_qkv else F.linear(x, *self.joined())
+        q, k, v = qkv.view(B, T, -1, D).split([H, K, K], dim=2)
         q, k = self.q_norm(q), self.k_norm(k)  # (B, T, H, D), (B, T, K, D)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
-        y = attend(q, k.to(q.dtype), v.to(q.dtype), mask, self.config.dropout * self.training)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        y = attend(q.to(k.dtype), k, v, mask, self.config.dropout * self.training)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))  # (B, T, C)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -261,6 +267,7 @@ class GPT(nn.Module):
         self.norm = Norm(config.n_embd, config)
         if not config.tied:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.ready_head = None  # the head that inference.ready has made
 
     @torch.no_grad()
     def init_weights(self, seed: int, zero_init: bool = True) -> None:
@@ -317,11 +324,12 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens exceed block_size={self.config.block_size}")
         if mask is None and start and T > 1:  # several new positions behind stored ones
             mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+        at = cache.at if cache and cache.at is not None else slice(start, start + T)
         x, rope = self.wte(tokens), None  # (B, T, C)
         if self.config.position == "learned":
-            x = x + self.wpe.weight[start : start + T]
+            x = x + self.wpe.weight[at]
         else:
-            rope = self.rope[:, start : start + T]
+            rope = self.rope[:, at]
         device = x.device.type
         if torch.is_autocast_enabled(device):  # the residual stream in the products' type: no casts
             x = x.to(torch.get_autocast_dtype(device))
@@ -334,11 +342,14 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: hidden states (..., C) to float32 logits (..., V)."""
-        weight = self.wte.weight if self.config.tied else self.head.weight  # (V, C)
         V, cap = self.config.vocab_size, self.config.logit_cap
-        if x.is_cuda:  # tensor cores want a multiple of 64
-            weight = F.pad(weight, (0, 0, 0, -V % 64))  # zero rows: cut off below, never stored
-        logits = F.linear(x, weight)[..., :V].float()
+        if self.ready_head is not None:
+            logits = self.ready_head(x).float()
+        else:
+            weight = self.wte.weight if self.config.tied else self.head.weight  # (V, C)
+            if x.is_cuda and x.size(-2) > 1:  # tensor cores want a multiple of 64
+                weight = F.pad(weight, (0, 0, 0, -V % 64))  # zero rows: cut off, never stored
+            logits = F.linear(x, weight)[..., :V].float()
         # cap * tanh(logits / cap), but tanh is several times slower than sigmoid on a CPU
         return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
 

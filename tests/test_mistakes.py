@@ -321,6 +321,7 @@ TRAINING = [
     train("lr not a number", ["--lr=nan"], "lr='nan'"),
     train("warmup above steps", ["--warmup=50"], ["warmup=50", "steps=4"]),
     train("unknown optimizer", ["--optimizer=sgd"], ["'sgd'", "muon"]),
+    sample("unknown quantisation", ["--quantize=int4"], ["'int4'", "int8"]),
     train("unknown schedule", ["--schedule=step"], ["'step'", "cosine"]),
     train("unknown split", ["--eval_only", "--split=tset"], ["'tset'", "test"]),
     train("negative seed", ["--seed=-1"], "seed=-1"),
