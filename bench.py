@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import config
@@ -30,6 +30,7 @@ class Settings:
     rows: int = 4  # train: sequences in a step
     length: int = 256  # train: tokens of a sequence
     tokens: int = 64  # decode: tokens to generate
+    run: str = "out/small"  # decode: the run whose loss is measured with weights of eight bits
     seeds: int = 1  # loss: runs of each config
     only: str = ""  # run this variant alone, in this process, and print its figures as JSON
 
@@ -77,7 +78,7 @@ def print_table(found: dict[str, list[dict]]) -> None:
         unit, more = runs[0]["unit"], runs[0].get("more", "")
         ratio = value / first.setdefault(unit, value)
         peak = statistics.median(run["peak_mb"] for run in runs)
-        print(f"{name:34} {value:>10,.1f} {unit:12} {ratio:>6.2f}  {peak:>8,.0f}  {more}")
+        print(f"{name:34} {value:>10,.2f} {unit:12} {ratio:>6.2f}  {peak:>8,.0f}  {more}")
 
 
 def figure(value: float, unit: str, more: str = "") -> dict:
@@ -193,6 +194,55 @@ def decode_ours(
             next(steps)
 
     return figure(samples * (s.tokens // 4) / timed(some, 4), "tokens/s")
+
+
+def first_token(s: Settings) -> dict:
+    """sample.py on a checkpoint of that shape: seconds to its first token, without import torch."""
+    import torch
+
+    import checkpoint
+    from model import GPT, GPTConfig
+    from tokenizer import published_tokenizer
+
+    model = GPT(GPTConfig(**SHAPE))
+    model.init_weights(0, zero_init=False)
+    state = dict(step=1, settings={}, model=asdict(model.config))
+    with tempfile.TemporaryDirectory() as run:
+        tensors = model.state_dict(), {"none": torch.zeros(1)}
+        checkpoint.save(Path(run), 1, *tensors, state, published_tokenizer("gpt2"))
+
+        def start(*command: str) -> float:
+            begin = time.perf_counter()
+            with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE) as process:
+                process.stdout.read(2)  # the prompt, and a byte more
+                seconds = time.perf_counter() - begin
+                process.kill()
+            return seconds
+
+        sample = str(Path(__file__).with_name("sample.py"))
+        later = [
+            start(sample, run, "--prompt=a") - start("-c", "import torch; print('ab')")
+            for _ in range(5)
+        ]
+    return figure(statistics.median(later), "s", "later than import torch alone")
+
+
+def int8_loss(s: Settings) -> dict:
+    """By how much weights of eight bits raise the validation loss of a run."""
+    import machine
+    from checkpoint import find, load_weights
+    from dataset import Dataset
+    from evaluate import evaluate
+    from inference import ready
+
+    here = machine.pick("cpu")
+    model, _, state = load_weights(find(s.run))
+    settings = state["settings"]
+    split = Dataset(settings["data"], settings["tokenizer"]).split("val")
+    model = model.to(here.dtype)
+    before, _ = evaluate(model, split, here)
+    after, _ = evaluate(ready(model, "int8"), split, here)
+    return figure(1000 * (after - before), "nats / 1000", f"{before:.4f} becomes {after:.4f}")
 
 
 def decode_transformers(s: Settings, dtype: str) -> dict:
@@ -330,6 +380,8 @@ VARIANTS = {
         "ours, bfloat16, behind 900 tokens": lambda s: decode_ours(s, "bfloat16", context=900),
         "transformers, bfloat16": lambda s: decode_transformers(s, "bfloat16"),
         "transformers, float32": lambda s: decode_transformers(s, "float32"),
+        "sample.py, first token": first_token,
+        "loss of int8 weights": int8_loss,
         "CTranslate2, float32": lambda s: decode_ctranslate2(s, "float32"),
         "CTranslate2, int8": lambda s: decode_ctranslate2(s, "int8"),
     },

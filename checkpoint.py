@@ -8,20 +8,22 @@ A checkpoint is written beside its final name, flushed to disk and then renamed,
 stands on half of one. The manifest holds size and sha256 of every other file and is written last.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dataset import sha256_of
 from metrics import best_row
-from model import GPT, GPTConfig
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # torch is imported where it is used: finding and verifying needs none
+    from torch import Tensor
+
+    from model import GPT
 
 TO_SAMPLE = ("model.safetensors", "state.json", "encoding.json", "vocab.tiktoken")
 FILES = (*TO_SAMPLE, "optimizer.safetensors")
@@ -60,6 +62,9 @@ def save(
     tokenizer: Tokenizer,
 ) -> None:
     """Writes `run`/step-… whole or not at all. Raises OSError, say if the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     require_space(run, sum(t.nbytes for t in [*model.values(), *optimizer.values()]))
     final, partial = run / name(step), run / f"{name(step)}.partial"
     try:
@@ -175,9 +180,15 @@ def find(path: str, checkpoint: str = "best") -> Path:
     return run / checkpoint
 
 
-def load_weights(path: Path) -> tuple[GPT, Tokenizer, dict]:
-    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified."""
-    verify(path, TO_SAMPLE)
+def load_weights(path: Path, verified: bool = False) -> tuple[GPT, Tokenizer, dict]:
+    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified unless they were."""
+    import torch
+    from safetensors.torch import load_file
+
+    from model import GPT, GPTConfig
+
+    if not verified:
+        verify(path, TO_SAMPLE)
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     with torch.device("meta"):  # shapes only: the weights come from the file
         model = GPT(GPTConfig(**state["model"]))
@@ -200,6 +211,8 @@ def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tupl
 
 def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
     """The state of all optimizers: "<parameter>/<entry>" to tensor."""
+    import torch
+
     tensors = {}
     for name, p in model.named_parameters():
         for optimizer in optimizers:
@@ -210,6 +223,8 @@ def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
 
 def load_optimizers(path: Path, model: GPT, optimizers: list) -> None:
     """Puts the optimizer state of a checkpoint folder back into the optimizers of `model`."""
+    from safetensors.torch import load_file
+
     parameters = dict(model.named_parameters())
     for key, value in load_file(path / "optimizer.safetensors").items():
         parameter, entry = key.rsplit("/", 1)

@@ -251,13 +251,20 @@ class Block(nn.Module):
         return x
 
 
+def embedding(rows: int, dim: int) -> nn.Embedding:
+    """Zeros until init_weights draws: drawing on "meta" would import torch's compiler, a second."""
+    return nn.Embedding.from_pretrained(torch.zeros(rows, dim), freeze=False)
+
+
 class GPT(nn.Module):
+    """The whole model. Call `init_weights`, or load weights, before using it."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+            self.wpe = embedding(config.block_size, config.n_embd)
         else:
             table = rotary_table(config.block_size, config.head_dim, config.rope_base)
             self.register_buffer("rope", table, persistent=False)  # computed, never stored

@@ -8,6 +8,7 @@ import codecs
 import random
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import config
@@ -157,13 +158,18 @@ def main(argv: list[str]) -> None:
         with open(s.prompt_file, encoding="utf-8", errors="replace") as f:
             s.prompt = f.read()
 
-    import inference
-    import machine
-    from checkpoint import load_model
+    from checkpoint import TO_SAMPLE, find, load_weights, verify
 
+    path = find(s.run, s.checkpoint)
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify, path, TO_SAMPLE)  # while torch is imported
+        import inference
+        import machine
+    verified.result()
     here = machine.pick(s.device, s.dtype)
-    model, tokenizer = load_model(s.run, s.checkpoint, here.device)
-    inference.ready(model.to(here.dtype), s.quantize, s.num_samples)
+    model, tokenizer, _ = load_weights(path, verified=True)
+    model = model.eval().to(here.device, here.dtype)
+    inference.ready(model, s.quantize, s.num_samples)
     if not s.interactive:
         write_samples(model, tokenizer, s.prompt, s)
         return
