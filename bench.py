@@ -39,6 +39,7 @@ class Settings:
 SHAPE = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
 SHAPE |= dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, tied=True)
 SHAPE |= dict(embed_norm=False, qk_norm=False, mlp="gelu", bias=True, logit_cap=0)
+TRAIN_STEPS = 4  # training steps measured: a number, since several processes must agree on it
 WARM_UP = 2  # runs of each measurement that do not count
 
 
@@ -52,7 +53,9 @@ def main(argv: list[str]) -> None:
         ("only", "one of its variants", not s.only or s.only in variants),
     )
     if s.only:
-        print(json.dumps(variants[s.only](s)))
+        result = variants[s.only](s)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(result))
         return
     found: dict[str, list[dict]] = {}
     for number in range(s.rounds):
@@ -87,12 +90,12 @@ def figure(value: float, unit: str, more: str = "") -> dict:
     return dict(value=value, unit=unit, peak_mb=peak, more=more)
 
 
-def timed(function, seconds: float = 8.0) -> float:
-    """The median duration of `function`, called for about `seconds` after the warm-up."""
+def timed(function, seconds: float = 8.0, steps: int = 0) -> float:
+    """The median duration of `function`, called `steps` times or for `seconds`, after a warm-up."""
     for _ in range(WARM_UP):
         function()
     times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
+    while len(times) < steps or (not steps and (sum(times) < seconds or len(times) < 3)):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
@@ -130,23 +133,43 @@ def train_ours(s: Settings, dtype: str) -> dict:
     machine.start(here, deterministic=False)
     model = GPT(GPTConfig(**SHAPE)).to(here.device)
     model.init_weights(0, zero_init=False)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    gradients = machine.GradientSum(parameters) if here.world > 1 else None
     x = torch.randint(SHAPE["vocab_size"], (s.rows, s.length + 1), device=here.device)
 
     def step() -> None:
         with here.autocast():
-            loss = model(x[:, :-1], x[:, 1:].contiguous())
+            loss = model(x[:, :-1], x[:, 1:].contiguous()) / here.world
+        if gradients:
+            gradients.active = True
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if gradients:
+            gradients.wait()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
 
-    seconds, n = timed(step), sum(p.numel() for p in model.parameters())
+    seconds, n = timed(step, steps=TRAIN_STEPS), sum(p.numel() for p in parameters)
     # products: 6 for each weight and token, but the positions; attention's scores and sums
     per_token = 6 * (n - model.wpe.weight.numel()) + 12 * 12 * 768 * s.length / 2
-    rate = per_token * s.rows * s.length / seconds / 1e9
-    return figure(s.rows * s.length / seconds, "tokens/s", f"{rate:,.0f} GFLOP/s")
+    tokens = s.rows * s.length * here.world / seconds
+    return figure(tokens, "tokens/s", f"{per_token * tokens / 1e9:,.0f} GFLOP/s")
+
+
+def train_two_processes(s: Settings) -> dict:
+    """The same on two processes of one thread each, which sum their gradients."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    only = [__file__, "train", f"--rows={s.rows}", f"--length={s.length}", "--only=ours, bfloat16"]
+    done = subprocess.run(
+        launch + only,
+        check=True,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def train_transformers(s: Settings, dtype: str) -> dict:
@@ -167,7 +190,7 @@ def train_transformers(s: Settings, dtype: str) -> dict:
         optimizer.zero_grad()
         loss.item()
 
-    return figure(s.rows * s.length / timed(step), "tokens/s")
+    return figure(s.rows * s.length / timed(step, steps=TRAIN_STEPS), "tokens/s")
 
 
 # --- decode
@@ -368,6 +391,7 @@ VARIANTS = {
     | {
         "ours, bfloat16": lambda s: train_ours(s, "bfloat16"),
         "ours, float32": lambda s: train_ours(s, "float32"),
+        "ours, two processes of a thread": train_two_processes,
         "transformers, bfloat16": lambda s: train_transformers(s, "bfloat16"),
         "transformers, float32": lambda s: train_transformers(s, "float32"),
     },
