@@ -3,21 +3,25 @@
 #     python prepare.py shakespeare --tokenizer=bytes --val=0.1 --test=0
 #     python train.py config/shakespeare.py
 #
-# Expected result: validation loss 1.470 nats per byte, in three minutes or a little more on two CPU
-# cores with fast bfloat16.
+# Expected result: validation loss 1.466 nats per byte, in three minutes on two CPU cores with fast
+# bfloat16. In twenty seconds, 1.85:
+#
+#     python train.py config/shakespeare.py --out=out/seconds --steps=220 --block_size=64 \
+#         --batch_tokens=1024 --lr=0.03 --head_lr=0.01 --decay=0.7
 
 data = "data/shakespeare"
 
-block_size = 128
+block_size = 256
 n_layer = 4
 n_head = 4
 n_embd = 128
 
-steps = 1900
-batch_tokens = 16 * 128
+steps = 1550
+batch_tokens = 8 * 256
 lr = 0.015
 decay = 0.8
+weight_decay = 0.05  # without it 0.01 worse: four epochs are enough to learn by heart
 grad_clip = 0
-eval_every = 950
-save_every = 950
+eval_every = 775
+save_every = 775
 log_every = 25
