@@ -79,7 +79,7 @@ def print_table(found: dict[str, list[dict]]) -> None:
     for name, runs in found.items():
         value = statistics.median(run["value"] for run in runs)
         unit, more = runs[0]["unit"], runs[0].get("more", "")
-        ratio = value / first.setdefault(unit, value)
+        ratio = value / (first.setdefault(unit, value) or 1)
         peak = statistics.median(run["peak_mb"] for run in runs)
         print(f"{name:34} {value:>10,.2f} {unit:12} {ratio:>6.2f}  {peak:>8,.0f}  {more}")
 
@@ -251,7 +251,8 @@ def first_token(s: Settings) -> dict:
 
 
 def int8_loss(s: Settings) -> dict:
-    """By how much weights of eight bits raise the validation loss of a run."""
+    """By how much weights of eight bits raise the validation loss of a run (unpacked first, since
+    evaluation has many rows: the same weights, multiplied another way)."""
     import machine
     from checkpoint import find, load_weights
     from dataset import Dataset

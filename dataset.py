@@ -25,6 +25,7 @@ IGNORE = -100  # a target that does not count
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as f:  # not mapped: that would count as memory of the whole file
+        # large pieces: a thread that waits for the interpreter's lock after each hardly notices
         for block in iter(lambda: f.read(1 << 24), b""):
             digest.update(block)
     return digest.hexdigest()

@@ -13,33 +13,48 @@ from torch import Tensor, nn
 
 from model import GPT, KVCache
 
-FEW = 16  # rows for which eight-bit weights are used as they are
+FEW = 16  # rows from which on it is faster to unpack eight-bit weights first
+WIDTH = {"": 256, "int8": 128}  # columns of a block: wider reads faster, narrower is more exact
 
 
+@torch.no_grad()
 def ready(model: GPT, quantize: str = "", rows: int = 1) -> GPT:
     """Replaces the linear layers of `model`, in place, by ones that are faster for `rows` rows.
 
-    With `quantize="int8"` by ones with weights of eight bits. They serve generation and evaluation,
-    not training. On a GPU only queries, keys and values are joined, and int8 raises ValueError.
+    With `quantize="int8"` by ones with weights of eight bits. The model can then generate and be
+    evaluated, but neither learn nor be saved nor moved. On a GPU queries, keys and values become
+    one layer, and that is all; int8 raises ValueError there.
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    like = next(model.parameters())
+    on_cpu = like.device.type == "cpu"
     if quantize and not on_cpu:
         raise ValueError(f"quantize={quantize!r} works with device=cpu only")
-    if not on_cpu:
-        kind = plain_linear
-    elif quantize or rows == 1 or not torch.backends.mkldnn.is_available():
+    if quantize or (on_cpu and rows == 1):
         kind = partial(StreamedLinear, quantize=quantize)
-    else:
+    elif on_cpu and packable(like.dtype):
         kind = PackedLinear
+    else:
+        kind = plain_linear
     for block in model.blocks:
         block.attn.ready_qkv = kind(*block.attn.joined())
         del block.attn.wq, block.attn.wk, block.attn.wv
-        for part in (block.attn, block.mlp) if on_cpu else ():
+        for part in () if kind is plain_linear else (block.attn, block.mlp):
             for name, layer in part.named_children():
                 if isinstance(layer, nn.Linear):
                     setattr(part, name, kind(layer.weight, layer.bias))
     model.ready_head = kind(model.wte.weight if model.config.tied else model.head.weight, None)
+    if not model.config.tied:
+        del model.head
     return model
+
+
+def packable(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there, and this processor has what it needs for the type."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> partial:
@@ -47,7 +62,8 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> partial:
 
 
 class StreamedLinear(nn.Module):
-    """x W^T + b for one row x, at the speed of memory; with `quantize`, W has eight bits.
+    """x W^T + b for one row x, at the speed of memory; with `quantize`, W has eight bits, and up to
+    FEW rows are read that way.
 
     The product is a sum of the rows of W^T, weighted by x: what recommendation systems call an
     embedding bag. torch has one that reads rows in sequence as fast as memory gives them, and one
@@ -58,7 +74,8 @@ class StreamedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str = ""):
         super().__init__()
         self.outputs, self.inputs = weight.shape
-        self.eight_bits, self.width = bool(quantize), 128 if quantize else 256
+        self.width, self.few = WIDTH[quantize], FEW if quantize else 1
+        self.eight_bits = bool(quantize)
         self.blocks = -(-self.outputs // self.width)
         whole = F.pad(weight.detach(), (0, 0, 0, -self.outputs % self.width))
         rows = whole.view(self.blocks, self.width, self.inputs).mT.reshape(-1, self.width)
@@ -66,7 +83,7 @@ class StreamedLinear(nn.Module):
             rows = torch.ops.quantized.embedding_bag_byte_prepack(rows.float())
         index = torch.arange(len(rows), dtype=torch.int32)
         self.rows, self.index = rows, index.view(self.blocks, 1, self.inputs)
-        self.begins = torch.arange(self.blocks * FEW, dtype=torch.int32) * self.inputs
+        self.begins = torch.arange(self.blocks * self.few, dtype=torch.int32) * self.inputs
         self.bias = None if bias is None else bias.detach()
 
     @property
@@ -79,17 +96,17 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.numel() // self.inputs
-        if n > (FEW if self.eight_bits else 1):
+        if n > self.few:
             return F.linear(x, self.weight.to(x.dtype), self.bias)
         # a block for all rows of x before the next: it is in the cache from the second row on
         index = self.index.expand(-1, n, -1).reshape(-1)
-        x_ = x.view(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)
+        factors = x.reshape(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)
         begins = self.begins[: self.blocks * n]
         if self.eight_bits:
             bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-            y = bag(self.rows, index, begins, per_sample_weights=x_.float())
+            y = bag(self.rows, index, begins, per_sample_weights=factors.float())
         else:
-            y = torch.embedding_bag(self.rows, index, begins, False, 0, False, x_)[0]
+            y = torch.embedding_bag(self.rows, index, begins, False, 0, False, factors)[0]
         y = y.view(self.blocks, n, self.width).transpose(0, 1).reshape(n, -1)[:, : self.outputs]
         y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
         return y if self.bias is None else y + self.bias
@@ -110,12 +127,17 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+def records(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 class RecordedStep:
     """The next logits (B, V) for one new token in each row of `cache`, recorded as a CUDA graph.
 
     A replay starts hundreds of kernels at once, which one by one take longer to start than to run.
-    Its shapes and addresses are fixed: attention spans the whole cache, and a mask hides what is
-    not there yet. Elsewhere than on a GPU nothing is recorded, and the result is the same.
+    Its shapes and addresses are fixed: `cache` must have its final batch size, attention spans all
+    of it, and a mask hides what is not there yet. A result is valid until the next call. Elsewhere
+    than on a GPU nothing is recorded, and the result is the same.
     """
 
     def __init__(self, model: GPT, cache: KVCache):
@@ -126,15 +148,16 @@ class RecordedStep:
         self.positions = torch.arange(length, device=device)
         if device.type != "cuda":
             return
-        side = torch.cuda.Stream()  # the first runs, which allocate, must not be recorded
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.run()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.run()
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # libraries set themselves up, which must not be recorded
+                    self.run()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=side):
+                self.logits = self.run()
 
     def run(self) -> Tensor:
         length, self.cache.at = self.cache.length, self.at

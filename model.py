@@ -125,15 +125,16 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all positions so far, preallocated for the whole context.
+    """Keys and values of all positions so far, preallocated for `length` (0: the whole context).
 
     `length` counts the positions stored. Writing past the end raises ValueError: see `generate` in
     sample.py for what to do then. `at` is for inference.RecordedStep: the position of the one new
     token, as a tensor (1,).
     """
 
-    def __init__(self, config: GPTConfig, batch: int, device=None, dtype=torch.float32):
-        shape = (config.n_layer, batch, config.n_kv_head, config.block_size, config.head_dim)
+    def __init__(self, config: GPTConfig, batch: int, device=None, dtype=torch.float32, length=0):
+        length = length or config.block_size
+        shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length, self.at = 0, None
@@ -144,7 +145,8 @@ class KVCache:
         if end > self.k.size(3):
             raise ValueError(f"{end} positions do not fit in a KV cache of {self.k.size(3)}")
         if self.at is not None:
-            self.k[layer][:, :, self.at], self.v[layer][:, :, self.at] = k, v
+            self.k[layer][:, :, self.at] = k.to(self.k.dtype)
+            self.v[layer][:, :, self.at] = v.to(self.v.dtype)
             return self.k[layer], self.v[layer]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -202,15 +204,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
         score = torch.baddbmm(future, q, k.mT, alpha=D**-0.5)  # (B*H, T, T)
         return (score.softmax(dim=-1) @ v).view(B, H, T, D)
-    return F.scaled_dot_product_attention(
+    if T == 1:  # the heads that share keys become the rows of one product
+        q = q.reshape(B, K, H // K, D)
+    y = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
         is_causal=mask is None and T > 1,  # a single new position may look at all before it
         dropout_p=dropout,
-        enable_gqa=K != H,
+        enable_gqa=q.size(1) != K,
     )
+    return y.reshape(B, H, T, D)
 
 
 class MLP(nn.Module):

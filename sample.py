@@ -50,7 +50,7 @@ def generate(
     """
     import torch
 
-    from inference import RecordedStep
+    import inference
     from model import KVCache
 
     limit, like = model.config.block_size, next(model.parameters())
@@ -58,14 +58,15 @@ def generate(
     context = torch.tensor([prompt[-limit:]], device=like.device)  # (1, T), later (B, T)
     # on a CPU attention in float32 is several times faster, and its part of memory traffic small
     dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-    cache, new, recorded = KVCache(model.config, 1, like.device, dtype), context, None
+    room = min(limit, context.size(1) + max_tokens)
+    cache, new, recorded = KVCache(model.config, 1, like.device, dtype, room), context, None
     for _ in range(max_tokens):
         if cache.length + new.size(1) > limit:
             cache.length, context = 0, context[:, -max(1, limit // 2) :]
             new = context
         with torch.inference_mode():
-            if like.is_cuda and new.size(1) == 1 and len(context) == num_samples:
-                recorded = recorded or RecordedStep(model, cache)
+            if inference.records(like.device) and new.size(1) == 1 and len(new) == num_samples:
+                recorded = recorded or inference.RecordedStep(model, cache)
                 logits = recorded(new)
             else:
                 logits = model(new, cache=cache)[:, -1]  # (1, V), later (B, V)

@@ -351,6 +351,7 @@ def train(s: Settings, stop: Stop) -> int:
         print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
     if s.sample_tokens:
         print("\na sample:\n")
+        torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
         picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
         sample.write_samples(model.eval(), data.tokenizer, s.sample_prompt, picked)
     print(f"\nnext: python sample.py {s.out} --prompt={shlex.quote(s.sample_prompt)}")
