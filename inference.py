@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model import GPT, KVCache
 
-FEW = 16  # rows from which on it is faster to unpack eight-bit weights first
+FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
 WIDTH = {"": 256, "int8": 128}  # columns of a block: wider reads faster, narrower is more exact
 
 
