@@ -15,6 +15,7 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 from conftest import ROOT, TINY, script
 from test_train import rows, training, weights
 
@@ -263,7 +264,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(finished, tmp
 
 
 def test_a_full_disk_leaves_earlier_checkpoints_whole(train, monkeypatch):
-    run, whole, original = train.folder / "run", weights(train("whole")), checkpoint.save_file
+    run, whole, original = (
+        train.folder / "run",
+        weights(train("whole")),
+        safetensors.torch.save_file,
+    )
 
     def full(tensors, path):
         if path.parent.name.startswith("step-00000008"):
@@ -271,7 +276,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(train, monkeypatch):
         original(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(OSError, match=r"step-00000008 could not be saved \(No space left"):
             train("run")
     assert checkpoint.verify(run / "step-00000004") == 5
