@@ -142,10 +142,10 @@ class RecordedStep:
 
     def __init__(self, model: GPT, cache: KVCache):
         self.model, self.cache, self.graph = model, cache, None
-        device, rows, length = cache.k.device, cache.k.size(1), cache.k.size(3)
+        device, rows, size = cache.k.device, cache.k.size(1), cache.k.size(3)
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.at = torch.full((1,), cache.length, device=device)
-        self.positions = torch.arange(length, device=device)
+        self.positions = torch.arange(size, device=device)
         if device.type != "cuda":
             return
         with torch.cuda.device(device):

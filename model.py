@@ -125,16 +125,16 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all positions so far, preallocated for `length` (0: the whole context).
+    """Keys and values of all positions so far, preallocated for `size` (0: the whole context).
 
     `length` counts the positions stored. Writing past the end raises ValueError: see `generate` in
     sample.py for what to do then. `at` is for inference.RecordedStep: the position of the one new
     token, as a tensor (1,).
     """
 
-    def __init__(self, config: GPTConfig, batch: int, device=None, dtype=torch.float32, length=0):
-        length = length or config.block_size
-        shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
+    def __init__(self, config: GPTConfig, batch: int, device=None, dtype=torch.float32, size=0):
+        size = size or config.block_size
+        shape = (config.n_layer, batch, config.n_kv_head, size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length, self.at = 0, None
