@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import config
+from engine import settings
 
 
 @dataclass
@@ -44,9 +44,9 @@ WARM_UP = 2  # runs of each measurement that do not count
 
 
 def main(argv: list[str]) -> None:
-    s = config.load(Settings, argv, "Measure speed.", "what")
+    s = settings.load(Settings, argv, "Measure speed.", "what")
     variants = VARIANTS.get(s.what)
-    config.check(
+    settings.check(
         s,
         ("what", f"one of {', '.join(VARIANTS)}", variants is not None),
         *((name, "at least 1", getattr(s, name) >= 1) for name in ("rounds", "rows", "tokens")),
@@ -126,7 +126,7 @@ def memory_read() -> dict:
 def train_ours(s: Settings, dtype: str) -> dict:
     import torch
 
-    import machine
+    from engine import machine
     from model import GPT, GPTConfig
 
     here = machine.pick(dtype=dtype)
@@ -201,7 +201,7 @@ def decode_ours(
 ) -> dict:
     import torch
 
-    from inference import ready
+    from engine.inference import ready
     from model import GPT, GPTConfig
     from sample import generate
 
@@ -223,7 +223,7 @@ def first_token(s: Settings) -> dict:
     """sample.py on a checkpoint of that shape: seconds to its first token, without import torch."""
     import torch
 
-    import checkpoint
+    from engine import checkpoint
     from model import GPT, GPTConfig
     from tokenizer import published_tokenizer
 
@@ -253,11 +253,11 @@ def first_token(s: Settings) -> dict:
 def int8_loss(s: Settings) -> dict:
     """By how much weights of eight bits raise the validation loss of a run (unpacked first, since
     evaluation has many rows: the same weights, multiplied another way)."""
-    import machine
-    from checkpoint import find, load_weights
     from dataset import Dataset
+    from engine import machine
+    from engine.checkpoint import find, load_weights
+    from engine.inference import ready
     from evaluate import evaluate
-    from inference import ready
 
     here = machine.pick("cpu")
     model, _, state = load_weights(find(s.run))
@@ -321,7 +321,7 @@ def write_gpt2_tokenizer(folder: Path) -> None:
 
 def library_text() -> str:
     """About 64 MB: the standard library, several times over."""
-    from sources import documents
+    from engine.sources import documents
 
     texts = ["".join(pieces) for pieces in documents("python", "", "text")]
     text = "".join(texts)
@@ -365,7 +365,7 @@ def encode_tiktoken(s: Settings) -> dict:
 
 def whole_command(s: Settings, name: str) -> dict:
     """The whole command of a config: its wall-clock time, and the loss it ends with."""
-    from metrics import best_row
+    from engine.metrics import best_row
 
     root, losses, seconds = Path(__file__).parent, [], []
     for seed in range(1, s.seeds + 1):
@@ -419,4 +419,4 @@ VARIANTS = {
 
 
 if __name__ == "__main__":
-    config.run(main)
+    settings.run(main)

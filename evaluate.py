@@ -6,10 +6,10 @@ import math
 
 import torch
 
-import machine
-from checkpoint import find, load_weights
 from dataset import Dataset, Split
-from machine import Machine
+from engine import machine
+from engine.checkpoint import find, load_weights
+from engine.machine import Machine
 from model import GPT
 from tokenizer import Tokenizer
 

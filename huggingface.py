@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import config
+from engine import settings
 
 
 @dataclass
@@ -30,7 +30,7 @@ WANTED = ["*.json", "*.safetensors", "merges.txt"]  # of a model on huggingface.
 
 
 def main(argv: list[str]) -> None:
-    s = config.load(Settings, argv, "Import or export weights.", "command", nargs="*")
+    s = settings.load(Settings, argv, "Import or export weights.", "command", nargs="*")
     if len(s.command) != 3 or s.command[0] not in ("import", "export"):
         raise ValueError("say what to do: import SOURCE TARGET, or export CHECKPOINT TARGET")
     command, source, target = s.command
@@ -50,8 +50,8 @@ def import_model(source: str, folder: Path, target: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    import families
-    from checkpoint import sha256_of
+    from engine import families
+    from engine.checkpoint import sha256_of
     from model import GPT
 
     # 1. what it is, and whether it has the tensors of such a model
@@ -134,8 +134,8 @@ def locate(source: str) -> Path:
 
 def read_tokenizer(source: str, folder: Path, theirs: dict):
     """The tokenizer of a model, with an id for each row of its embedding. Raises ValueError."""
-    import tokenizer_json
-    from families import read_json
+    from engine import tokenizer_json
+    from engine.families import read_json
     from tokenizer import Tokenizer, bytes_tokenizer, published_tokenizer
 
     vocab_size, path = theirs["vocab_size"], folder / "tokenizer.json"
@@ -175,10 +175,8 @@ def export_model(source: str, which: str, target: Path) -> None:
     """Writes a checkpoint as `target`. Raises ValueError if transformers has no such model."""
     import torch
 
-    import checkpoint
-    import families
-    import tokenizer_json
-    from metrics import read_metrics
+    from engine import checkpoint, families, tokenizer_json
+    from engine.metrics import read_metrics
     from model import GPT, GPTConfig
 
     path = checkpoint.find(source, which)
@@ -260,7 +258,7 @@ def write_json(path: Path, content: dict) -> None:
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `target` at the end, and disappears if there is none."""
-    from checkpoint import fsync
+    from engine.checkpoint import fsync
 
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
@@ -279,4 +277,4 @@ def whole(target: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    settings.run(main)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import config
-from metrics import read_metrics
+from engine import settings
+from engine.metrics import read_metrics
 
 
 @dataclass
@@ -17,8 +17,8 @@ class Settings:
 
 
 def main(argv: list[str]) -> None:
-    s = config.load(Settings, argv, "Draw loss curves.", "runs", nargs="+")
-    config.check(
+    s = settings.load(Settings, argv, "Draw loss curves.", "runs", nargs="+")
+    settings.check(
         s,
         ("x", "tokens, step or seconds", s.x in ("tokens", "step", "seconds")),
         ("smooth", "at least 0, below 1", 0 <= s.smooth < 1),
@@ -72,4 +72,4 @@ def running_mean(values: list[float], keep: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    settings.run(main)

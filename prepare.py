@@ -1,8 +1,8 @@
 """Text to token shards: python prepare.py SOURCE... --out=data/name --tokenizer=bpe
 
-1. read      the documents of every source                               sources.py
-2. clean     line ends, Unicode form, control characters, repetitions    spool.py
-3. split     into train, val and test, by a hash of the content          spool.py
+1. read      the documents of every source                               engine/sources.py
+2. clean     line ends, Unicode form, control characters, repetitions    engine/spool.py
+3. split     into train, val and test, by a hash of the content          engine/spool.py
 4. learn     byte-pair encoding from the training split                  tokenizer.py
 5. encode    each split into shards, on all cores                        dataset.py
 """
@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import regex
 
-import config
 from dataset import ShardWriter
-from sources import PIECE, require
-from spool import SPLITS, read_chunk, spool
+from engine import settings
+from engine.sources import PIECE, require
+from engine.spool import SPLITS, read_chunk, spool
 from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, bytes_tokenizer, published_tokenizer
 
 try:
@@ -59,7 +59,7 @@ FREE = ("out", "workers", "overwrite")  # settings that do not change the result
 
 def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleaning up on the way
-    s = config.load(Settings, argv, "Prepare text for training.", "source", nargs="*")
+    s = settings.load(Settings, argv, "Prepare text for training.", "source", nargs="*")
     if not s.source:
         raise ValueError("no source: name a text file, a folder, - for standard input, or python")
     prepare(s)
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 def prepare(s: Settings) -> None:
     """Writes the data set of settings `s`, or finds that it is there already."""
-    config.check(
+    settings.check(
         s,
         ("val", "a fraction, with test below 1", s.val >= 0 and s.val + s.test < 1),
         ("test", "a fraction, with val below 1", s.test >= 0),
@@ -85,14 +85,14 @@ def prepare(s: Settings) -> None:
         tokenizer = published_tokenizer(s.tokenizer)
     name = "stdin" if s.source[0] == "-" else Path(s.source[0]).absolute().name.split(".")[0]
     out = Path(s.out or f"data/{name}")
-    settings = {k: v for k, v in asdict(s).items() if k not in FREE}
-    settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
-    if already_prepared(out, settings, s.overwrite):
+    wanted = {k: v for k, v in asdict(s).items() if k not in FREE}
+    wanted = json.loads(json.dumps(wanted))  # as it will be read back: tuples are lists
+    if already_prepared(out, wanted, s.overwrite):
         return
     for source in s.source:
         require(source)
     with locked(out.parent / (out.name + ".partial")) as partial:
-        if already_prepared(out, settings, s.overwrite):  # by another process, meanwhile
+        if already_prepared(out, wanted, s.overwrite):  # by another process, meanwhile
             return
         start, report, progress = time.monotonic(), Counter(), Progress("reading")
         spool(s, partial, report, progress)
@@ -110,7 +110,7 @@ def prepare(s: Settings) -> None:
         with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
             tokenizer = tokenizer or learn_bpe(s, partial / "spool_train", pool, workers)
         tokenizer.save(partial)
-        meta = dict(settings=settings, vocab_size=tokenizer.vocab_size)
+        meta = dict(settings=wanted, vocab_size=tokenizer.vocab_size)
         meta |= dict(tokenizer_sha256=tokenizer.digest(), splits={})
         initial = dict(initializer=start_worker, initargs=(partial,))
         with ProcessPoolExecutor(workers, get_context("spawn"), **initial) as pool:
@@ -316,4 +316,4 @@ def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    settings.run(main)

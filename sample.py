@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import config
+from engine import settings
 
 
 @dataclass
@@ -50,7 +50,7 @@ def generate(
     """
     import torch
 
-    import inference
+    from engine import inference
     from model import KVCache
 
     limit, like = model.config.block_size, next(model.parameters())
@@ -140,8 +140,8 @@ class TextStream:
 
 
 def main(argv: list[str]) -> None:
-    s = config.load(Settings, argv, "Generate text from a checkpoint.", "run")
-    config.check(
+    s = settings.load(Settings, argv, "Generate text from a checkpoint.", "run")
+    settings.check(
         s,
         ("temperature", "at least 0", s.temperature >= 0),
         ("top_k", "at least 0", s.top_k >= 0),
@@ -159,13 +159,12 @@ def main(argv: list[str]) -> None:
         with open(s.prompt_file, encoding="utf-8", errors="replace") as f:
             s.prompt = f.read()
 
-    from checkpoint import TO_SAMPLE, find, load_weights, verify
+    from engine.checkpoint import TO_SAMPLE, find, load_weights, verify
 
     path = find(s.run, s.checkpoint)
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(verify, path, TO_SAMPLE)  # while torch is imported
-        import inference
-        import machine
+        from engine import inference, machine
     verified.result()
     here = machine.pick(s.device, s.dtype)
     model, tokenizer, _ = load_weights(path, verified=True)
@@ -208,4 +207,4 @@ def write_samples(model, tokenizer, prompt: str, s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    settings.run(main)

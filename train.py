@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import config
-from stop import Stop
+from engine import settings
+from engine.stop import Stop
 
 START = time.monotonic()
 
@@ -99,7 +99,7 @@ class Settings:
 
 
 def main(argv: list[str]) -> int:
-    s = config.load(Settings, argv, "Train a GPT.", "config")
+    s = settings.load(Settings, argv, "Train a GPT.", "config")
     s.out = s.out or f"out/{Path(s.config).stem}"
     check(s)
     stop = Stop()  # before torch is imported, which takes a second or more
@@ -126,7 +126,7 @@ def installed(package: str) -> bool:
 def check(s: Settings) -> None:
     """Raises ValueError for the first setting that cannot work, before anything is loaded."""
     positive = "block_size n_layer n_head n_embd steps batch_tokens log_every eval_every save_every"
-    config.check(s, *((name, "at least 1", getattr(s, name) >= 1) for name in positive.split()))
+    settings.check(s, *((name, "at least 1", getattr(s, name) >= 1) for name in positive.split()))
     world = int(os.environ.get("WORLD_SIZE", 1))
     rows = s.block_size * world
     processes = f" and {world} processes" if world > 1 else ""
@@ -136,7 +136,7 @@ def check(s: Settings) -> None:
     not_negative += " warmup weight_decay grad_clip patience sample_tokens seed show_batch"
     fractions = "decay final_lr"
     below_one = "dropout momentum beta1 beta2"
-    config.check(
+    settings.check(
         s,
         *((name, "at least 0", 0 <= getattr(s, name) < 2**63) for name in not_negative.split()),
         *((name, "from 0 to 1", 0 <= getattr(s, name) <= 1) for name in fractions.split()),
@@ -175,15 +175,14 @@ def check(s: Settings) -> None:
 def train(s: Settings, stop: Stop) -> int:
     import torch
 
-    import checkpoint
-    import machine
     import sample
     from dataset import Dataset
+    from engine import checkpoint, machine
+    from engine.metrics import best_row, since_best
+    from engine.run import Run
     from evaluate import compressors, evaluate
-    from metrics import best_row, since_best
     from model import IGNORE
     from optim import LossScale, learning_rate, make_optimizers
-    from run import Run
 
     # 1. the machine and the processes on it
     here = machine.pick(s.device, s.dtype, s.compile)
@@ -360,7 +359,7 @@ def train(s: Settings, stop: Stop) -> int:
 
 def new_model(s: Settings, tokenizer):
     """A model with random weights, or with those of the checkpoint `init_from`."""
-    from checkpoint import find, load_weights
+    from engine.checkpoint import find, load_weights
     from model import GPT, GPTConfig
 
     if s.init_from:
@@ -401,4 +400,4 @@ def show_batch(s: Settings) -> int:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    settings.run(main)

@@ -15,10 +15,9 @@ import torch
 from conftest import make_text, script
 from safetensors.torch import load_file, save_file
 
-import families
 import huggingface
-import tokenizer_json
-from checkpoint import load_model
+from engine import families, tokenizer_json
+from engine.checkpoint import load_model
 from model import GPT, GPTConfig
 from sample import generate
 from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, bytes_tokenizer
@@ -346,7 +345,8 @@ def test_importing_takes_little_more_memory_than_the_largest_weight(tmp_path):
     huggingface.write_json(tmp_path / "in" / "config.json", settings)
     size = (tmp_path / "in" / "model.safetensors").stat().st_size
     code = (
-        "import resource, sys, torch, safetensors.torch, huggingface, families, tokenizer_json\n"
+        "import resource, sys, torch, safetensors.torch, huggingface\n"
+        "import engine.families, engine.tokenizer_json\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "torch.zeros(1).float().numpy(); before = peak()\n"
         f"huggingface.main(['import', {str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}])\n"

@@ -7,9 +7,9 @@ import torch
 from test_model import SHAPES, make, tokens
 from torch import nn
 
-import inference
 import sample
-from inference import FEW, PackedLinear, RecordedStep, StreamedLinear, packable, ready
+from engine import inference
+from engine.inference import FEW, PackedLinear, RecordedStep, StreamedLinear, packable, ready
 from model import KVCache
 from sample import generate
 

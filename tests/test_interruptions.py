@@ -16,12 +16,12 @@ import time
 
 import pytest
 import safetensors.torch
-from conftest import ROOT, TINY, script
+from conftest import CODE, ROOT, TINY, script
 from test_train import rows, training, weights
 
-import checkpoint
-from metrics import read_metrics
-from run import lock
+from engine import checkpoint
+from engine.metrics import read_metrics
+from engine.run import lock
 
 BUSY = ["--steps=120", "--eval_every=20", "--save_every=7", "--dropout=0.1", "--device_batch=4"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -367,7 +367,7 @@ def test_show_batch_prints_what_a_step_trains_on(train, capsys, monkeypatch, dat
 
 
 def test_there_is_no_pickle_anywhere(finished):
-    code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in CODE)
     for word in (
         r"import pickle",
         r"pickle\.",

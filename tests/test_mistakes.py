@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 
-import config
+from engine import settings
 
 ROOT = Path(__file__).parent.parent
 BYTES = ["--tokenizer=bytes", "--workers=1"]
@@ -87,7 +87,7 @@ def run(script: str, argv: list[str], monkeypatch) -> int:
     """Runs a script in this process, as its last line does; returns the exit status."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
     with same_signals(), pytest.raises(SystemExit) as ended:
-        config.run(importlib.import_module(script).main)
+        settings.run(importlib.import_module(script).main)
     return ended.value.code or 0
 
 
@@ -510,7 +510,7 @@ def test_no_cuda(place, monkeypatch, capsys):
 
 
 def test_two_runs_in_one_folder(place, monkeypatch, capsys):
-    handle = importlib.import_module("run").lock(Path("run"))
+    handle = importlib.import_module("engine.run").lock(Path("run"))
     check_mistake("train", [*RESUME, "--steps=8"], ["another process", "run"], monkeypatch, capsys)
     handle.close()
 

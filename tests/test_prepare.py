@@ -11,9 +11,8 @@ import pytest
 from conftest import make_text
 
 import prepare
-import sources
-import spool
 from dataset import Dataset
+from engine import sources, spool
 
 
 def read(folder) -> dict[str, list[str]]:

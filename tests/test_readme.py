@@ -21,7 +21,7 @@ SMALL += ["--n_embd=32", "--device_batch=2", "--sample_tokens=5", "--eval_every=
 def place(tmp_path_factory, data):
     """A folder like a clone, in which the sources are small."""
     folder = tmp_path_factory.mktemp("clone")
-    for path in [*ROOT.glob("*.py"), ROOT / "config", ROOT / "README.md"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "config", ROOT / "engine", ROOT / "README.md"]:
         (folder / path.name).symlink_to(path)
     (folder / "data").mkdir()
     for name in ("python", "shakespeare"):
@@ -89,7 +89,7 @@ def test_files_that_are_named_exist():
         name = name[0] or name[1]
         if not name.startswith("my_"):
             assert (ROOT / name).exists(), name
-    scripts = {p.name for p in ROOT.glob("*.py")}
+    scripts = {p.name for p in [*ROOT.glob("*.py"), *ROOT.glob("engine/[!_]*.py")]}
     assert scripts <= set(re.findall(r"[\w]+\.py", README))
 
 

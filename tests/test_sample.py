@@ -9,7 +9,7 @@ import torch
 from conftest import script
 
 import sample
-from checkpoint import load_model
+from engine.checkpoint import load_model
 from model import GPT, GPTConfig
 from sample import TextStream, generate, pick
 from tokenizer import bytes_tokenizer

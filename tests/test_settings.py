@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-import config
+from engine import settings
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Settings:
 def load(tmp_path, *argv, file="steps = 2 * 3\n"):
     path = tmp_path / "some.py"
     path.write_text(file)
-    return config.load(Settings, [str(path), *argv], "", "config")
+    return settings.load(Settings, [str(path), *argv], "", "config")
 
 
 def test_command_line_over_file_over_defaults(tmp_path):
@@ -105,24 +105,24 @@ def test_every_preset_loads_and_passes_the_checks():
 
     import train
 
-    files = [path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py"]
+    files = list((ROOT / "config").glob("*.py"))
     assert len(files) >= 5
     for path in files:
-        train.check(config.load(train.Settings, [str(path)], "", "config"))
+        train.check(settings.load(train.Settings, [str(path)], "", "config"))
 
 
 def test_no_setting_is_unused():
     """Each setting of a script is read somewhere in the code."""
     import re
 
-    from conftest import ROOT
+    from conftest import CODE
 
     import plot
     import prepare
     import sample
     import train
 
-    code = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in CODE)
     shape = {"position", "norm", "norm_weight", "norm_eps", "embed_norm", "qk_norm", "mlp", "bias"}
     shape |= {"tied", "logit_cap", "rope_base", "n_kv_head", "mlp_dim", "n_layer"}  # by GPTConfig
     for script in (plot, prepare, sample, train):

@@ -12,10 +12,10 @@ import time
 import pytest
 from conftest import ROOT, TINY, script
 
-import checkpoint
-from metrics import read_metrics
+from engine import checkpoint
+from engine.metrics import read_metrics
+from engine.run import lock
 from optim import learning_rate
-from run import lock
 
 
 def weights(run, step: int = 8) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataset import sha256_of
-from metrics import best_row
+from engine.metrics import best_row
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # torch is imported where it is used: finding and verifying needs none

@@ -81,11 +81,11 @@ def unknown(name: str, known, where: str) -> ValueError:
 
 def read_file(path: str, types: dict[str, type]) -> dict:
     """Runs a config file; returns its assignments, each converted to its type in `types`."""
-    here = Path(__file__).parent
-    if not Path(path).is_file() and (here.parent / path).is_file():
-        path = str(here.parent / path)  # as config/small.py, from any folder
+    root = Path(__file__).parent.parent
+    if not Path(path).is_file() and (root / path).is_file():
+        path = str(root / path)  # as config/small.py, from any folder
     if not Path(path).is_file():
-        known = [f"config/{file.name}" for file in here.glob("[!_]*.py")]
+        known = [f"config/{file.name}" for file in (root / "config").glob("*.py")]
         near = difflib.get_close_matches(path, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "the folder config/ holds those there are"
         raise ValueError(f"no config file {path!r}: {hint}")

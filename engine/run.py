@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import checkpoint
-from machine import Machine
-from metrics import MetricsLog, start_trackers
+from engine import checkpoint
+from engine.machine import Machine
+from engine.metrics import MetricsLog, start_trackers
 from tokenizer import Tokenizer
 
 try:

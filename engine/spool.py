@@ -15,7 +15,7 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
-from sources import PIECE, documents
+from engine.sources import PIECE, documents
 
 SPLITS = ("train", "val", "test")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
