@@ -134,10 +134,10 @@ class GPT(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = dropout
 
-    def new_cache(self, rows: int, size: int) -> "KVCache":
-        """An empty KV cache for `rows` sequences of up to `size` tokens."""
+    def new_cache(self, batch: int = 1, size: int = 0) -> "KVCache":
+        """An empty KV cache for `batch` sequences of up to `size` tokens (0: the whole context)."""
         like = self.wte.weight
-        return KVCache(self.config, rows, like.device, like.dtype, size)
+        return KVCache(self.config, batch, like.device, like.dtype, size)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -81,13 +81,13 @@ class ReadyHead(fast.FastHead):
 class FastGPT(GPT):
     """A GPT that chooses the type of its KV cache, and on a GPU records a step and replays it."""
 
-    def new_cache(self, rows: int, size: int) -> KVCache:
+    def new_cache(self, batch: int = 1, size: int = 0) -> KVCache:
         like = self.wte.weight
         dtype = like.dtype
         if like.device.type == "cpu" and isinstance(self.blocks[0].attn, fast.FastAttention):
             dtype = torch.float32  # attention is several times faster, its memory traffic small
         kind = RecordedCache if records(like.device) else KVCache
-        return kind(self.config, rows, like.device, dtype, size)
+        return kind(self.config, batch, like.device, dtype, size)
 
     def forward(self, tokens: Tensor, *more, cache: KVCache | None = None, **options) -> Tensor:
         if isinstance(cache, RecordedCache) and cache.length and tokens.size(1) == 1:
