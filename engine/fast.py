@@ -201,18 +201,19 @@ def largest_error(
     module.to(device)
     reference, part = PARTS[name]
     worst = 0.0
-    for run in RUNS[name](c, device, g):
-        true = run(module, torch.float32, training)
-        slow = run(module, dtype, training)
+    for call, x, with_gradients in trials(name, c, device, g):
+        learn = training and with_gradients
+        kind = torch.float32 if training and not with_gradients else dtype
+        true = results(call, x, module, torch.float32, learn)
+        slow = results(call, x, module, kind, learn)
         module.__class__ = part
-        fast = run(module, dtype, training)
+        fast = results(call, x, module, kind, learn)
         module.__class__ = reference
         usual = max(map(rms, true))
         for t, s, f in zip(true, slow, fast, strict=True):
             size = max(rms(t), 0.1 * usual)  # a gradient that is zero has no digits to compare
-            rounding = max(1e-4, 2 * torch.finfo(dtype).eps) * size
-            allowed = 2 * rms(s - t) + rounding
-            worst = max(worst, rms(f - t) / allowed)
+            rounding = max(1e-4, 2 * torch.finfo(kind).eps) * size
+            worst = max(worst, rms(f - t) / (2 * rms(s - t) + rounding))
     return worst
 
 
@@ -220,90 +221,64 @@ def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def compare(x: Tensor, *more) -> Callable:
-    """A run of a module on activations `x` and `more`: output and gradients, as float32."""
-
-    def run(module: nn.Module, dtype: torch.dtype, training: bool) -> list[Tensor]:
-        if not training:
-            worker = copy.deepcopy(module).to(dtype)
-            given = [a.to(dtype) if floating(a) else a for a in (x, *more)]
-            with torch.no_grad():
-                return [worker(*given).float()]
-        given = [x.to(dtype) if floating(x) else x, *more]  # parameters stay float32
-        inputs = [a.detach().requires_grad_() for a in given if floating(a)]
-        given = [inputs.pop(0) if floating(a) else a for a in given]
-        mixed = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
-        with mixed:
-            y = module(*given).float()
-        direction = torch.arange(y.numel(), device=y.device).cos().view(y.shape)
-        wanted = [*filter(floating, given), *module.parameters()]
-        gradients = torch.autograd.grad((y * direction).sum(), wanted, allow_unused=True)
-        return [y.detach(), *(g.float() for g in gradients if g is not None)]
-
-    return run
+def results(call: Callable, x: Tensor, module, dtype: torch.dtype, learn: bool) -> list[Tensor]:
+    """What `call(module, x)` gives in `dtype`, and if asked for, all gradients; as float32."""
+    if not learn:
+        with torch.no_grad():
+            y = call(copy.deepcopy(module).to(dtype), x if x.dtype == torch.long else x.to(dtype))
+        return [y.float()]
+    wanted = list(module.parameters())  # they stay float32
+    if x.is_floating_point():
+        x = x.to(dtype).detach().requires_grad_()
+        wanted.append(x)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        y = call(module, x).float()
+    direction = torch.arange(y.numel(), device=y.device).cos().view(y.shape)
+    gradients = torch.autograd.grad((y * direction).sum(), wanted, allow_unused=True)
+    return [y.detach(), *(g.float() for g in gradients if g is not None)]
 
 
-def compare_cached(x: Tensor, c: GPTConfig) -> Callable:
-    """A run of attention on `x` in pieces, with a KV cache: a prompt, one token, several."""
+def trials(name: str, c: GPTConfig, device: torch.device, g: torch.Generator) -> Iterator[tuple]:
+    """What a part is tried with: a call of (module, x), an x, and whether gradients count."""
 
-    @torch.no_grad()
-    def run(module: nn.Module, dtype: torch.dtype, training: bool) -> list[Tensor]:
-        dtype = torch.float32 if training else dtype  # training samples without autocast
-        worker = copy.deepcopy(module).to(dtype)
-        stored = torch.float32 if isinstance(module, FastAttention) else dtype
-        cache = KVCache(c, x.size(0), x.device, stored)
-        parts = []
-        for piece in x.to(dtype).split([x.size(1) - 4, 1, 3], dim=1):
-            at = torch.arange(cache.length, cache.length + piece.size(1), device=x.device)
-            rope = rotary(at, c) if c.position == "rotary" else None
-            parts.append(worker(piece, rope, None, cache).float())
-            cache.length += piece.size(1)
-        return parts
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(device)
 
-    return run
-
-
-def floating(a) -> bool:
-    return isinstance(a, Tensor) and a.is_floating_point()
+    if name == "embedding":
+        yield lambda m, x: m(x), torch.randint(c.vocab_size, (2, 7), generator=g).to(device), True
+    elif name == "norm":
+        for size in (1.0, 1e-3):  # in the second the small constant below the root counts, too
+            yield lambda m, x: m(x), size * normal(2, 7, c.head_dim), True
+    elif name == "head":
+        table = normal(c.vocab_size, c.n_embd)
+        for T in (1, 7):
+            yield lambda m, x: m(x, table.to(x.dtype)), normal(2, T, c.n_embd), True
+    else:
+        yield from attention_trials(c, device, g, normal)
 
 
-def lengths(c: GPTConfig) -> tuple[int, int]:
-    """Two odd ones, the second beyond what is SHORT if the context is."""
-    return min(7, c.block_size), min(c.block_size - 1 | 1, c.block_size, SHORT + 129)
-
-
-def norm_runs(c: GPTConfig, device: torch.device, g: torch.Generator) -> Iterator[Callable]:
-    for size in (1.0, 1e-3):  # in the second the small constant below the root counts, too
-        yield compare(size * torch.randn(2, 7, c.head_dim, generator=g).to(device))
-
-
-def embedding_runs(c: GPTConfig, device: torch.device, g: torch.Generator) -> Iterator[Callable]:
-    yield compare(torch.randint(c.vocab_size, (2, 7), generator=g).to(device))
-
-
-def head_runs(c: GPTConfig, device: torch.device, g: torch.Generator) -> Iterator[Callable]:
-    table = torch.randn(c.vocab_size, c.n_embd, generator=g).to(device)
-    for T in (1, 7):
-        yield compare(torch.randn(2, T, c.n_embd, generator=g).to(device), table)
-
-
-def attention_runs(c: GPTConfig, device: torch.device, g: torch.Generator) -> Iterator[Callable]:
-    for T in lengths(c):
-        x = torch.randn(2, T, c.n_embd, generator=g).to(device)
+def attention_trials(c: GPTConfig, device, g: torch.Generator, normal) -> Iterator[tuple]:
+    # two odd lengths, the second beyond what is SHORT if the context is
+    for T in (min(7, c.block_size), min(c.block_size - 1 | 1, c.block_size, SHORT + 129)):
         where = torch.arange(T, device=device)
         seen = (torch.rand(2, 1, T, T, generator=g) < 0.5).to(device)
         seen |= torch.eye(T, dtype=torch.bool, device=device)
-        # causal; who sees whom for all rows, and for each; positions of each row
+        # causal; who sees whom, for all rows and for each; positions of each row
         for at, mask in ((where, None), (where, seen[0, 0]), (where.flip(0).expand(2, T), seen)):
             rope = rotary(at, c) if c.position == "rotary" else None
-            yield compare(x, rope, mask, None)
+            yield lambda m, x, r=rope, k=mask: m(x, r, k, None), normal(2, T, c.n_embd), True
+
+        def in_pieces(module, x: Tensor) -> Tensor:
+            """With a KV cache: a prompt, one token, and several more at once."""
+            stored = torch.float32 if isinstance(module, FastAttention) else x.dtype
+            cache = KVCache(c, x.size(0), device, stored)
+            parts = []
+            for piece in x.split([x.size(1) - 4, 1, 3], dim=1):
+                at = torch.arange(cache.length, cache.length + piece.size(1), device=device)
+                rope = rotary(at, c) if c.position == "rotary" else None
+                parts.append(module(piece, rope, None, cache))
+                cache.length += piece.size(1)
+            return torch.cat(parts, dim=1)
+
         if T > 4:
-            yield compare_cached(x, c)
-
-
-RUNS = {
-    "embedding": embedding_runs,
-    "norm": norm_runs,
-    "attention": attention_runs,
-    "head": head_runs,
-}
+            yield in_pieces, normal(2, T, c.n_embd), False
