@@ -201,7 +201,7 @@ def largest_error(
     module.to(device)
     reference, part = PARTS[name]
     worst = 0.0
-    for call, x, with_gradients in trials(name, c, device, g):
+    for call, x, with_gradients in trials(name, c, device, g, training):
         learn = training and with_gradients
         kind = torch.float32 if training and not with_gradients else dtype
         true = results(call, x, module, torch.float32, learn)
@@ -238,7 +238,9 @@ def results(call: Callable, x: Tensor, module, dtype: torch.dtype, learn: bool) 
     return [y.detach(), *(g.float() for g in gradients if g is not None)]
 
 
-def trials(name: str, c: GPTConfig, device: torch.device, g: torch.Generator) -> Iterator[tuple]:
+def trials(
+    name: str, c: GPTConfig, device: torch.device, g: torch.Generator, training: bool
+) -> Iterator[tuple]:
     """What a part is tried with: a call of (module, x), an x, and whether gradients count."""
 
     def normal(*shape: int) -> Tensor:
@@ -254,12 +256,17 @@ def trials(name: str, c: GPTConfig, device: torch.device, g: torch.Generator) ->
         for T in (1, 7):
             yield lambda m, x: m(x, table.to(x.dtype)), normal(2, T, c.n_embd), True
     else:
-        yield from attention_trials(c, device, g, normal)
+        yield from attention_trials(c, device, g, normal, training)
 
 
-def attention_trials(c: GPTConfig, device, g: torch.Generator, normal) -> Iterator[tuple]:
-    # two odd lengths, the second beyond what is SHORT if the context is
-    for T in (min(7, c.block_size), min(c.block_size - 1 | 1, c.block_size, SHORT + 129)):
+def attention_trials(
+    c: GPTConfig, device: torch.device, g: torch.Generator, normal: Callable, training: bool
+) -> Iterator[tuple]:
+    if training and c.block_size > SHORT:  # there the long form has its turn
+        T = SHORT + 1
+        rope = rotary(torch.arange(T, device=device), c) if c.position == "rotary" else None
+        yield lambda m, x: m(x, rope, None, None), normal(1, T, c.n_embd), True
+    for T in (min(7, c.block_size), min(33, c.block_size)):
         where = torch.arange(T, device=device)
         seen = (torch.rand(2, 1, T, T, generator=g) < 0.5).to(device)
         seen |= torch.eye(T, dtype=torch.bool, device=device)
