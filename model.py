@@ -128,7 +128,7 @@ class KVCache:
     """Keys and values of all positions so far, preallocated for `size` (0: the whole context).
 
     `length` counts the positions stored. Writing past the end raises ValueError: see `generate` in
-    sample.py for what to do then. `at` is for inference.RecordedStep: the position of the one new
+    generate.py for what to do then. `at` is for inference.RecordedStep: the position of the one new
     token, as a tensor (1,).
     """
 
@@ -383,6 +383,13 @@ class GPT(nn.Module):
             return logits
         flat = logits.view(-1, logits.size(-1))
         return F.cross_entropy(flat, targets.view(-1), ignore_index=IGNORE, reduction=reduction)
+
+    def new_cache(self, batch: int = 1, size: int = 0) -> KVCache:
+        """An empty KV cache for `batch` sequences of up to `size` tokens (0: the whole context)."""
+        weight = self.wte.weight
+        # on a CPU attention in float32 is several times faster, its part of memory traffic small
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        return KVCache(self.config, batch, weight.device, dtype, size)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
