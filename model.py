@@ -6,8 +6,8 @@ One class covers three published shapes, chosen by `GPTConfig`:
 
     GPT-2          learned positions, LayerNorm, GELU, biases, tied head (Radford et al. 2019)
     modern         rotary, RMSNorm, query/key norm, ReLU^2, capped logits (karpathy/nanochat)
-    Llama, Qwen3   rotary, RMSNorm with weights, SwiGLU, grouped heads (arXiv:2302.13971,
-                   arXiv:2505.09388)
+    Llama and kin  rotary, RMSNorm with weights, SwiGLU, grouped heads: Llama (arXiv:2302.13971),
+                   Mistral, Qwen2 with qkv_bias, Qwen3 with qk_norm (arXiv:2505.09388)
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary.
@@ -37,6 +37,8 @@ class GPTConfig:
     mlp_dim: int = 0  # width inside the MLP; 0 means 4 * n_embd
     position: str = "rotary"  # or "learned"
     rope_base: float = 10000.0  # longest wavelength of the rotary positions, over 2 pi
+    rope_factor: float = 1.0  # long waves are stretched so often for a longer context; 1 is off
+    rope_original: int = 0  # the context before that, in tokens
     norm: str = "rms"  # or "layer"
     norm_weight: bool = False  # a learned scale in every norm
     norm_eps: float = 1e-6
@@ -44,6 +46,7 @@ class GPTConfig:
     qk_norm: bool = True  # a norm of each query and key
     mlp: str = "relu2"  # or "gelu", "swiglu"
     bias: bool = False
+    qkv_bias: bool = False  # biases of queries, keys and values alone
     tied: bool = False  # the head is the transposed embedding
     logit_cap: float = 15.0  # logits = cap * tanh(logits / cap); 0 means none
     dropout: float = 0.0
@@ -57,6 +60,8 @@ class GPTConfig:
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
+        if self.rope_factor != 1 and self.rope_original < 1:
+            raise ValueError(f"rope_factor={self.rope_factor} needs rope_original, a context")
         if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, but rotary positions turn pairs")
         for name, choices in CHOICES.items():
@@ -108,10 +113,21 @@ class Norm(nn.Module):
         return x if self.weight is None else x * self.weight
 
 
-def rotary_table(length: int, dim: int, base: float) -> Tensor:
-    """Cosines and sines of position * base^(-2i/dim): (2, length, dim). arXiv:2104.09864."""
+def rotary_table(
+    length: int, dim: int, base: float, factor: float = 1.0, original: int = 0
+) -> Tensor:
+    """Cosines and sines of position * base^(-2i/dim): (2, length, dim). arXiv:2104.09864.
+
+    With a `factor`, waves longer than the `original` context, in which they never turned once, are
+    stretched by it; those that turned four times or more stay; between, a mixture of both. Llama
+    3.1: models/llama3/reference_impl/model.py of github.com/meta-llama/llama-models.
+    """
     # in this very form, rounded as in transformers: far out, an ulp of it is a different angle
     frequency = 1.0 / base ** (torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim)
+    if factor != 1:
+        turns = original / (2 * math.pi / frequency)  # (dim/2,), of each pair in that context
+        keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
+        frequency = (1 - keep) * frequency / factor + keep * frequency
     angle = torch.outer(torch.arange(length, device="cpu", dtype=torch.float32), frequency)
     cos, sin = angle.cos(), angle.sin()  # (length, dim/2)
     # channels i and i + dim/2 turn together: Llama's layout; the sign is that of the other channel
@@ -164,9 +180,10 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         c, self.config, self.layer = config, config, layer
-        self.wq = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
-        self.wk = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
-        self.wv = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        bias = c.bias or c.qkv_bias
+        self.wq = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=bias)
+        self.wk = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=bias)
+        self.wv = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=bias)
         self.wo = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         self.q_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
         self.k_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
@@ -175,7 +192,7 @@ class Attention(nn.Module):
     def joined(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of queries, keys and values: one product is faster than three."""
         linears = (self.wq, self.wk, self.wv)
-        bias = torch.cat([w.bias for w in linears]) if self.config.bias else None
+        bias = None if self.wq.bias is None else torch.cat([w.bias for w in linears])
         return torch.cat([w.weight for w in linears]), bias
 
     def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None):
@@ -271,7 +288,10 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.wpe = embedding(config.block_size, config.n_embd)
         else:
-            table = rotary_table(config.block_size, config.head_dim, config.rope_base)
+            c = config
+            table = rotary_table(
+                c.block_size, c.head_dim, c.rope_base, c.rope_factor, c.rope_original
+            )
             self.register_buffer("rope", table, persistent=False)  # computed, never stored
         self.embed_norm = Norm(config.n_embd, config) if config.embed_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)

@@ -106,7 +106,8 @@ class TextStream:
     """Tokens in, text out, as soon as it is certain.
 
     Held back are the bytes of an unfinished character, and whatever may be the beginning of one of
-    the `stop` strings. `done` after end-of-text or a stop string.
+    the `stop` strings. `done` after end-of-text, or another token that ends a sample, or a stop
+    string.
     """
 
     def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
@@ -118,7 +119,7 @@ class TextStream:
         """The text that `token` makes certain."""
         if self.done:
             return ""
-        if token == self.tokenizer.end_of_text:
+        if token in self.tokenizer.ends:
             return self.end()
         text = self.held + self.decoder.decode(self.tokenizer.decode_bytes([token]))
         found = [i for i in map(text.find, self.stop) if i >= 0]
@@ -180,7 +181,7 @@ def main(argv: list[str]) -> None:
 
 def write_samples(model, tokenizer, prompt: str, s: Settings) -> None:
     """Prints prompt and continuation: one sample as it comes, several one after the other."""
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    ids = tokenizer.encode_prompt(prompt)
     limit = model.config.block_size
     if len(ids) > limit:
         note = f"the prompt has {len(ids)} tokens; only its last {limit} fit the context"
