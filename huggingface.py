@@ -47,30 +47,30 @@ def main(argv: list[str]) -> None:
 
 def import_model(source: str, folder: Path, target: Path) -> None:
     """Writes the model in `folder` as checkpoint `target`. Raises ValueError if it does not fit."""
-    from engine import families
+    from engine import families, tensors
     from engine.checkpoint import sha256_of
 
     # 1. what it is, and whether it has the tensors of such a model
-    theirs = families.read_json(folder / "config.json")
+    theirs = tensors.read_json(folder / "config.json")
     try:
         family, c = families.from_config(theirs, source)
     except (TypeError, AttributeError) as e:
         raise ValueError(f"{folder / 'config.json'} is damaged ({e})") from e
-    found = families.find_tensors(folder)
+    found = tensors.find(folder, family.prefix)
     c, there = families.fit(family, c, found, source)
     tokenizer = read_tokenizer(source, folder, theirs)
 
     # 2. the checkpoint
     def weights() -> Iterator:
         for name, parts in there.items():
-            yield from families.split(family, families.read(found[name]), parts, c.head_dim)
+            yield from families.split(family, found[name].read(), parts, c.head_dim)
 
     shapes = {name: [*w.shape] for parts in there.values() for name, w in parts.items()}
     facts = dict(step=0, settings={}, model=asdict(c), data_digest=None, metrics=None)
     facts |= dict(loss_scale=None, seconds=0.0, machine=None, source=source)
     with whole(target) as partial:
-        families.write_safetensors(partial / "model.safetensors", shapes, weights())
-        families.write_safetensors(partial / "optimizer.safetensors", {}, [])
+        tensors.write_safetensors(partial / "model.safetensors", shapes, weights())
+        tensors.write_safetensors(partial / "optimizer.safetensors", {}, [])
         write_json(partial / "state.json", facts)
         tokenizer.save(partial)
         files = {
@@ -108,7 +108,7 @@ def locate(source: str) -> Path:
 def read_tokenizer(source: str, folder: Path, theirs: dict):
     """The tokenizer of a model, with an id for each row of its embedding. Raises ValueError."""
     from engine import tokenizer_json
-    from engine.families import read_json
+    from engine.tensors import read_json
     from tokenizer import Tokenizer, published_tokenizer
 
     def read(name: str) -> dict:  # what need not be there
@@ -153,7 +153,7 @@ def export_model(source: str, which: str, target: Path) -> None:
     """Writes a checkpoint as `target`. Raises ValueError if transformers has no such model."""
     import torch
 
-    from engine import checkpoint, families, tokenizer_json
+    from engine import checkpoint, families, tensors, tokenizer_json
     from engine.metrics import read_metrics
 
     path = checkpoint.find(source, which)
@@ -167,10 +167,7 @@ def export_model(source: str, which: str, target: Path) -> None:
             yield families.join(family, ours, full.head_dim)
 
     shapes = {
-        name if name.startswith("lm_head.") else family.prefix + name: [
-            *families.join(family, parts, full.head_dim).shape
-        ]
-        for name, parts in there.items()
+        name: [*families.join(family, parts, full.head_dim).shape] for name, parts in there.items()
     }
     end, ends = tokenizer.end_of_text, tokenizer.ends
     bos = tokenizer.begin[0] if tokenizer.begin else end
@@ -181,7 +178,7 @@ def export_model(source: str, which: str, target: Path) -> None:
     # text is text, as here: no space is tidied up, and no special token read out of it
     words |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
     with whole(target) as partial:
-        families.write_safetensors(partial / "model.safetensors", shapes, weights())
+        tensors.write_safetensors(partial / "model.safetensors", shapes, weights())
         write_json(partial / "config.json", theirs | ids)
         write_json(partial / "generation_config.json", ids)
         write_json(partial / "tokenizer.json", tokenizer_json.to_json(tokenizer))

@@ -1,23 +1,19 @@
 """The architectures of Hugging Face's transformers that model.py covers, and how they are written.
 
-A model there is a config.json and tensors with names, in one safetensors file or several. A
-`Family` says in tables how these differ from GPTConfig and from the parameters of GPT. A new one is
-a `Family`, its line in FAMILIES, and a model of it in tests/test_huggingface.py; code is needed
+A model there is a config.json and tensors with names. A `Family` says in tables how these differ
+from GPTConfig and from the parameters of GPT. To add one, write its `Family`, a line in FAMILIES,
+and a model of it in tests/test_huggingface.py, which holds it against transformers; code is needed
 only if it stores some tensor differently (`turn`).
 """
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from math import inf, prod
-from pathlib import Path, PureWindowsPath
 from typing import get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint import require_space
+from engine.tensors import FLOATS, Stored
 from model import GPT, GPTConfig
 
 # --- the families
@@ -26,26 +22,20 @@ from model import GPT, GPTConfig
 @dataclass
 class Family:
     architecture: str  # the class of transformers
-    shape: dict  # settings of GPTConfig that all its models share; others are as by default
-    keys: dict  # a setting that a config.json decides: its key there
-    defaults: dict  # key: its value where it is missing; None: derived, or off. No other may miss
+    shape: dict  # settings of GPTConfig that all its models share; what is not named is as default
+    keys: dict  # a setting that config.json decides: its key there
+    defaults: dict  # a key that may be missing: its value then; None is derived, or off
     needs: dict  # key: the values whose meaning we have, too; the first is exported
     names: dict  # a word in the name of a parameter of GPT: the word there
-    prefix: str = "model."  # of all names but the head's
-    spare: str = ""  # a setting whose parameters are there always: all zero where it is off here
+    prefix: str = "model."  # of all names there but the head's
+    spare: str = ""  # a setting whose parameters are always there: all zero if it is off here
 
+
+PLAIN = dict(norm_weight=True, embed_norm=False, qk_norm=False, logit_cap=0.0)  # unlike our default
 
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
-    shape=dict(
-        position="learned",
-        norm="layer",
-        norm_weight=True,
-        embed_norm=False,
-        qk_norm=False,
-        mlp="gelu",
-        logit_cap=0.0,
-    ),
+    shape=PLAIN | dict(position="learned", norm="layer", mlp="gelu"),
     keys=dict(
         vocab_size="vocab_size",
         block_size="n_positions",
@@ -81,7 +71,7 @@ GPT2 = Family(
 )
 LLAMA = Family(
     architecture="LlamaForCausalLM",
-    shape=dict(norm_weight=True, embed_norm=False, qk_norm=False, mlp="swiglu", logit_cap=0.0),
+    shape=PLAIN | dict(mlp="swiglu"),
     keys=dict(
         vocab_size="vocab_size",
         block_size="max_position_embeddings",
@@ -94,9 +84,7 @@ LLAMA = Family(
         norm_eps="rms_norm_eps",
         tied="tie_word_embeddings",
     ),
-    defaults=dict(
-        num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False
-    ),
+    defaults=dict(num_key_value_heads=None, head_dim=None, tie_word_embeddings=False),
     needs=dict(hidden_act=("silu", "swish"), attention_bias=(False,), mlp_bias=(False,)),
     names=dict(
         wte="embed_tokens",
@@ -129,30 +117,24 @@ QWEN3 = replace(
     LLAMA,
     architecture="Qwen3ForCausalLM",
     shape=LLAMA.shape | dict(qk_norm=True),
-    defaults=dict(rms_norm_eps=1e-6, tie_word_embeddings=False),
+    defaults=dict(tie_word_embeddings=False),
     needs=dict(hidden_act=("silu",), attention_bias=(False,), use_sliding_window=(False,)),
 )
 NANOCHAT = replace(
     LLAMA,
     architecture="NanoChatForCausalLM",
-    shape={},  # the default shape is this one
+    shape={},
     keys=LLAMA.keys | dict(logit_cap="final_logit_softcapping"),
     defaults=LLAMA.defaults | dict(final_logit_softcapping=15.0),
     needs=dict(hidden_act=("relu2",), attention_bias=(False,)),
     names=LLAMA.names | dict(up="fc1", down="fc2"),
 )
-FAMILIES = {  # of shapes that fit several, the first is exported
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "mistral": MISTRAL,
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-    "nanochat": NANOCHAT,
-}
+FAMILIES = dict(  # by model_type; of those that a shape fits, it leaves as the first
+    gpt2=GPT2, llama=LLAMA, mistral=MISTRAL, qwen2=QWEN2, qwen3=QWEN3, nanochat=NANOCHAT
+)
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # stored, but no weights
-FLOATS = ("F32", "F16", "BF16")
 LONGEST = 2**20  # tokens: no weight tells of a rotary context, but its table takes 1 KB a token
-LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0)  # of all Llamas 3.1 to 3.3
+LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0)  # of Llama 3.1 to 3.3, and in model.py
 
 
 # --- config.json
@@ -160,6 +142,11 @@ LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0)  # of all Llamas 3.1 to
 
 def lacking(source: str, what: str) -> ValueError:
     return ValueError(f"{source} needs {what}, which this model lacks")
+
+
+def check(source: str, key: str, value, fits: bool) -> None:
+    if not fits:
+        raise ValueError(f"config.json of {source} has {key}={value!r}, which cannot be")
 
 
 def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
@@ -171,36 +158,34 @@ def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
         raise ValueError(f"{source} has {names[0]}, but only {known} can be read")
     values, types = dict(family.shape), get_type_hints(GPTConfig)
     for ours, key in family.keys.items():
-        value, optional = theirs.get(key, family.defaults.get(key)), key in family.defaults
+        optional = key in family.defaults
+        value = theirs.get(key, family.defaults.get(key))
         if value is None and optional:
             value = 0  # as in GPTConfig: derived, or off
         fits = isinstance(value, (int, float) if types[ours] is float else int)
         fits = fits and isinstance(value, bool) == (types[ours] is bool)  # a bool is an int, too
         most = LONGEST if ours == "block_size" else 2**31
-        if not fits or not (not optional) <= value <= most:
-            raise ValueError(f"config.json of {source} has {key}={value!r}, which cannot be")
+        check(source, key, value, fits and 0 <= value <= most and (value or optional))
         values[ours] = value
     if family.spare:
         values[family.spare] = True
     if family is not GPT2:
         values |= from_rope(theirs, source)
-    needs = family.needs | dict(quantization_config=(None,))
-    if family is MISTRAL and (window := theirs.get("sliding_window", 4096)) is not None:
-        if window < values["block_size"]:
-            raise lacking(source, f"sliding_window={window} (or max_position_embeddings={window})")
-        del needs["sliding_window"]  # nothing is ever behind it
-    for key, known in needs.items():
+    for key, known in (family.needs | dict(quantization_config=(None,))).items():
         value = theirs.get(key, known[0])
+        if key == "sliding_window":
+            value = theirs.get(key, 4096)
+            value = None if value and value >= values["block_size"] else value  # it never bites
         if value not in known:
             raise lacking(source, f"{key}={value}")
-    kinds = set(theirs.get("layer_types") or ()) | {"full_attention"}
+    kinds = {"full_attention", *(theirs.get("layer_types") or ())}
     if len(kinds) > 1:
         raise lacking(source, f"layers of the types {', '.join(sorted(kinds))}")
     return family, GPTConfig(**values)
 
 
 def from_rope(theirs: dict, source: str) -> dict:
-    """The settings of rotary positions in a config.json, in the form since version 5 or before."""
+    """The settings of rotary positions in a config.json, as since version 5 or as before."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     for_all = not any(isinstance(value, dict) for value in rope.values())  # not by type of layer
@@ -215,14 +200,10 @@ def from_rope(theirs: dict, source: str) -> dict:
         for key, value in LLAMA3.items():
             if rope.get(key) != value:
                 raise lacking(source, f"{key}={rope.get(key)} of its rotary scaling (not {value})")
-    for key, number in numbers.items():
-        if not isinstance(number, (int, float)) or not 1 <= number < inf:
-            raise ValueError(f"config.json of {source} has {key}={number!r}, which cannot be")
-    return dict(
-        rope_base=float(numbers["rope_theta"]),
-        rope_factor=float(numbers.get("factor", 1)),
-        rope_original=int(numbers.get("original_max_position_embeddings", 0)),
-    )
+    for key, value in numbers.items():
+        check(source, key, value, isinstance(value, (int, float)) and 1 <= value < inf)
+    base, factor, original = (*numbers.values(), 1, 0)[:3]
+    return dict(rope_base=float(base), rope_factor=float(factor), rope_original=int(original))
 
 
 def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
@@ -235,11 +216,10 @@ def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
     differences = {}
     for model_type, family in FAMILIES.items():
         free = {*family.keys, family.spare, "dropout", "rope_base", "rope_factor", "rope_original"}
-        wanted = {k: v for k, v in (plain | family.shape).items() if k not in free}
-        differ = [name for name, value in wanted.items() if getattr(c, name) != value]
+        wanted = {name: v for name, v in (plain | family.shape).items() if name not in free}
+        differences[model_type] = [name for name, v in wanted.items() if getattr(c, name) != v]
         if family is LLAMA and c.n_embd % c.n_head:
-            differ.append("n_head")
-        differences[model_type] = differ
+            differences[model_type].append("n_head")
     model_type = min(differences, key=lambda name: len(differences[name]))
     family, reasons = FAMILIES[model_type], differences[model_type]
     if reasons:
@@ -252,13 +232,14 @@ def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
     theirs |= {key: values[0] for key, values in family.needs.items()}
     if family is NANOCHAT:
         theirs["final_logit_softcapping"] = c.logit_cap or None
-    if c.position == "rotary":  # in both forms: since version 5, and before
-        rope = dict(rope_type="default", rope_theta=c.rope_base)
+    if family is not GPT2:  # in both forms: since version 5, and before
+        rope = dict(rope_type="default")
         if c.rope_factor != 1:
-            rope |= LLAMA3 | dict(rope_type="llama3", factor=c.rope_factor)
+            rope = LLAMA3 | dict(rope_type="llama3", factor=c.rope_factor)
             rope["original_max_position_embeddings"] = c.rope_original
             theirs["rope_scaling"] = rope
-        theirs |= dict(rope_parameters=rope, rope_theta=c.rope_base)
+        theirs["rope_theta"] = c.rope_base
+        theirs["rope_parameters"] = rope | dict(rope_theta=c.rope_base)
     return family, replace(c, **{family.spare: True} if family.spare else {}), theirs
 
 
@@ -266,15 +247,16 @@ def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
 
 
 def layout(family: Family, c: GPTConfig) -> dict[str, dict[str, Tensor]]:
-    """Each tensor there, by its name without prefix: the parameters of GPT that it joins, empty."""
+    """Each tensor there, by name: the parameters of GPT that it joins, by name and without data."""
     if c.position == "rotary":
         c = replace(c, block_size=1)  # no parameter depends on it, but a table does
     with torch.device("meta"):  # shapes only
         state = GPT(c).state_dict()
     there: dict[str, dict[str, Tensor]] = {}
     for name, w in state.items():
-        words = (family.names.get(word, word) for word in name.split("."))
-        there.setdefault(".".join(words), {})[name] = w
+        name_there = ".".join(family.names.get(word, word) for word in name.split("."))
+        prefix = "" if name.startswith("head.") else family.prefix
+        there.setdefault(prefix + name_there, {})[name] = w
     return there
 
 
@@ -289,27 +271,29 @@ def turn(family: Family, name: str, w: Tensor, head_dim: int) -> Tensor:
 
 
 def join(family: Family, parts: dict[str, Tensor], head_dim: int) -> Tensor:
-    """The tensor there that these parameters of GPT make."""
-    name, *_ = parts
-    w = torch.cat([*parts.values()]) if len(parts) > 1 else parts[name]
+    """The tensor there of these parameters of GPT."""
+    name, *more = parts
+    w = torch.cat([*parts.values()]) if more else parts[name]
     return turn(family, name, w, head_dim)
 
 
 def split(family: Family, w: Tensor, parts: dict[str, Tensor], head_dim: int) -> tuple:
-    """The way back: the parameters that the tensor `w` there makes, of the shapes of `parts`."""
+    """The way back: the tensor `w` there as parameters of the shapes of `parts`."""
     name, *_ = parts
-    return turn(family, name, w, head_dim).split([len(p) for p in parts.values()])
+    return turn(family, name, w, head_dim).split([len(part) for part in parts.values()])
 
 
-def fit(family: Family, c: GPTConfig, found: dict, source: str) -> tuple[GPTConfig, dict]:
-    """The shape, with what is spare in the tensors `found` off, and its layout.
+def fit(
+    family: Family, c: GPTConfig, found: dict[str, Stored], source: str
+) -> tuple[GPTConfig, dict]:
+    """The shape, without what is spare and zero in the tensors `found`, and its layout.
 
-    Raises ValueError if they are not the tensors of such a model. Sizes that are larger than any
-    tensor are refused before anything of them is made.
+    Raises ValueError if they are not the tensors of such a model. A size that no tensor has is
+    refused before anything is made of it.
     """
     if c.n_layer > len(found):
         raise ValueError(f"{source} has {len(found)} tensors, too few for {c.n_layer} layers")
-    largest = max(max(shape) for _, _, shape, _ in found.values() if prod(shape))
+    largest = max(max(w.shape) for w in found.values() if prod(w.shape))
     for size in (c.vocab_size, c.n_embd, c.mlp_dim, c.n_head * c.head_dim):
         if size > largest:
             raise ValueError(
@@ -319,91 +303,19 @@ def fit(family: Family, c: GPTConfig, found: dict, source: str) -> tuple[GPTConf
     for name, parts in there.items():
         if name not in found:
             raise ValueError(f"{source} lacks the tensor {name}, which its config.json implies")
-        *_, shape, kind = found[name]
-        want = [*join(family, parts, c.head_dim).shape]
-        if shape != want:
-            raise ValueError(f"{source}: {name} has shape {shape}, but config.json implies {want}")
-        if kind not in FLOATS:
-            raise lacking(source, f"{kind} weights ({name})")
+        w, shape = found[name], [*join(family, parts, c.head_dim).shape]
+        if w.shape != shape:
+            raise ValueError(
+                f"{source}: {name} has shape {w.shape}, but config.json implies {shape}"
+            )
+        if w.kind not in FLOATS:
+            raise lacking(source, f"{w.kind} weights ({name})")
     for name in sorted(found.keys() - there.keys()):
-        if not name.endswith((*BUFFERS, *["lm_head.weight"] * c.tied)):
+        if not name.endswith(BUFFERS) and not (c.tied and name == "lm_head.weight"):
             raise lacking(source, name)
     if family.spare:
-        bare = replace(c, **{family.spare: False})
-        fewer = layout(family, bare)
-        if not any(read(found[name]).any() for name in there.keys() - fewer.keys()):
-            return bare, fewer
+        without = replace(c, **{family.spare: False})
+        fewer = layout(family, without)
+        if not any(found[name].read().any() for name in there.keys() - fewer.keys()):
+            return without, fewer
     return c, there
-
-
-# --- files
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is missing or damaged ({e})") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it should begin with a brace")
-    return content
-
-
-def find_tensors(folder: Path) -> dict[str, tuple]:
-    """The tensors of a model, by name without prefix: file, whole name, shape, type."""
-    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    shards = {one.name}
-    if not one.exists() and index.exists():
-        shards = read_json(index).get("weight_map")
-        shards = set(shards.values()) if isinstance(shards, dict) else {None}
-    elif not one.exists():
-        for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]:
-            raise ValueError(
-                f"{path} is a pickle, which could run any program, so it is not read: convert it"
-                " where you trust it, with transformers: AutoModelForCausalLM.from_pretrained("
-                f"{str(folder)!r}).save_pretrained('converted')"
-            )
-        raise ValueError(f"{folder} has no {one.name} and no {index.name}")
-    for shard in shards:
-        if not isinstance(shard, str) or PureWindowsPath(shard).name != shard:
-            raise ValueError(f"{index} is damaged: its weight_map has {shard!r}, no file beside it")
-    found = {}
-    for path in [folder / shard for shard in sorted(shards)]:
-        if not path.exists():
-            raise ValueError(f"{path} is missing, though {index.name} names it")
-        try:
-            with safe_open(path, "pt") as f:  # which compares its header with the file's size
-                for whole in f.keys():  # noqa: SIM118, it is no dict
-                    name = whole.removeprefix("transformer.").removeprefix("model.")
-                    if name in found:
-                        raise ValueError(f"{path} is damaged: it has a second tensor {name}")
-                    part = f.get_slice(whole)
-                    found[name] = (path, whole, part.get_shape(), part.get_dtype())
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is damaged or cut short ({e})") from e
-    return found
-
-
-def read(facts: tuple) -> Tensor:
-    """The tensor of which `find_tensors` tells, memory-mapped."""
-    path, name, *_ = facts
-    with safe_open(path, "pt") as f:  # anew for each: what was read is let go of
-        return f.get_tensor(name)
-
-
-def write_safetensors(path: Path, shapes: dict[str, list[int]], tensors: Iterable) -> None:
-    """Writes tensors of these shapes, in this order, as float32, holding one at a time.
-
-    The header's length in 8 bytes, the header, the numbers: github.com/huggingface/safetensors.
-    """
-    header, size = {}, 0
-    for name, shape in shapes.items():
-        header[name] = dict(dtype="F32", shape=shape, data_offsets=[size, size + 4 * prod(shape)])
-        size += 4 * prod(shape)
-    require_space(path.parent, size)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            f.write(tensor.float().contiguous().numpy())

@@ -171,7 +171,7 @@ SMALL = dict(hidden_size=72, intermediate_size=100, num_hidden_layers=2, num_att
 SMALL |= dict(max_position_embeddings=70)
 FEW = SMALL | dict(num_attention_heads=3, num_key_value_heads=1)
 TIED = dict(tie_word_embeddings=True)
-SCALED = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0)
+SCALED = dict(rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0)
 SCALED |= dict(high_freq_factor=4.0, original_max_position_embeddings=24)
 UNEVEN = SMALL | dict(hidden_size=70, head_dim=14, num_key_value_heads=3)  # 70 / 6 heads: no Llama
 GPT2 = dict(n_embd=60, n_layer=2, n_head=5, n_positions=65)
@@ -500,10 +500,48 @@ def cut(length):
     return change
 
 
-def sharded(folder):
-    (folder / "model.safetensors").rename(folder / "one.safetensors")
-    shards = dict(weight_map=dict(a="one.safetensors", b="two.safetensors"))
-    (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+def sharded(shard):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / "one.safetensors")
+        shards = dict(weight_map=dict(a="one.safetensors", b=shard))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+
+    return change
+
+
+def twice(folder):
+    shutil.copy(folder / "model.safetensors", folder / "two.safetensors")
+    sharded("two.safetensors")(folder)
+
+
+def header(change, length=None):
+    """Replaces the header of a safetensors file by `change` of it, and says another length."""
+
+    def damage(folder):
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        text = change(content[8:end])
+        size = len(text) if length is None else length
+        path.write_bytes(size.to_bytes(8, "little") + text + content[end:])
+
+    return damage
+
+
+def with_offsets(first: int):
+    """One tensor of the header, of 400 bytes, is said to stand elsewhere."""
+    name = "model.norm.weight"
+
+    def change(text):
+        tensors = json.loads(text)
+        tensors[name]["data_offsets"] = [first, first + 288]
+        return json.dumps(tensors).encode()
+
+    return header(change)
+
+
+def nested(name):
+    return lambda folder: (folder / name).write_text('{"a": ' + "[" * 200_000)
 
 
 def with_tensor(name: str, tensor):
@@ -522,16 +560,49 @@ MISTAKES = {
     "truncated": (cut(-1), "model.safetensors is damaged or cut short"),
     "truncated header": (cut(50), "model.safetensors is damaged or cut short"),
     "empty file": (cut(0), "model.safetensors is damaged or cut short"),
-    "missing shard": (sharded, "two.safetensors is missing, though"),
+    "missing shard": (sharded("two.safetensors"), "two.safetensors is missing, though"),
+    "shard outside": (sharded("../in/one.safetensors"), "'../in/one.safetensors', no file beside"),
+    "absolute shard": (sharded("/etc/passwd"), "'/etc/passwd', no file beside it"),
+    "windows shard": (sharded("..\\one.safetensors"), "no file beside it"),
+    "folder as shard": (sharded(".."), "damaged"),
+    "number as shard": (sharded(3), "has 3, no file beside it"),
+    "tensors twice": (twice, "two.safetensors is damaged: it has a second tensor"),
+    "header of gigabytes": (header(bytes, 2**40), "model.safetensors is damaged or cut short"),
+    "header of eternity": (header(bytes, 2**64 - 1), "model.safetensors is damaged or cut short"),
+    "no header": (header(lambda _: b"Not a header."), "model.safetensors is damaged or cut short"),
+    "list as header": (header(lambda _: b"[1, 2]"), "model.safetensors is damaged or cut short"),
+    "tensor outside": (with_offsets(2**50), "model.safetensors is damaged or cut short"),
+    "tensor in another": (with_offsets(0), "model.safetensors is damaged or cut short"),
+    "name twice": (
+        header(
+            lambda t: (
+                t[:1] + b'"model.norm.weight": {"dtype": "F32", "shape": [72], '
+                b'"data_offsets": [0, 288]}, ' + t[1:]
+            )
+        ),
+        "model.safetensors is damaged: it has a second tensor model.norm.weight",
+    ),
+    "empty tensor": (with_tensor("more", torch.zeros(2**40, 0)), "needs model.more"),
     "pickle": (
         lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
         "pytorch_model.bin is a pickle.*convert it.*save_pretrained",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
     "wrong shape": (rewrite(intermediate_size=99), r"has shape \[100, 72\].*implies \[99, 72\]"),
-    "missing tensor": (rewrite(num_hidden_layers=3), "lacks the tensor layers.2"),
-    "spare tensor": (rewrite(num_hidden_layers=1), "needs layers.1"),
+    "missing tensor": (rewrite(num_hidden_layers=3), "lacks the tensor model.layers.2"),
+    "spare tensor": (rewrite(num_hidden_layers=1), "needs model.layers.1"),
     "absurd size": (rewrite(num_hidden_layers=10**9), "too few for 1000000000 layers"),
+    "absurd vocabulary": (rewrite(vocab_size=2**31 - 1), "no tensor has the size 2147483647"),
+    "absurd width": (rewrite(hidden_size=2**31 - 2), "no tensor has the size 2147483646"),
+    "absurd head": (rewrite(head_dim=2**31 - 2), "no tensor has the size 12884901876"),
+    "absurd context": (
+        rewrite(max_position_embeddings=2**31 - 1),
+        "max_position_embeddings=2147483647, which cannot be",
+    ),
+    "not a number": (rewrite(rope_parameters=dict(rope_theta=float("nan"))), "rope_theta=nan"),
+    "text for rope": (rewrite(rope_parameters="yes"), "config.json is damaged"),
+    "nested config": (nested("config.json"), "config.json is missing or damaged"),
+    "nested tokenizer": (nested("tokenizer.json"), "tokenizer.json is missing or damaged"),
     "integers": (
         with_tensor("model.norm.weight", torch.zeros(72, dtype=torch.int8)),
         "needs I8 weights",
@@ -556,11 +627,15 @@ MISTAKES = {
     "bias": (rewrite(attention_bias=True), "needs attention_bias=True"),
     "bias tensor": (
         with_tensor("model.layers.0.self_attn.q_proj.bias", torch.ones(72)),
-        "needs layers.0.self_attn.q_proj.bias",
+        "needs model.layers.0.self_attn.q_proj.bias",
     ),
     "window": (
         rewrite(layer_types=["full_attention", "sliding_attention"]),
         "needs layers of the types full_attention, sliding_attention",
+    ),
+    "shorter window": (
+        rewrite(model_type="mistral", sliding_window=50),
+        "needs sliding_window=50, which",
     ),
     "activation": (rewrite(hidden_act="gelu"), "needs hidden_act=gelu"),
     "quantised": (rewrite(quantization_config=dict(bits=4)), "needs quantization_config"),
@@ -597,6 +672,19 @@ def test_what_cannot_be_read_is_refused_by_name_and_leaves_nothing(mistake, both
         huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "out")])
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(both, tmp_path):
+    before = os.umask(0o027)
+    try:
+        huggingface.main(["import", str(both("llama")[1]), str(tmp_path / "ours")])
+        huggingface.main(["export", str(tmp_path / "ours"), str(tmp_path / "out")])
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "ours").iterdir(), *(tmp_path / "out").iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    folders = (tmp_path / "ours", tmp_path / "out")
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o750}
 
 
 def test_shapes_that_transformers_lacks_are_refused_by_name(train, tmp_path):
