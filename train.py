@@ -382,7 +382,7 @@ def new_model(s: Settings, tokenizer):
             print(f"the shape is that of {s.init_from}, not of the settings: {', '.join(theirs)}")
         model.set_context(s.block_size, s.dropout)
         return model
-    shape = {f.name: getattr(s, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
+    shape = {f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)}
     model = GPT(GPTConfig(tokenizer.vocab_size, **shape))
     model.init_weights(s.seed, s.zero_init)
     return model
