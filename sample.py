@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from engine import settings
+from engine import settings, threads
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Settings:
     quantize: str = ""  # int8: weights of eight bits, on a CPU; faster, with a slightly higher loss
     device: str = "auto"  # cpu, cuda or mps
     dtype: str = "auto"  # float32, bfloat16 or float16
+    threads: str = "auto"  # of a CPU: a number, or chosen by the size of the model
 
 
 def generate(
@@ -151,6 +152,7 @@ def main(argv: list[str]) -> None:
         ("stop", "text, not nothing", all(s.stop)),
         ("quantize", "int8 or left out", s.quantize in ("", "int8")),
         ("prompt", "left out when prompt_file is given", not (s.prompt and s.prompt_file)),
+        ("threads", "auto or a number from 1 to 1024", threads.valid(s.threads)),
         ("prompt", "left out in interactive mode", not (s.prompt and s.interactive)),
     )
     if s.prompt_file == "-":
@@ -166,9 +168,10 @@ def main(argv: list[str]) -> None:
         verified = pool.submit(verify, path, TO_SAMPLE)  # while torch is imported
         from engine import inference, machine
     verified.result()
-    here = machine.pick(s.device, s.dtype)
+    here = machine.pick(s.device, s.dtype, "false", rows=s.num_samples)
     model, tokenizer, _ = load_weights(path, verified=True)
     model = model.eval().to(here.device, here.dtype)
+    machine.use_threads(s.threads, here, model, s.num_samples)
     inference.ready(model, s.quantize, s.num_samples)
     if not s.interactive:
         write_samples(model, tokenizer, s.prompt, s)
