@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.machine import Machine
 from model import Attention, Head, KVCache, Norm, rotary
 from shape import GPTConfig
 
@@ -156,6 +157,30 @@ def install(model: nn.Module, names: list[str]) -> None:
             reference, part = PARTS[name]
             if type(module) is reference:  # not somebody's own subclass
                 module.__class__ = part
+
+
+def installed(model: nn.Module) -> list[str]:
+    kinds = {type(module) for module in model.modules()}
+    return [name for name, (_, part) in PARTS.items() if part in kinds]
+
+
+def use(model: nn.Module, here: Machine, wanted: bool, before: dict | None = None) -> None:
+    """Installs the parts that agree, as the first process finds for all, and names the others.
+
+    `before` are `Run.circumstances` of a run that is resumed: no more parts than it had, so that
+    the bits stay.
+    """
+    if not wanted:
+        here.say("fast=false: model.py computes everything itself")
+        return
+    names = agreeing(model.config, here.device, here.dtype) if here.rank == 0 else []
+    chosen = sum(1 << i for i, name in enumerate(PARTS) if name in names)
+    chosen = int(here.from_first(chosen))
+    names = [name for i, name in enumerate(PARTS) if chosen >> i & 1]
+    for name in PARTS.keys() - set(names):
+        here.say(f"{name} was changed, or has no fast form here: model.py computes it itself")
+    had = (before or {}).get("fast", names)
+    install(model, [name for name in names if name in had])
 
 
 # --- does a part agree with the book?
