@@ -17,6 +17,8 @@ import signal
 import sys
 from pathlib import Path
 
+from engine import stop
+
 
 def load(cls, argv: list[str], description: str, positional: str, nargs: str | None = "?"):
     """An instance of dataclass `cls` made from `argv`; `--help` prints its comments and defaults.
@@ -161,8 +163,11 @@ def run(main) -> None:
         sys.exit(141)  # as the shell reports it
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         memory = any(word in str(e) for word in ("out of memory", "can't allocate memory"))
+        lost = stop.peer_lost(e)
         if isinstance(e, MemoryError) or memory:
             e = ValueError("out of memory: use a smaller --device_batch, --block_size or model")
+        elif lost:
+            e = ValueError("another process of this run has ended, and so does this one")
         elif isinstance(e, RuntimeError):
             raise  # no user's mistake
         if sys.flags.dev_mode:
@@ -170,12 +175,14 @@ def run(main) -> None:
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             text = f"the disk is full ({text}): nothing that was there before is lost"
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # processes of torchrun make the same mistake
-            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        who = stop.speaker(victim=lost)
+        print(f"{Path(sys.argv[0]).name}: error: {who}{text}", file=sys.stderr, flush=True)
         try:
             sys.stdout.flush()
         except (OSError, AttributeError):  # standard output is closed, or its disk is full
             forget_stdout()
+        if "LOCAL_RANK" in os.environ:
+            os._exit(2)  # to leave the other processes politely would be to wait for them
         sys.exit(2)
 
 
