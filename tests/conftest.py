@@ -49,6 +49,19 @@ def data(tmp_path_factory, text_file) -> Path:
     return out
 
 
+def write_shards(folder: Path, **splits) -> Path:
+    """A folder of public shards, in the layout of llm.c: split name to token ids."""
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, tokens in splits.items():
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(tokens)
+        content = header.tobytes() + np.array(tokens, "<u2").tobytes()
+        (folder / f"toy_{split}_000000.bin").write_bytes(content)
+    return folder
+
+
 @pytest.fixture
 def train(data, tmp_path):
     """train(name, *settings): trains a tiny model into tmp_path/name and returns the folder."""
