@@ -30,7 +30,7 @@ def test_fractions_are_those_of_the_named_splits(tmp_path):
     found = prepared(tmp_path, "a", "--val=0.3", "--test=0.1")
     assert len(found["val"]) == pytest.approx(0.3 * len(TEXTS), abs=16)
     assert len(found["test"]) == pytest.approx(0.1 * len(TEXTS), abs=12)
-    assert sorted(sum(map(list, found.values()), [])) == sorted(TEXTS)
+    assert sorted(text for some in found.values() for text in some) == sorted(TEXTS)
 
 
 def test_the_seed_decides_which_documents_are_held_back(tmp_path):
@@ -73,9 +73,9 @@ def test_the_loss_of_a_model_that_knows_nothing_is_exactly_ln_V(train, data):
     run = train("run", "--lr=0", "--embed_lr=0", "--head_lr=0", "--steps=1")
     last = read_metrics(run)[-1]
     split = Dataset(str(data)).split("val")
-    assert last["val_loss"] == pytest.approx(math.log(257), abs=1e-6)
+    assert last["val_loss"] == pytest.approx(math.log(257), rel=1e-5)
     bits = (split.tokens - 1) * math.log2(257)
-    assert last["val_bpb"] == pytest.approx(bits / split.text_bytes, rel=1e-6)
+    assert last["val_bpb"] == pytest.approx(bits / split.text_bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize("token, sound", [(256, True), (257, False), (65535, False)])
