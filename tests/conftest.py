@@ -19,6 +19,18 @@ TINY += ["--steps=8", "--eval_every=4", "--save_every=4", "--log_every=1", "--sa
 TINY += ["--dtype=float32"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="of all runs: cpu, or cuda if there is a GPU")
+
+
+def pytest_configure(config):
+    """Runs on the CPU even where there is a GPU: the promises of equal bits are made for it."""
+    device = config.getoption("--device")
+    TINY.append(f"--device={device}")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for scripts and subprocesses that choose, too
+
+
 def make_text(lines: int = 1500, seed: int = 0) -> str:
     """Sentences with some structure, accents, Chinese and emoji."""
     import random

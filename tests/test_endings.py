@@ -1,12 +1,16 @@
 """Where samples end, each on its own, and which checkpoint they come from."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import tiktoken
+import torch
 from conftest import TINY
 
 import sample
+from model import GPT, GPTConfig
+from sample import generate
 from tokenizer import Tokenizer
 
 try:  # wherever the stream of text lives
@@ -95,3 +99,19 @@ def test_the_checkpoint_that_is_asked_for_is_the_one_that_speaks(run, capsys):
     assert text_of(capsys, run, "--checkpoint=latest", *asked) == newer
     assert text_of(capsys, run, "--checkpoint=best", *asked) == newer
     assert text_of(capsys, run, *asked) == newer
+
+
+# --- where the context ends
+
+
+def test_a_full_context_keeps_its_last_half():
+    """A model that says nothing but the position it stands at shows how far it was set back."""
+    config = GPTConfig(vocab_size=16, block_size=16, n_layer=1, n_head=1, n_embd=16)
+    config = replace(config, position="learned", embed_norm=False, logit_cap=0.0)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.eye(16) if name in ("wpe.weight", "head.weight") else torch.zeros(1))
+    said = [token for (token,) in generate(model, [0, 0, 0], 30, temperature=0)]
+    again = list(range(7, 16))  # the last 8 of 17 tokens stand at positions 0 to 7
+    assert said == (list(range(2, 16)) + again + again)[:30]
