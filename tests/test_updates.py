@@ -4,9 +4,11 @@ The runs are watched from outside: by hooks that torch calls before every step o
 by metrics.jsonl, and by the weights in the checkpoints.
 """
 
+import json
 import math
 
 import pytest
+import torch
 from conftest import TINY, script, write_shards
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -111,6 +113,27 @@ def test_gradients_of_float16_are_those_of_float32(train, watched):
     overflows = 24 - len(logged)
     assert logged[: 8 - overflows] == pytest.approx(exact[overflows:], rel=0.02)
     assert norms(watched)[: 8 - overflows] == pytest.approx(wanted[overflows:], rel=0.02)
+
+
+def test_an_update_that_overflows_is_left_out_and_the_scale_halved(train, watched, monkeypatch):
+    """The first loss is so large that its gradients, times the scale, have no float16."""
+    settings = ["--dtype=float16", "--zero_init=false", "--steps=2", "--save_every=1"]
+    still = train("still", *settings, *STILL)
+    watched.clear()
+    original, factors = torch.nn.functional.cross_entropy, [1e4]
+
+    def large_at_first(*args, **kwargs):
+        return original(*args, **kwargs) * (factors.pop() if factors else 1.0)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", large_at_first)
+    run = train("run", *settings)
+    first, second = column(run, "grad_norm")
+    assert first is None and math.isfinite(second)
+    assert len(watched) == 2  # muon and adamw, at the second step alone
+    began, after = (load_file(r / "step-00000001" / "model.safetensors") for r in (still, run))
+    assert all(torch.equal(began[name], after[name]) for name in began)
+    scales = [json.loads((r / "step-00000001" / "state.json").read_text()) for r in (still, run)]
+    assert scales[1]["loss_scale"][0] == scales[0]["loss_scale"][0] / 2
 
 
 # --- dropout in training
