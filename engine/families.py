@@ -7,7 +7,7 @@ the same for all families, but for `turn`.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.checkpoint import require_space
-from model import GPTConfig
+from engine.settings import settings_of
+from shape import GPTConfig
 
 
 @dataclass
@@ -110,7 +111,9 @@ def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
         require(value in values, f"{key}={value}")
     kinds = set(theirs.get("layer_types") or ())
     require(kinds <= {"full_attention"}, f"layers of the types {', '.join(sorted(kinds))}")
-    values, types = dict(family.shape), {f.name: f.type for f in fields(GPTConfig)}
+    values = dict(family.shape)
+    types = {name: setting.kind for name, setting in settings_of(GPTConfig).items()}
+    types["vocab_size"] = int
     for ours, key in family.keys.items():
         value, least = theirs.get(key, family.defaults.get(key)), key not in family.defaults
         if value is None and not least:

@@ -137,14 +137,22 @@ def test_as_a_script_it_can_be_piped(run):
 
 
 def test_arguments_are_checked_before_torch_is_loaded():
-    code = (
-        "import sys, sample; sample.read_settings(['x', '--seed=2']); print('torch' in sys.modules)"
-    )
-    options = dict(cwd=ROOT, capture_output=True, text=True, check=True)
-    assert subprocess.run([sys.executable, "-c", code], **options).stdout == "False\n"
-    code = "from sample import load_model, generate; print(load_model.__name__, generate.__name__)"
-    out = subprocess.run([sys.executable, "-c", code], **options).stdout
-    assert out == "load_model generate\n"
+    code = """
+import sys, sample
+try:
+    sample.main(["x", "--top_p=2"])
+except ValueError as e:
+    print(e, "torch" in sys.modules)
+from sample import generate, load_model
+print(generate.__module__, load_model.__module__)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert out.splitlines() == [
+        "top_p=2.0 should be above 0 and at most 1 False",
+        "generate engine.checkpoint",
+    ]
 
 
 # --- a conversation
@@ -243,7 +251,9 @@ def test_a_ctrl_c_is_quiet_at_any_moment(run):
     command = [sys.executable, "-c", up, str(ROOT / "sample.py"), str(run)]
     command += ["--max_tokens=1000000", "--temperature=0"]  # greedy text repeats itself, endlessly
     for delay in (0.03, 0.1, 0.3, 0.8, 2):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
             assert process.stdout.readline() == b"up\n"
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
