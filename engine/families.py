@@ -293,12 +293,10 @@ def fit(
     """
     if c.n_layer > len(found):
         raise ValueError(f"{source} has {len(found)} tensors, too few for {c.n_layer} layers")
-    largest = max(max(w.shape) for w in found.values() if prod(w.shape))
+    largest = max((n for w in found.values() if prod(w.shape) for n in w.shape), default=0)
     for size in (c.vocab_size, c.n_embd, c.mlp_dim, c.n_head * c.head_dim):
         if size > largest:
-            raise ValueError(
-                f"{source}: config.json implies a size of {size}, but no tensor has it"
-            )
+            raise ValueError(f"{source}: no tensor has the size {size} that config.json implies")
     there = layout(family, c)
     for name, parts in there.items():
         if name not in found:

@@ -437,6 +437,16 @@ def test_a_mistral_whose_window_never_bites_leaves_as_the_llama_that_it_is(tmp_p
     assert (logits(model, tokens) - logits(theirs, tokens)).abs().max() < 1e-5
 
 
+def test_a_scaling_in_the_form_before_version_5_is_the_same(both, tmp_path):
+    _, theirs, ours = both("llama 3.1")
+    shutil.copytree(theirs, tmp_path / "in")
+    scaling = {key: value for key, value in SCALED.items() if key != "rope_theta"}
+    older = dict(rope_parameters=None, rope_scaling=scaling, rope_theta=SCALED["rope_theta"])
+    rewrite(**older)(tmp_path / "in")
+    huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "ours")])
+    assert load_model(ours)[0].config == load_model(tmp_path / "ours")[0].config
+
+
 def test_training_goes_on_from_what_was_imported(train, data, tmp_path):
     run = train("run")
     huggingface.main(["export", str(run), str(tmp_path / "out")])
@@ -583,6 +593,7 @@ MISTAKES = {
         "model.safetensors is damaged: it has a second tensor model.norm.weight",
     ),
     "empty tensor": (with_tensor("more", torch.zeros(2**40, 0)), "needs model.more"),
+    "scalar": (with_tensor("more", torch.tensor(1.0)), "needs model.more"),
     "pickle": (
         lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
         "pytorch_model.bin is a pickle.*convert it.*save_pretrained",
