@@ -14,63 +14,14 @@ Shapes in comments: B batch, T time (positions in this call), S positions attend
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shape import GPTConfig
+
 IGNORE = -100  # a target that does not count: cross_entropy's own convention
-
-
-@dataclass
-class GPTConfig:
-    """The shape of a model. The defaults are the modern shape; see config/gpt2.py for GPT-2's."""
-
-    vocab_size: int
-    block_size: int = 256  # longest context, in tokens
-    n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = 0  # grouped-query attention: heads of keys and values; 0 means n_head
-    n_embd: int = 128
-    head_dim: int = 0  # 0 means n_embd / n_head
-    mlp_dim: int = 0  # width inside the MLP; 0 means 4 * n_embd
-    position: str = "rotary"  # or "learned"
-    rope_base: float = 10000.0  # longest wavelength of the rotary positions, over 2 pi
-    rope_factor: float = 1.0  # long waves are stretched so often for a longer context; 1 is off
-    rope_original: int = 0  # the context before that, in tokens
-    norm: str = "rms"  # or "layer"
-    norm_weight: bool = False  # a learned scale in every norm
-    norm_eps: float = 1e-6
-    embed_norm: bool = True  # a norm after the embedding
-    qk_norm: bool = True  # a norm of each query and key
-    mlp: str = "relu2"  # or "gelu", "swiglu"
-    bias: bool = False
-    qkv_bias: bool = False  # biases of queries, keys and values alone
-    tied: bool = False  # the head is the transposed embedding
-    logit_cap: float = 15.0  # logits = cap * tanh(logits / cap); 0 means none
-    dropout: float = 0.0
-
-    def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.mlp_dim = self.mlp_dim or 4 * self.n_embd
-        if not self.head_dim:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_embd={self.n_embd} does not divide by n_head={self.n_head}")
-            self.head_dim = self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
-        if self.rope_factor != 1 and self.rope_original < 1:
-            raise ValueError(f"rope_factor={self.rope_factor} needs rope_original, a context")
-        if self.position == "rotary" and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, but rotary positions turn pairs")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(choices)}")
-
-
-CHOICES = {"position": ("rotary", "learned"), "norm": ("rms", "layer")}
-CHOICES["mlp"] = ("relu2", "gelu", "swiglu")
 
 
 class RMSNormalise(torch.autograd.Function):
@@ -144,7 +95,7 @@ class KVCache:
     """Keys and values of all positions so far, preallocated for `size` (0: the whole context).
 
     `length` counts the positions stored. Writing past the end raises ValueError: see `generate` in
-    sample.py for what to do then. `at` is for inference.RecordedStep: the position of the one new
+    generate.py for what to do then. `at` is for inference.RecordedStep: the position of the one new
     token, as a tensor (1,).
     """
 
@@ -302,13 +253,14 @@ class GPT(nn.Module):
         self.ready_head = None  # the head that inference.ready has made
 
     @torch.no_grad()
-    def init_weights(self, seed: int, zero_init: bool = True) -> None:
+    def init_weights(self, seed: int, zero_init: bool | None = None) -> None:
         """Draws all weights anew, a function of `seed` alone.
 
         With `zero_init` the residual projections and an untied head start at zero, so each block
         begins as the identity and the loss as ln V exactly (arXiv:2203.03466); without it, GPT-2's
         scheme: N(0, 0.02), residual projections smaller by sqrt(2 n_layer).
         """
+        zero_init = self.config.zero_init if zero_init is None else zero_init
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim < 2:
@@ -328,16 +280,23 @@ class GPT(nn.Module):
                 p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=g))
 
     def set_context(self, block_size: int, dropout: float) -> None:
-        """Shortens the longest context, keeping the weights, and sets the dropout rate.
+        """Sets the longest context and the dropout rate, keeping the weights.
 
-        Raises ValueError for a longer context, which these weights have never seen.
+        Raises ValueError for more positions than were learned; rotary ones go on without end.
         """
-        config = self.config
-        if block_size > config.block_size:
-            raise ValueError(f"block_size={block_size} exceeds the model's {config.block_size}")
-        config.block_size, config.dropout = block_size, dropout
-        if config.position == "learned":
+        c = self.config
+        if c.position == "learned":
+            if block_size > c.block_size:
+                raise ValueError(
+                    f"block_size={block_size} exceeds the {c.block_size} positions that the model"
+                    f" has learned: use --block_size={c.block_size} or less"
+                )
             self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].clone(), False)
+        else:
+            self.rope = rotary_table(
+                block_size, c.head_dim, c.rope_base, c.rope_factor, c.rope_original
+            )
+        c.block_size, c.dropout = block_size, dropout
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
@@ -403,6 +362,13 @@ class GPT(nn.Module):
             return logits
         flat = logits.view(-1, logits.size(-1))
         return F.cross_entropy(flat, targets.view(-1), ignore_index=IGNORE, reduction=reduction)
+
+    def new_cache(self, batch: int = 1, size: int = 0) -> KVCache:
+        """An empty KV cache for `batch` sequences of up to `size` tokens (0: the whole context)."""
+        weight = self.wte.weight
+        # on a CPU attention in float32 is several times faster, its part of memory traffic small
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        return KVCache(self.config, batch, weight.device, dtype, size)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

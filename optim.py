@@ -1,4 +1,24 @@
-"""Parameter groups, Muon beside AdamW, and the learning-rate schedule."""
+"""Optimizers: how gradients become changes of the weights.
+
+Gradient descent, w -= lr * g, works, slowly. Each line below mends one of its troubles:
+
+momentum    Each batch pulls elsewhere. m = beta * m + (1 - beta) * g is the mean of the last
+            1 / (1 - beta) gradients or so: what they disagree about cancels, the rest adds up.
+Nesterov    m lags behind. (1 - beta) * g + beta * m counts the newest gradient once more.
+Adam        The embedding of a rare token has tiny gradients, the head large ones, and one rate
+            cannot serve both. Adam keeps a second moment, v = beta2 * v + (1 - beta2) * g^2, and
+            moves each weight by lr * m / (sqrt(v) + eps): about lr, whatever the gradient's size.
+            Both begin at zero, hence too small at first, and are divided by 1 - beta^step.
+            arXiv:1412.6980
+AdamW       Weights that nothing pulls back drift upwards and fit noise. w -= lr * decay * w does,
+            outside of Adam's quotient, which would undo it (arXiv:1711.05101). Only matrices decay:
+            a bias or a norm's weight has little to overfit with, and is not meant to be near zero.
+Muon        Adam treats a matrix as a list of numbers. Muon treats it as a map: see below.
+
+`train.py` does two things before an optimizer's step. Clipping: a gradient longer than `grad_clip`
+is shortened to that length, so that one strange batch cannot throw the weights far away
+(arXiv:1211.5063). Loss scaling: see `LossScale`.
+"""
 
 import math
 
@@ -11,6 +31,11 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float, final: flo
 
     Rises in a line over `warmup` steps, holds 1, and falls over the last `decay` (a fraction of
     `steps`) to `final`, in a line or as half a cosine. `warmup` below 1 is a fraction of `steps`.
+
+    Why rise: the first moments rest on a few gradients, and large steps along them do harm that
+    takes long to mend (arXiv:1706.02677). Why fall: at a constant rate the noise of the batches
+    keeps the weights bouncing between the walls of a valley; small steps reach its floor. Why hold
+    between: a long run is then a short one with more steps before the fall (arXiv:2405.18392).
     """
     warmup = warmup if warmup >= 1 else warmup * steps
     if step < warmup:
@@ -23,27 +48,111 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float, final: flo
     return final + (1 - final) * left
 
 
-def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """The nearest orthogonal matrix, roughly, to each matrix of g (N, rows, columns).
+def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """The nearest orthogonal matrix, roughly, to each matrix of g (N, rows, columns), in `dtype`.
 
-    A quintic Newton-Schulz iteration drives all singular values into about [0.7, 1.2]. Only matrix
-    products, so it runs well in bfloat16. Source: kellerjordan.github.io/posts/muon.
+    g = U diag(s) V^T; wanted is U V^T: the same directions, all equally strong. A singular value
+    decomposition would be slow. But a x + b x x^T x + c (x x^T)^2 x has the same U and V, and each
+    singular value s has become a s + b s^3 + c s^5. Five rounds of that do to s:
+
+        0.001   0.003  0.012  0.041  0.140  0.471
+        0.01    0.034  0.118  0.400  1.093  0.699
+        0.1     0.340  0.992  0.707  1.107  0.712
+        0.5     1.189  0.896  0.824  0.938  0.765
+        1       0.701  1.114  0.721  1.090  0.696
+
+    So whatever began above 0.0016 ends within 0.68 to 1.21, near enough to 1; what began at 0.001
+    has come to 0.47 only. Source: kellerjordan.github.io/posts/muon.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero: small singular values grow fastest
+    a, b, c = 3.4445, -4.7750, 2.0315  # of the source: steepest at zero, bounded up to 1
     wide = g.size(1) <= g.size(2)
-    x = g if wide else g.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values of at most 1
+    x = g if wide else g.mT  # x x^T is the smaller of the two squares
+    # singular values of at most 1. In float32, for a small gradient is nothing at all in float16
+    x = x.float()
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).to(dtype or g.dtype)
     for _ in range(steps):
         xx = x @ x.mT  # x = a x + (b xx + c xx^2) x, with the sums inside the products
         x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum (Nesterov's) whose mean is orthogonalised: all directions of a matrix learn alike.
+
+    The gradient of a matrix is dominated by a few directions; the many weak ones, which matter as
+    well, would hardly move. For the matrices inside the blocks: embeddings, head and vectors belong
+    to AdamW. Products of matrices are done in `dtype`, equal shapes in one go. The update of a
+    (rows, columns) matrix is scaled by sqrt(max(1, rows / columns)), so that its outputs change
+    alike for every shape. Momentum rises from 0.85 to `momentum` in `rise` steps, since early
+    gradients are soon out of date. Source: as above.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, rise=300, weight_decay=0.0, dtype=None):
+        defaults = dict(lr=lr, momentum=momentum, rise=rise, weight_decay=weight_decay)
+        super().__init__(params, defaults)
+        self.dtype = dtype or torch.float32
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+                if p not in self.state:
+                    self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
+                self.state[p]["step"] += 1
+            for (rows, columns), params in shapes.items():
+                done = self.state[params[0]]["step"].item() - 1
+                beta = 0.85 + (group["momentum"] - 0.85) * min(1.0, done / group["rise"])
+                grads = [p.grad for p in params]
+                momenta = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - beta)  # m = beta m + (1 - beta) g
+                ahead = torch._foreach_lerp(grads, momenta, beta)  # (1 - beta) g + beta m
+                updates = orthogonalise(torch.stack(ahead), dtype=self.dtype).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                scale = group["lr"] * max(1.0, rows / columns) ** 0.5
+                torch._foreach_add_(params, list(updates), alpha=-scale)
+
+
+def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """The optimizers of settings `s`; each group keeps its full rate as `base_lr`.
+
+    muon: block matrices by Muon at `lr`; embeddings at `embed_lr`, head and vectors at `head_lr`
+    by AdamW. adamw, nadamw (Nesterov's momentum in it): everything at `lr`. Weight decay falls on
+    matrices only, on embeddings and head not at all under Muon, where their rates are large.
+    """
+    named = dict(model.named_parameters())
+    matrices = {n: p for n, p in named.items() if p.ndim >= 2}
+    vectors = [p for p in named.values() if p.ndim < 2]
+    betas = (s.beta1, s.beta2)
+    if s.optimizer == "muon":
+        inner = [p for n, p in matrices.items() if n.startswith("blocks.")]
+        embed = [p for n, p in matrices.items() if n in ("wte.weight", "wpe.weight")]
+        head = [p for n, p in matrices.items() if n == "head.weight"]
+        groups = [dict(params=embed, lr=s.embed_lr), dict(params=head + vectors, lr=s.head_lr)]
+        adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0, fused=True)
+        muon = Muon(inner, s.lr, s.momentum, weight_decay=s.weight_decay, dtype=dtype)
+        optimizers = [adamw, muon]
+    else:
+        decaying = dict(params=list(matrices.values()), weight_decay=s.weight_decay)
+        groups = [decaying, dict(params=vectors, weight_decay=0.0)] if vectors else [decaying]
+        if s.optimizer == "adamw":
+            optimizers = [torch.optim.AdamW(groups, s.lr, betas, fused=True)]
+        else:
+            optimizers = [torch.optim.NAdam(groups, s.lr, betas, decoupled_weight_decay=True)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
 class LossScale:
     """Dynamic loss scaling for float16, whose small gradients would vanish (arXiv:1710.03740).
 
-    The loss is multiplied by `value`, the gradients divided by it. After an overflow it is halved,
-    and after 2,000 good steps doubled. For other types `value` stays 1.
+    float16 ends at 6e-8 below and 65,504 above. So the loss, and with it every gradient, is
+    multiplied by `value` before the backward pass, and the gradients divided by it after. After an
+    overflow, whose update is left out, it is halved, and after 2,000 good steps doubled: as large
+    as will do. bfloat16 and float32 reach down to 1e-38, and `value` stays 1.
     """
 
     def __init__(self, dtype: torch.dtype, state: list | None = None):
@@ -66,75 +175,3 @@ class LossScale:
 
     def state(self) -> list | None:
         return [self.value, self.good_steps] if self.on else None
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: every direction of a matrix learns equally fast.
-
-    For the matrices inside the blocks; embeddings, head and vectors belong to AdamW. Equal shapes
-    are stacked and orthogonalised in one go, in `dtype`. The update of a (rows, columns) matrix is
-    scaled by sqrt(max(1, rows / columns)). Momentum rises from 0.85 to `momentum` in `rise` steps.
-    """
-
-    def __init__(self, params, lr=0.02, momentum=0.95, rise=300, weight_decay=0.0, dtype=None):
-        defaults = dict(lr=lr, momentum=momentum, rise=rise, weight_decay=weight_decay)
-        super().__init__(params, defaults)
-        self.dtype = dtype or torch.float32
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                for p in params:
-                    if p not in self.state:
-                        self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
-                    self.state[p]["step"] += 1
-                done = self.state[params[0]]["step"].item() - 1
-                beta = 0.85 + (group["momentum"] - 0.85) * min(1.0, done / group["rise"])
-                grads = [p.grad for p in params]
-                buffers = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - beta)
-                ahead = torch._foreach_lerp(grads, buffers, beta)  # Nesterov: look one step ahead
-                updates = orthogonalise(torch.stack(ahead).to(self.dtype))
-                scale = -group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates.to(params[0].dtype)), alpha=scale)
-
-
-def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """The optimizers of settings `s`; each group keeps its full rate as `base_lr`.
-
-    muon: block matrices by Muon at `lr`; embeddings at `embed_lr`, head and vectors at `head_lr`
-    by AdamW. adamw, nadamw: everything at `lr`. Weight decay falls on matrices only, on embeddings
-    not at all under Muon, where their rate is large.
-    """
-    named = dict(model.named_parameters())
-    matrices = {n: p for n, p in named.items() if p.ndim >= 2}
-    vectors = [p for p in named.values() if p.ndim < 2]
-    betas, fused = (s.beta1, s.beta2), next(model.parameters()).device.type in ("cpu", "cuda")
-    if s.optimizer == "muon":
-        inner = [p for n, p in matrices.items() if n.startswith("blocks.")]
-        embed = [p for n, p in matrices.items() if n in ("wte.weight", "wpe.weight")]
-        head = [p for n, p in matrices.items() if n == "head.weight"]
-        groups = [dict(params=embed, lr=s.embed_lr), dict(params=head + vectors, lr=s.head_lr)]
-        adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0, fused=fused)
-        muon = Muon(inner, s.lr, s.momentum, weight_decay=s.weight_decay, dtype=dtype)
-        optimizers = [adamw, muon]
-    else:
-        groups = [
-            dict(params=list(matrices.values()), weight_decay=s.weight_decay),
-            dict(params=vectors, weight_decay=0.0),
-        ]
-        groups = [g for g in groups if g["params"]]
-        if s.optimizer == "adamw":
-            optimizers = [torch.optim.AdamW(groups, s.lr, betas, fused=fused)]
-        else:
-            nadam = torch.optim.NAdam(groups, s.lr, betas, decoupled_weight_decay=True)
-            optimizers = [nadam]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return optimizers

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from engine import settings
+from engine import settings, threads
 from engine.stop import Stop
 
 START = time.monotonic()
@@ -87,6 +87,7 @@ class Settings:
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: bfloat16, float16, float32
     compile: str = "auto"  # true or false
+    threads: str = "auto"  # of a CPU: a number, or chosen by the size of the work
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
 
     # another beginning
@@ -169,6 +170,7 @@ def check(s: Settings) -> None:
             s.batch_tokens % rows == 0,
         ),
         ("warmup", f"at most steps={s.steps}", s.warmup <= s.steps),
+        ("threads", "auto or a number from 1 to 1024", threads.valid(s.threads)),
     )
 
 
@@ -201,7 +203,7 @@ def train(s: Settings, stop: Stop) -> int:
 
     # 3. the model: new, or as the newest checkpoint of the run has it
     run = here.first_does(lambda: Run(s, START, here))  # None in all other processes
-    done = int(here.sum([run.step if run else 0])[0])  # updates so far
+    done = int(here.from_first(run.step if run else 0))  # updates so far
     if done:
         path = Path(s.out) / checkpoint.name(done)
         model, _, state = checkpoint.load_weights(path)
@@ -209,6 +211,8 @@ def train(s: Settings, stop: Stop) -> int:
         model = new_model(s, data.tokenizer)
         state = dict(metrics=None, seconds=0.0, loss_scale=None)
     model.to(here.device)
+    at_once = min(s.batch_tokens // here.world, (s.device_batch or math.inf) * s.block_size)
+    used = machine.use_threads(s.threads, here, model, at_once, state.get("machine"))
     optimizers = make_optimizers(model, s, here.dtype)
     if done:
         checkpoint.load_optimizers(path, model, optimizers)
@@ -216,7 +220,7 @@ def train(s: Settings, stop: Stop) -> int:
     here.first_does(lambda: run.begin(state, digest, model))
     parameters = list(model.parameters())
     count = sum(p.numel() for p in parameters)
-    say(f"model: {count:,} parameters, {s.batch_tokens:,} tokens a step")
+    say(f"model: {count:,} parameters, {s.batch_tokens:,} tokens a step, {used}")
 
     # 4. what happens beside the updates
     def due(step: int, every: int) -> bool:

@@ -1,1 +1,5 @@
-"""The machine room: what keeps the book's files fast and safe. No GPT needs it to be understood."""
+"""The machine room: what keeps the book fast and safe, and need not be read to understand a GPT."""
+
+from engine import threads
+
+threads.wait_passively()  # here, since whatever a command imports first from engine passes by

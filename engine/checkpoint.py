@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,15 +181,15 @@ def find(path: str, checkpoint: str = "best") -> Path:
     return run / checkpoint
 
 
-def load_weights(path: Path, verified: bool = False) -> tuple[GPT, Tokenizer, dict]:
-    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified unless they were."""
-    import torch
-    from safetensors.torch import load_file
+def load_weights(path: Path) -> tuple[GPT, Tokenizer, dict]:
+    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified."""
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify, path, TO_SAMPLE)  # while torch is loaded
+        import torch
+        from safetensors.torch import load_file
 
-    from model import GPT, GPTConfig
-
-    if not verified:
-        verify(path, TO_SAMPLE)
+        from model import GPT, GPTConfig
+    verified.result()
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     with torch.device("meta"):  # shapes only: the weights come from the file
         model = GPT(GPTConfig(**state["model"]))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.tensors import FLOATS, Stored
-from model import GPT, GPTConfig
+from model import GPT
+from shape import GPTConfig
 
 # --- the families
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.machine import fast_bfloat16
 from model import GPT, KVCache
 
 FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
@@ -97,6 +98,9 @@ class StreamedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = x.numel() // self.inputs
         if n > self.few:
+            if x.dtype == torch.bfloat16 and not fast_bfloat16():  # emulated, it would take minutes
+                y = F.linear(x.float(), self.weight.float()).to(x.dtype)
+                return y if self.bias is None else y + self.bias
             return F.linear(x, self.weight.to(x.dtype), self.bias)
         # a block for all rows of x before the next: it is in the cache from the second row on
         index = self.index.expand(-1, n, -1).reshape(-1)

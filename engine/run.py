@@ -27,7 +27,7 @@ except ImportError:  # Windows has no such lock
 # What may differ when a run is resumed; anything else would make it another run.
 FREE = {"config", "data", "out", "init_from", "steps", "log_every", "eval_every", "save_every"}
 FREE |= {"sample_tokens", "sample_prompt", "tensorboard", "wandb", "device", "fresh"}
-FREE |= {"patience", "eval_only", "split", "show_batch"}
+FREE |= {"patience", "eval_only", "split", "show_batch", "threads"}
 
 
 class Run:
@@ -42,7 +42,6 @@ class Run:
         self.step, self.files, self.lock = 0, 0, None
         self.circumstances = dict(  # what equal bits depend on, beside settings and data
             processes=here.world,
-            threads=torch.get_num_threads(),
             torch=torch.__version__,
             device=here.device.type,
             dtype=str(here.dtype),
@@ -68,6 +67,7 @@ class Run:
         disk has no room for the next one.
         """
         self.digest, self.seconds_before = digest, state["seconds"]
+        self.circumstances["threads"] = torch.get_num_threads()
         if self.step:
             self.check(state)
         need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import contextmanager
 
 LAUNCHER_ECHO = 2.0  # seconds; torchrun passes on a Ctrl-C that its processes have had themselves
 
@@ -21,6 +22,15 @@ class Stop:
             if hasattr(signal, name):  # Windows lacks one
                 signal.signal(getattr(signal, name), self.note)
 
+    @contextmanager
+    def deferred(self):
+        """Within, a request waits for whoever asks: all that is done here is done, or nothing."""
+        before, self.at_once = self.at_once, False
+        try:
+            yield
+        finally:
+            self.at_once = before
+
     def note(self, number: int, frame) -> None:
         if self.asked:
             if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() < self.time + LAUNCHER_ECHO:
@@ -28,6 +38,7 @@ class Stop:
             os._exit(128 + number)
         self.asked, self.time = True, time.monotonic()
         if self.at_once:
-            # past Python's buffers, which the signal may have found in the middle of a print
-            os.write(1, b"\nstopped by a signal; the same command continues\n")
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                # past Python's buffers, which the signal may have found in the middle of a print
+                os.write(1, b"\nstopped by a signal; the same command continues\n")
             os._exit(0)

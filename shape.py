@@ -1,0 +1,80 @@
+"""The shape of a model: its settings, the only place where they stand. Needs no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from engine import settings
+from engine.settings import BelowOne, Bound, Count, NotNegative, Positive
+
+# more than any published model; the tables of rotary positions grow with it
+Context = Annotated[int, Bound("from 1 to 1,048,576", lambda n: 1 <= n <= 2**20)]
+AboveZero = Annotated[float, Bound("above 0", lambda x: x > 0)]
+AtLeastOne = Annotated[float, Bound("at least 1", lambda x: x >= 1)]
+
+
+@dataclass
+class GPTConfig:
+    """The defaults are the modern shape; config/gpt2.py has GPT-2's. Raises ValueError for a shape
+    that cannot be. What is 0 for "derived" is filled in."""
+
+    vocab_size: int  # that of the tokenizer; without a default it is no setting of the command line
+    block_size: Context = 256  # longest context, in tokens
+    n_layer: Positive = 4  # blocks
+    n_head: Positive = 4  # attention heads
+    n_kv_head: Count = 0  # grouped-query attention: heads of keys and values; 0 means n_head
+    n_embd: Positive = 128  # width
+    head_dim: Count = 0  # width of a head; 0 means n_embd / n_head
+    mlp_dim: Count = 0  # width inside the MLP; 0 means 4 * n_embd
+    position: Literal["rotary", "learned"] = "rotary"  # how the model knows the order of tokens
+    rope_base: AboveZero = 10000.0  # longest wavelength of rotary positions, over 2 pi
+    rope_factor: AtLeastOne = 1.0  # Llama 3.1: long wavelengths turn this much slower; 1 is off
+    rope_original: Count = 0  # the context before that extension
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
+    norm_weight: bool = False  # a learned scale in every norm
+    norm_eps: NotNegative = 1e-6  # keeps norms from dividing by zero
+    embed_norm: bool = True  # a norm after the embedding
+    qk_norm: bool = True  # a norm of each query and key
+    mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # the bend between the two layers of the MLP
+    bias: bool = False  # biases in linear layers and LayerNorm
+    qkv_bias: bool = False  # biases of queries, keys and values alone (Qwen2)
+    tied: bool = False  # the head is the embedding
+    logit_cap: NotNegative = 15.0  # logits = cap * tanh(logits / cap); 0 is none
+    dropout: BelowOne = 0.0  # fraction of activations set to zero in training
+    zero_init: bool = True  # residual projections and head begin at zero: the first loss is ln V
+
+    def __post_init__(self):
+        settings.check_each(self)
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.mlp_dim = self.mlp_dim or 4 * self.n_embd
+        given = "head_dim" if self.head_dim else "n_embd"
+        whole = f"a multiple of n_head={self.n_head}, unless head_dim is set"
+        shared = f"a multiple of n_kv_head={self.n_kv_head}"
+        even = "such that a head has an even width, for rotary positions turn pairs"
+        known = f"at least 1, for rope_factor={self.rope_factor:g} extends that context"
+        settings.check(
+            self,
+            ("n_embd", whole, bool(self.head_dim) or self.n_embd % self.n_head == 0),
+            ("n_head", shared, self.n_head % self.n_kv_head == 0),
+            ("rope_original", known, self.rope_factor == 1 or self.rope_original > 0),
+        )
+        head_dim = self.head_dim or self.n_embd // self.n_head
+        settings.check(self, (given, even, self.position != "rotary" or head_dim % 2 == 0))
+        self.head_dim = head_dim
+
+    def parameters(self) -> int:
+        """How many numbers are learned, in closed form."""
+        C, V, M = self.n_embd, self.vocab_size, self.mlp_dim
+        queries, keys = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        qkv = queries + 2 * keys
+
+        def norm(dim: int) -> int:
+            return dim * self.norm_weight + dim * (self.norm == "layer" and self.bias)
+
+        attention = C * qkv + qkv * (self.bias or self.qkv_bias) + queries * C + C * self.bias
+        attention += 2 * norm(self.head_dim) * self.qk_norm
+        ups = 2 if self.mlp == "swiglu" else 1
+        mlp = ups * (C * M + M * self.bias) + M * C + C * self.bias
+        blocks = self.n_layer * (attention + mlp + 2 * norm(C))
+        positions = self.block_size * C * (self.position == "learned")
+        head = V * C * (not self.tied)
+        return V * C + positions + norm(C) * self.embed_norm + blocks + norm(C) + head
