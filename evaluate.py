@@ -17,13 +17,16 @@ EVAL_TOKENS = 16384  # in one forward pass
 COMPARABLE_BYTES = 20_000_000  # xz takes too long for a larger text
 
 
-def evaluate(model: GPT, split: Split, here: Machine, stop=None) -> tuple | None:
+def evaluate(
+    model: GPT, split: Split, here: Machine, stop=None, device_batch: int = 0, eval_tokens: int = 0
+) -> tuple | None:
     """Loss over the whole split: nats a token, and bits a byte of text where its size is known.
 
     Every token but the first is predicted once, in consecutive windows of the model's block_size;
     each process takes its share of them. None if meanwhile a `stop` was asked of any process.
     """
     rows = max(1, EVAL_TOKENS // model.config.block_size)
+    rows = min(rows, device_batch or rows)
     total, asked, was_training = 0.0, False, model.training
     model.eval()
     with torch.no_grad(), here.autocast():

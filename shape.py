@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 from engine import settings
 from engine.settings import BelowOne, Bound, Count, NotNegative, Positive
 
-# more than any published model; the tables of rotary positions grow with it
+# bounds beyond every published model: what a damaged file claims is refused before it takes memory
 Context = Annotated[int, Bound("from 1 to 1,048,576", lambda n: 1 <= n <= 2**20)]
+Layers = Annotated[int, Bound("from 1 to 10,000", lambda n: 1 <= n <= 10_000)]
 AboveZero = Annotated[float, Bound("above 0", lambda x: x > 0)]
 AtLeastOne = Annotated[float, Bound("at least 1", lambda x: x >= 1)]
 
@@ -19,7 +20,7 @@ class GPTConfig:
 
     vocab_size: int  # that of the tokenizer; without a default it is no setting of the command line
     block_size: Context = 256  # longest context, in tokens
-    n_layer: Positive = 4  # blocks
+    n_layer: Layers = 4  # blocks
     n_head: Positive = 4  # attention heads
     n_kv_head: Count = 0  # grouped-query attention: heads of keys and values; 0 means n_head
     n_embd: Positive = 128  # width
@@ -62,19 +63,11 @@ class GPTConfig:
         self.head_dim = head_dim
 
     def parameters(self) -> int:
-        """How many numbers are learned, in closed form."""
-        C, V, M = self.n_embd, self.vocab_size, self.mlp_dim
-        queries, keys = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        qkv = queries + 2 * keys
-
-        def norm(dim: int) -> int:
-            return dim * self.norm_weight + dim * (self.norm == "layer" and self.bias)
-
-        attention = C * qkv + qkv * (self.bias or self.qkv_bias) + queries * C + C * self.bias
-        attention += 2 * norm(self.head_dim) * self.qk_norm
-        ups = 2 if self.mlp == "swiglu" else 1
-        mlp = ups * (C * M + M * self.bias) + M * C + C * self.bias
-        blocks = self.n_layer * (attention + mlp + 2 * norm(C))
-        positions = self.block_size * C * (self.position == "learned")
-        head = V * C * (not self.tied)
-        return V * C + positions + norm(C) * self.embed_norm + blocks + norm(C) + head
+        """How many numbers are learned, less norms and biases, which are few."""
+        C, D = self.n_embd, self.head_dim
+        attention = 2 * C * (self.n_head + self.n_kv_head) * D  # wq and wo, wk and wv
+        mlp = (3 if self.mlp == "swiglu" else 2) * C * self.mlp_dim
+        tables = self.vocab_size * (1 if self.tied else 2)  # rows of the embedding and the head
+        if self.position == "learned":
+            tables += self.block_size
+        return self.n_layer * (attention + mlp) + tables * C

@@ -5,6 +5,7 @@ Runs as one process, or as several under torchrun, on one machine or many:
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 
 Interrupted, it continues where its newest checkpoint stands, when the same command is given again.
+The file reads downwards: the settings; `update`, which is how a model learns; `train`, the run.
 """
 
 import importlib.util
@@ -12,14 +13,18 @@ import math
 import os
 import shlex
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
-from engine import settings, threads
+from engine import settings
+from engine.settings import BelowOne, Bound, Count, Fraction, NotNegative, Positive
 from engine.stop import Stop
+from shape import GPTConfig
 
 START = time.monotonic()
+Rate = Annotated[float, Bound("from 0 to 1000", lambda x: 0 <= x <= 1000)]
 
 
 @dataclass
@@ -31,72 +36,314 @@ class Settings:
     tokenizer: str = ""  # vocabulary of a folder of public shards, which has no meta.json
     out: str = ""  # folder of the run; by default out/<name of the config file>
     init_from: str = ""  # begin with the weights of this run or checkpoint
-    seed: int = 1  # of weights, order of the data, dropout
+    seed: Count = 1  # of weights, order of the data, dropout
 
-    # the model (see model.py)
-    block_size: int = 256  # context in tokens
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # attention heads
-    n_kv_head: int = 0  # heads of keys and values; 0 means n_head
-    n_embd: int = 128  # width
-    head_dim: int = 0  # width of a head; 0 means n_embd / n_head
-    mlp_dim: int = 0  # width inside the MLP; 0 means 4 * n_embd
-    position: str = "rotary"  # positions: rotary or learned
-    rope_base: float = 10000.0  # of the rotary positions: larger turns slower
-    norm: str = "rms"  # rms (RMSNorm) or layer (LayerNorm)
-    norm_weight: bool = False  # a learned scale in every norm
-    norm_eps: float = 1e-6  # keeps norms from dividing by zero
-    embed_norm: bool = True  # a norm after the embedding
-    qk_norm: bool = True  # a norm of queries and keys
-    mlp: str = "relu2"  # relu2, gelu or swiglu
-    bias: bool = False  # biases in linear layers and LayerNorm
-    tied: bool = False  # the head is the embedding
-    logit_cap: float = 15.0  # soft bound of the logits; 0 is none
-    dropout: float = 0.0  # fraction of activations set to zero in training
-    zero_init: bool = True  # residual projections and head begin at zero
+    # the model: n_layer, n_embd and the others stand in shape.py; vocab_size is that of the data
+    model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
 
-    # the optimization
-    steps: int = 1000  # updates
-    batch_tokens: int = 8192  # tokens in one update, over all processes
-    device_batch: int = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
-    optimizer: str = "muon"  # muon (AdamW for embeddings and head), adamw or nadamw
-    lr: float = 0.02  # of the matrices
-    embed_lr: float = 0.3  # of the embeddings, with muon
-    head_lr: float = 0.004  # of the head, biases and norm weights, with muon
-    warmup: float = 0.0  # steps of linear rise; below 1: a fraction of steps
-    decay: float = 0.6  # last fraction of the steps, in which the rate falls
-    schedule: str = "linear"  # or cosine: the shape of the fall
-    final_lr: float = 0.0  # where it ends, as a fraction of lr
-    momentum: float = 0.95  # of muon
-    beta1: float = 0.8  # of AdamW: decay of the mean gradient
-    beta2: float = 0.95  # of AdamW: decay of the mean squared gradient
-    weight_decay: float = 0.0  # of matrices; not of embeddings and head with muon
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 is no bound
+    # the optimization. The rates are those of Muon (kellerjordan.github.io/posts/muon) and of
+    # nanochat, which uses it too. An update of Muon has singular values near 1, whatever the
+    # gradient, and a fresh matrix up to 2: so 0.02 moves a matrix by a hundredth of itself. AdamW
+    # moves each number by about its rate: 0.3 for embeddings, whose numbers are near 1, and little
+    # for the head, which begins at zero.
+    steps: Positive = 1000  # updates
+    batch_tokens: Positive = 8192  # tokens in one update, over all processes
+    device_batch: Count = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
+    optimizer: Literal["muon", "adamw", "nadamw"] = "muon"  # muon has AdamW for embeddings and head
+    lr: Rate = 0.02  # of the matrices
+    embed_lr: Rate = 0.3  # of the embeddings, with muon
+    head_lr: Rate = 0.004  # of the head, biases and norm weights, with muon
+    warmup: NotNegative = 0.0  # steps of linear rise; below 1: a fraction of steps
+    decay: Fraction = 0.6  # last fraction of the steps, in which the rate falls
+    schedule: Literal["linear", "cosine"] = "linear"  # the shape of the fall
+    final_lr: Fraction = 0.0  # where it ends, as a fraction of lr
+    momentum: BelowOne = 0.95  # of muon: how much of the last direction is kept
+    beta1: BelowOne = 0.8  # of AdamW: decay of the mean gradient
+    beta2: BelowOne = 0.95  # of AdamW: decay of the mean squared gradient
+    weight_decay: NotNegative = 0.0  # of matrices; not of embeddings and head with muon
+    grad_clip: NotNegative = 1.0  # largest norm of the gradient; 0 is no bound
 
     # what is kept and shown; the last step is always saved and evaluated
-    log_every: int = 10  # steps between rows of metrics.jsonl
-    eval_every: int = 500  # steps between evaluations on the whole validation split
-    save_every: int = 500  # steps between checkpoints
-    patience: int = 0  # stop after this many evaluations without a better one; 0 is never
-    sample_tokens: int = 200  # length of the sample at the end
+    log_every: Positive = 10  # steps between rows of metrics.jsonl
+    eval_every: Positive = 500  # steps between evaluations on the validation split
+    eval_tokens: Count = 0  # tokens of it to evaluate on, evenly spread; 0 is all
+    save_every: Positive = 500  # steps between checkpoints
+    patience: Count = 0  # stop after this many evaluations without a better one; 0 is never
+    sample_tokens: Count = 200  # length of the sample at the end
     sample_prompt: str = ""  # its beginning
     tensorboard: bool = False  # also log to TensorBoard, in the folder of the run
     wandb: str = ""  # also log to this project of Weights & Biases
 
     # the machine
-    device: str = "auto"  # cuda, mps or cpu
-    dtype: str = "auto"  # of matrix products: bfloat16, float16, float32
-    compile: str = "auto"  # true or false
-    threads: str = "auto"  # of a CPU: a number, or chosen by the size of the work
+    device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
+    dtype: settings.DType = "auto"  # of matrix products
+    compile: settings.Compile = "auto"  # whether torch.compile makes kernels for this very model
+    threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
 
-    # another beginning
+    # another beginning, or something else than training
     fresh: bool = False  # move what is in out aside and begin anew
-
-    # instead of training
-    show_batch: int = 0  # print what the update of this step learns from
+    show_batch: Count = 0  # print what the update of this step learns from
     eval_only: bool = False  # evaluate the best checkpoint of the run and change nothing
-    split: str = "val"  # which split eval_only takes: train, val or test
+    split: Literal["train", "val", "test"] = "val"  # which split eval_only takes
+
+
+def update(model, optimizers, scale, gradients, x, y, step: int, s: Settings, here):
+    """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
+    gradient (infinite: float16 overflowed, and the update was left out).
+
+    `x` and `y`, (B, T), are this process's share of the batch. Raises FloatingPointError, with
+    nothing changed, if loss or gradient are not finite and a smaller loss scale is no remedy.
+    """
+    import torch  # here, since mistakes in settings are told before its second of loading
+
+    from engine import machine
+
+    # the loss is the mean over all targets of the global batch. Each pass gives a sum, divided by
+    # their number in all passes and processes: means of means would weigh some targets more
+    (targets,) = here.sum([int((y >= 0).sum())])
+    mean_loss = torch.zeros((), device=here.device)
+    rows = rows_in_a_pass(len(x), s)
+    # 1. forward and backward. A batch too large for memory is taken in passes of some rows, since
+    # backward() adds to the gradients that are there: gradient accumulation
+    for i in range(0, len(x), rows):
+        machine.seed(s.seed, step, here.rank, i)  # of dropout: nothing to save, and resumed alike
+        # the processes (DDP) hold equal weights and learn from different rows. Once, while the last
+        # backward pass runs, their gradients are summed: then all make the same update
+        gradients.active = i + rows == len(x)
+        # autocast: products in 16 bits are several times faster; weights and sums stay in 32, where
+        # a small update to a large number is not rounded away (arXiv:1710.03740)
+        with here.autocast():
+            loss = model(here.put(x[i : i + rows]), here.put(y[i : i + rows]), reduction="sum")
+            loss = loss / targets
+        (loss * scale.value).backward()  # scaled up, where float16 would round gradients to zero
+        mean_loss += loss.detach()
+    gradients.wait()
+    scale.unscale(list(model.parameters()))
+    # 2. clipping: a gradient longer than grad_clip is shortened, its direction kept, so that one
+    # odd batch cannot undo what many have learned (arXiv:1211.5063)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
+    # 3. the step itself, unless there is nothing sound to follow
+    (loss,) = here.sum([mean_loss.item()])
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if not finite and (scale.value == 1 or not math.isfinite(loss)):
+        raise FloatingPointError(f"its loss is {loss} and its gradient norm {norm}")
+    if finite:
+        for optimizer in optimizers:
+            optimizer.step()
+    scale.update(finite)
+    model.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def train(s: Settings, stop: Stop) -> int:
+    """Trains a model, from the beginning or from where its run stands; returns the exit status."""
+    from dataset import Dataset
+    from engine import checkpoint, machine
+    from engine.run import NEW, Run
+    from optim import LossScale, make_optimizers
+
+    # 1. the machine, the data, the folder of the run
+    here = machine.pick(s.device, s.dtype, s.compile)
+    machine.start(here, s.deterministic)
+    stop.at_once = here.world == 1 or here.compile  # otherwise all processes stop after a step
+    here.say(f"machine: {here.why}")
+    data = here.each_does(lambda: Dataset(s.data, s.tokenizer))
+    digest = here.first_does(data.verify)
+    train_split = data.split("train")
+    val_split = data.split("val")
+    train_split.require(s.model.block_size)
+    sizes = f"{train_split.tokens:,} tokens to train on, {val_split.tokens:,} to validate"
+    here.say(f"data: {s.data}, {sizes}, vocabulary {data.tokenizer.vocab_size:,}")
+    run = Run(s, here, START)
+
+    # 2. the model and its optimizers: new, or as the newest checkpoint of the run has them
+    if run.step:
+        model, _, state = checkpoint.load_weights(run.path)
+    else:
+        model, state = here.each_does(lambda: new_model(s, data.tokenizer, here)), NEW
+    model.to(here.device)
+    rows = s.batch_tokens // s.model.block_size  # of a batch, over all processes
+    work = rows_in_a_pass(rows // here.world, s)
+    used = machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
+    optimizers = make_optimizers(model, s, here.dtype)
+    if run.step:
+        checkpoint.load_optimizers(run.path, model, optimizers)
+    scale = LossScale(here.dtype, state["loss_scale"])
+    run.begin(state, digest, model, stop)
+    count = sum(p.numel() for p in model.parameters())
+    here.say(f"model: {count:,} parameters, {s.batch_tokens:,} tokens a step, {used}")
+
+    # 3. what an interruption has left undone, or nothing
+    if run.evaluation_missing():
+        here.say(f"the evaluation of step {run.step} is made again")  # its row is gone
+        if not validate(model, val_split, run.step, s, here, run, stop):
+            return run.stopped(run.step, stop)
+    if run.finished():
+        return 0
+
+    # 4. the steps
+    fast = machine.compiled(model, here, work) if here.compile else model
+    gradients = machine.GradientSum(list(model.parameters()) if here.world > 1 else [])
+    with stop.deferred():  # from here on a request to stop waits for the end of a step
+        for step in range(run.step + 1, s.steps + 1):  # the update that makes it `step`
+            with run.timed():
+                lr = set_rates(optimizers, step, s)
+                # windows of text, a function of the seed and the step alone: see dataset.py
+                x, y = train_split.batch(
+                    step - 1, rows, s.model.block_size, s.seed, here.rank, here.world
+                )
+                try:
+                    loss, norm = update(fast, optimizers, scale, gradients, x, y, step, s, here)
+                except FloatingPointError as e:
+                    return run.not_finite(step, e)
+            if run.due(step, s.log_every):
+                run.report(step, loss, lr, norm)
+            stopping = here.any(stop.asked)
+            evaluating = run.due(step, s.eval_every)
+            if not (stopping or evaluating or run.due(step, s.save_every)):
+                continue
+            run.save(step, model, optimizers, scale.state(), data.tokenizer)
+            if stopping:
+                return run.stopped(step, stop)
+            if evaluating and not validate(model, val_split, step, s, here, run, stop):
+                return run.stopped(step, stop)
+            run.prune()
+            if evaluating and run.out_of_patience():
+                here.say(f"stopped early: no better evaluation in the last {s.patience}")
+                break
+    stop.at_once = True
+    run.close()
+    if here.rank == 0:
+        show_result(model, data, s, run)
+    return 0
+
+
+def set_rates(optimizers: list, step: int, s: Settings) -> float:
+    """Sets the learning rates for the update that makes it `step`; returns that of the matrices."""
+    from optim import learning_rate
+
+    factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+    return s.lr * factor
+
+
+def rows_in_a_pass(share: int, s: Settings) -> int:
+    """The most rows that device_batch allows and that divide the share of a process evenly."""
+    most = min(s.device_batch or share, share)
+    return next(n for n in range(most, 0, -1) if share % n == 0)
+
+
+def validate(model, split, step: int, s: Settings, here, run, stop) -> bool:
+    """Records the loss on text that is not trained on; false if a stop was asked for meanwhile."""
+    from evaluate import evaluate
+
+    with stop.honoured(at_once=here.world == 1):  # the weights of this step are saved
+        result = evaluate(model, split, here, stop, s.device_batch, s.eval_tokens)
+    if result is None:
+        return False
+    loss, bpb = result
+    if not math.isfinite(loss):
+        loss = bpb = None  # JSON has no such number, and it is never the best
+    bits = f", {bpb:.4f} bits per byte" if bpb else ""
+    here.say(f"step {step}: validation loss {loss or math.nan:.4f}{bits}")
+    run.evaluated(step, loss, bpb)
+    return True
+
+
+def new_model(s: Settings, tokenizer, here):
+    """A model with random weights, or with those of the checkpoint `init_from`."""
+    from engine.checkpoint import find, load_weights
+    from model import GPT
+
+    if not s.init_from:
+        model = GPT(replace(s.model, vocab_size=tokenizer.vocab_size))
+        model.init_weights(s.seed)
+        return model
+    model, theirs, _ = load_weights(find(s.init_from))
+    if theirs.digest() != tokenizer.digest():
+        raise ValueError(
+            f"init_from={s.init_from!r} reads {theirs.name} ({theirs.vocab_size} tokens), and"
+            f" {s.data} is written in {tokenizer.name} ({tokenizer.vocab_size} tokens): prepare the"
+            f" text for it, `python prepare.py TEXT --tokenizer={s.init_from} --out=data/NAME`"
+        )
+    shape, asked = vars(model.config), vars(s.model)
+    free = ("vocab_size", "block_size", "dropout", "zero_init")
+    other = [f"{k}={shape[k]}" for k in shape if shape[k] != asked[k] and k not in free]
+    if other:
+        here.say(f"the shape is that of {s.init_from}, not of the settings: {', '.join(other)}")
+    model.set_context(s.model.block_size, s.model.dropout)
+    return model
+
+
+def show_result(model, data, s: Settings, run) -> None:
+    """Prints how good the best checkpoint is, beside general compressors, and a sample."""
+    import torch
+
+    import sample
+    from engine.metrics import best_row
+    from evaluate import compressors
+
+    best = best_row(run.folder)
+    if best:
+        loss = f"{best['val_loss']:.4f} nats a token"
+        print(f"\nbest validation loss: {loss}, at step {best['step']}")
+    if best and best["val_bpb"]:
+        others = compressors(data.split("val"), data.tokenizer)
+        others = f" ({others})" if others else ""
+        print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
+    if s.sample_tokens:
+        print("\na sample:\n")
+        torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
+        picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
+        sample.write_samples(model.eval(), data.tokenizer, s.sample_prompt, picked)
+    print(f"\nnext: python sample.py {s.out} --prompt={shlex.quote(s.sample_prompt)}")
+
+
+def show_batch(s: Settings) -> int:
+    """Prints the windows that the update of step `s.show_batch` learns from, decoded."""
+    from dataset import Dataset
+
+    data = Dataset(s.data, s.tokenizer)
+    rows = s.batch_tokens // s.model.block_size
+    split = data.split("train")
+    split.require(s.model.block_size)
+    x, y = split.batch(s.show_batch - 1, rows, s.model.block_size, s.seed)
+    for i, (inputs, targets) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
+        text = data.tokenizer.decode([*inputs, targets[-1]])
+        print(f"--- step {s.show_batch}, window {(s.show_batch - 1) * rows + i}\n{text}")
+    return 0
+
+
+def check(s: Settings) -> None:
+    """Raises ValueError for settings that do not go together, before anything is loaded."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rows = s.model.block_size * world
+    processes = f" and {world} processes" if world > 1 else ""
+    near = max(rows, s.batch_tokens // rows * rows)
+    whole = f"a multiple of block_size={s.model.block_size}{processes}, such as {near}"
+    begin = Path(s.init_from).resolve()
+    itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
+    public = not (Path(s.data) / "meta.json").exists()
+    settings.check(
+        s,
+        ("batch_tokens", whole, s.batch_tokens % rows == 0),
+        ("warmup", f"at most steps={s.steps}", s.warmup <= s.steps),
+        ("show_batch", f"at most steps={s.steps}", s.show_batch <= s.steps),
+        ("init_from", f"another run than out={s.out!r}: choose another --out", not itself),
+        ("tokenizer", f"left out: {s.data} has its own", public or not s.tokenizer),
+    )
+    for package in ("tensorboard", "wandb"):
+        if getattr(s, package) and not importlib.util.find_spec(package):
+            raise ValueError(f"{package} is not installed: pip install {package}")
+    size, there = 4 * s.model.parameters(), settings.memory()
+    if size > there:
+        raise ValueError(
+            f"the weights of n_layer={s.model.n_layer} and n_embd={s.model.n_embd} take"
+            f" {size / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB: make it smaller"
+        )
 
 
 def main(argv: list[str]) -> int:
@@ -118,289 +365,6 @@ def main(argv: list[str]) -> int:
 
         return evaluate_run(s)
     return train(s, stop)
-
-
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def check(s: Settings) -> None:
-    """Raises ValueError for the first setting that cannot work, before anything is loaded."""
-    positive = "block_size n_layer n_head n_embd steps batch_tokens log_every eval_every save_every"
-    settings.check(s, *((name, "at least 1", getattr(s, name) >= 1) for name in positive.split()))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rows = s.block_size * world
-    processes = f" and {world} processes" if world > 1 else ""
-    choices = dict(optimizer="muon adamw nadamw", schedule="linear cosine", split="train val test")
-    choices |= dict(position="rotary learned", norm="rms layer", mlp="relu2 gelu swiglu")
-    not_negative = "n_kv_head head_dim mlp_dim norm_eps logit_cap device_batch lr embed_lr head_lr"
-    not_negative += " warmup weight_decay grad_clip patience sample_tokens seed show_batch"
-    fractions = "decay final_lr"
-    below_one = "dropout momentum beta1 beta2"
-    settings.check(
-        s,
-        *((name, "at least 0", 0 <= getattr(s, name) < 2**63) for name in not_negative.split()),
-        *((name, "from 0 to 1", 0 <= getattr(s, name) <= 1) for name in fractions.split()),
-        *((name, "at least 0, below 1", 0 <= getattr(s, name) < 1) for name in below_one.split()),
-        *(
-            (name, f"one of {', '.join(options.split())}", getattr(s, name) in options.split())
-            for name, options in choices.items()
-        ),
-        ("rope_base", "above 0", s.rope_base > 0),
-        *(
-            (name, f"used when it is installed: pip install {name}", installed(name))
-            for name in ("tensorboard", "wandb")
-            if getattr(s, name)
-        ),
-        (
-            "n_embd",
-            f"a multiple of n_head={s.n_head}, unless head_dim is set",
-            s.head_dim or s.n_embd % s.n_head == 0,
-        ),
-        ("n_head", f"a multiple of n_kv_head={s.n_kv_head}", s.n_head % (s.n_kv_head or 1) == 0),
-        (
-            "head_dim" if s.head_dim else "n_embd",
-            "such that a head has an even width, for rotary positions turn pairs",
-            s.position != "rotary" or (s.head_dim or s.n_embd // s.n_head) % 2 == 0,
-        ),
-        (
-            "batch_tokens",
-            f"a multiple of block_size={s.block_size}{processes}, such as "
-            f"{max(rows, s.batch_tokens // rows * rows)}",
-            s.batch_tokens % rows == 0,
-        ),
-        ("warmup", f"at most steps={s.steps}", s.warmup <= s.steps),
-        ("threads", "auto or a number from 1 to 1024", threads.valid(s.threads)),
-    )
-
-
-def train(s: Settings, stop: Stop) -> int:
-    import torch
-
-    import sample
-    from dataset import Dataset
-    from engine import checkpoint, machine
-    from engine.metrics import best_row, since_best
-    from engine.run import Run
-    from evaluate import compressors, evaluate
-    from model import IGNORE
-    from optim import LossScale, learning_rate, make_optimizers
-
-    # 1. the machine and the processes on it
-    here = machine.pick(s.device, s.dtype, s.compile)
-    machine.start(here, s.deterministic)
-    say = print if here.rank == 0 else lambda *_: None  # the first process speaks for all
-    say(f"machine: {here.why}")
-    stop.at_once = here.world == 1 or here.compile  # otherwise the processes stop together
-
-    # 2. the data
-    data = Dataset(s.data, s.tokenizer)
-    digest = here.first_does(data.verify)
-    train_split, val_split = data.split("train"), data.split("val")
-    train_split.require(s.block_size)
-    sizes = f"{train_split.tokens:,} tokens to train on, {val_split.tokens:,} to validate"
-    say(f"data: {s.data}, {sizes}, vocabulary {data.tokenizer.vocab_size:,}")
-
-    # 3. the model: new, or as the newest checkpoint of the run has it
-    run = here.first_does(lambda: Run(s, START, here))  # None in all other processes
-    done = int(here.from_first(run.step if run else 0))  # updates so far
-    if done:
-        path = Path(s.out) / checkpoint.name(done)
-        model, _, state = checkpoint.load_weights(path)
-    else:
-        model = new_model(s, data.tokenizer)
-        state = dict(metrics=None, seconds=0.0, loss_scale=None)
-    model.to(here.device)
-    at_once = min(s.batch_tokens // here.world, (s.device_batch or math.inf) * s.block_size)
-    used = machine.use_threads(s.threads, here, model, at_once, state.get("machine"))
-    optimizers = make_optimizers(model, s, here.dtype)
-    if done:
-        checkpoint.load_optimizers(path, model, optimizers)
-    scale = LossScale(here.dtype, state["loss_scale"])
-    here.first_does(lambda: run.begin(state, digest, model))
-    parameters = list(model.parameters())
-    count = sum(p.numel() for p in parameters)
-    say(f"model: {count:,} parameters, {s.batch_tokens:,} tokens a step, {used}")
-
-    # 4. what happens beside the updates
-    def due(step: int, every: int) -> bool:
-        return step % every == 0 or step == s.steps
-
-    def validate(step: int) -> bool:
-        """Evaluates the model; false if a stop was asked for, and there is no result."""
-        before, stop.at_once = stop.at_once, here.world == 1  # this step is saved
-        result = evaluate(model, val_split, here, stop)
-        stop.at_once = before
-        if result is None:
-            return False
-        loss, bpb = result
-        if not math.isfinite(loss):
-            loss = bpb = None  # JSON has no such number, and it is never the best
-        bits = f", {bpb:.4f} bits per byte" if bpb else ""
-        say(f"step {step}: validation loss {loss or math.nan:.4f}{bits}")
-        if run:
-            run.record(step=step, val_loss=loss, val_bpb=bpb, tokens=step * s.batch_tokens)
-            run.log.mark()
-        return True
-
-    def save(step: int) -> None:
-        run.save(step, model, optimizers, scale.state(), data.tokenizer)
-
-    def stopped(step: int) -> int:
-        if run:
-            run.close()
-        say(f"stopped by a signal after step {step}, which is saved; the same command continues")
-        return 0
-
-    def impatient() -> bool:
-        waited = since_best(run.folder) if run else 0  # the first process has the file
-        return 0 < s.patience <= here.sum([waited])[0]
-
-    if here.sum([bool(run and done and due(done, s.eval_every) and not run.log.evaluated)])[0]:
-        say(f"the evaluation of step {done} is made again")  # its row is gone, or was never there
-        if not validate(done):
-            return stopped(done)
-    if done >= s.steps or impatient():
-        why = "" if done >= s.steps else f" and {s.patience} evaluations without a better one"
-        say(f"nothing to do: {s.out} has reached step {done} of {s.steps}{why}")
-        return 0
-
-    # 5. the updates
-    forward = torch.compile(model) if here.compile else model
-    gradients = machine.GradientSum(parameters) if here.world > 1 else None
-    rows = s.batch_tokens // s.block_size  # of a batch, over all processes
-    share = rows // here.world  # of this process
-    micro = next(n for n in range(min(s.device_batch or share, share), 0, -1) if share % n == 0)
-    busy, last_shown, last_saved = 0.0, done, done
-    for step in range(done + 1, s.steps + 1):  # the update that makes it `step`
-        began = time.monotonic()
-        factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["base_lr"] * factor
-        x, y = train_split.batch(step - 1, rows, s.block_size, s.seed, here.rank, here.world)
-        (counted,) = here.sum([int((y != IGNORE).sum())])
-        loss = torch.zeros((), device=here.device)
-        for i in range(0, share, micro):
-            if s.dropout:
-                machine.seed(s.seed, step, here.rank, i)
-            if gradients:
-                gradients.active = i + micro == share  # once, while the last backward pass runs
-            inputs, targets = here.put(x[i : i + micro]), here.put(y[i : i + micro])
-            with here.autocast():
-                part = forward(inputs, targets, reduction="sum") / counted
-            (part * scale.value).backward()
-            loss += part.detach()
-        if gradients:
-            gradients.wait()
-        scale.unscale(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip or math.inf).item()
-        loss, stopping = here.sum([loss.item(), stop.asked])
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if not finite and not (scale.value > 1 and math.isfinite(loss)):
-            say(
-                f"stopped at step {step}: its loss is {loss} and its gradient norm {norm}, so no"
-                f" update was made. Its batch is windows {(step - 1) * rows} to {step * rows - 1}"
-                f" (--show_batch={step} prints it); the last saved step is {last_saved or 'none'}"
-            )
-            if run:
-                run.close()
-            return 3
-        stop.at_once = False  # from here to the end of the step all is done or nothing
-        if finite:  # float16 may overflow now and then: that update is left out
-            for optimizer in optimizers:
-                optimizer.step()
-        scale.update(finite)
-        model.zero_grad(set_to_none=True)
-        busy += time.monotonic() - began
-
-        if due(step, s.log_every):
-            speed = (step - last_shown) * s.batch_tokens / busy
-            rate, shown_norm = s.lr * factor, norm if finite else None  # JSON has no infinity
-            row = dict(step=step, loss=loss, lr=rate, grad_norm=shown_norm)
-            row |= dict(tokens=step * s.batch_tokens, tokens_per_second=round(speed, 1))
-            if run:
-                run.record(**row)
-            minutes, seconds = divmod(int((s.steps - step) * s.batch_tokens / speed), 60)
-            say(
-                f"step {step} of {s.steps}  loss {loss:.4f}  lr {rate:.2e}  gradient {norm:.3f}"
-                f"  {speed:,.0f} tokens/s  {minutes}:{seconds:02d} left"
-            )
-            busy, last_shown = 0.0, step
-        evaluating = due(step, s.eval_every)
-        if evaluating or due(step, s.save_every) or stopping:
-            here.first_does(partial(save, step))
-            last_saved = step
-            if stopping or (evaluating and not validate(step)):
-                return stopped(step)
-            if run:
-                checkpoint.prune(run.folder)
-            if evaluating and impatient():
-                say(f"stopped early: no better evaluation in the last {s.patience}")
-                break
-
-    # 6. the result
-    stop.at_once = True
-    if not run:
-        return 0
-    run.close()
-    best = best_row(run.folder)
-    if best:
-        print(
-            f"\nbest validation loss: {best['val_loss']:.4f} nats a token, at step {best['step']}"
-        )
-    if best and best["val_bpb"]:
-        others = compressors(val_split, data.tokenizer)
-        others = f" ({others})" if others else ""
-        print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
-    if s.sample_tokens:
-        print("\na sample:\n")
-        torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
-        picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
-        sample.write_samples(model.eval(), data.tokenizer, s.sample_prompt, picked)
-    print(f"\nnext: python sample.py {s.out} --prompt={shlex.quote(s.sample_prompt)}")
-    return 0
-
-
-def new_model(s: Settings, tokenizer):
-    """A model with random weights, or with those of the checkpoint `init_from`."""
-    from engine.checkpoint import find, load_weights
-    from model import GPT, GPTConfig
-
-    if s.init_from:
-        model, theirs, _ = load_weights(find(s.init_from))
-        if theirs.digest() != tokenizer.digest():
-            raise ValueError(
-                f"init_from={s.init_from!r} reads {theirs.name} ({theirs.vocab_size} tokens), and"
-                f" {s.data} is written in {tokenizer.name} ({tokenizer.vocab_size} tokens): prepare"
-                " the data with the tokenizer of the model"
-            )
-        shape, theirs = asdict(model.config), []
-        for name in sorted(set(shape) & set(asdict(s)) - {"block_size", "dropout"}):
-            if shape[name] != (getattr(s, name) or shape[name]):
-                theirs.append(f"{name}={shape[name]}")
-        if theirs:
-            print(f"the shape is that of {s.init_from}, not of the settings: {', '.join(theirs)}")
-        model.set_context(s.block_size, s.dropout)
-        return model
-    shape = {f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)}
-    model = GPT(GPTConfig(tokenizer.vocab_size, **shape))
-    model.init_weights(s.seed, s.zero_init)
-    return model
-
-
-def show_batch(s: Settings) -> int:
-    """Prints the windows that the update of step `s.show_batch` learns from, decoded."""
-    from dataset import Dataset
-
-    data = Dataset(s.data, s.tokenizer)
-    rows = s.batch_tokens // s.block_size
-    split = data.split("train")
-    split.require(s.block_size)
-    x, y = split.batch(s.show_batch - 1, rows, s.block_size, s.seed)
-    for i, (inputs, targets) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
-        text = data.tokenizer.decode([*inputs, targets[-1]])
-        print(f"--- step {s.show_batch}, window {(s.show_batch - 1) * rows + i}\n{text}")
-    return 0
 
 
 if __name__ == "__main__":

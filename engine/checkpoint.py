@@ -15,10 +15,13 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 from dataset import sha256_of
 from engine.metrics import best_row
+from engine.settings import Setting, convert, settings_of
+from shape import GPTConfig
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # torch is imported where it is used: finding and verifying needs none
@@ -76,6 +79,9 @@ def save(
         tokenizer.save(partial)
         manifest = {}
         for path in sorted(partial.iterdir()):
+            shutil.copymode(
+                partial / "state.json", path
+            )  # save_file gives none to group and others
             fsync(path)
             manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         write_durably(partial / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
@@ -173,34 +179,68 @@ def find(path: str, checkpoint: str = "best") -> Path:
         best = best_row(run)
         wanted = run / name(best["step"]) if best and checkpoint == "best" else found[0]
         return wanted if wanted in found else found[0]
-    if run / checkpoint not in found:
+    wanted = run / (name(int(checkpoint)) if checkpoint.isdecimal() else checkpoint)
+    if wanted not in found:
         names = ", ".join(p.name for p in reversed(found))
         raise ValueError(
             f"{path} has no checkpoint {checkpoint!r}: choose best, latest or one of {names}"
         )
-    return run / checkpoint
+    return wanted
+
+
+# what state.json holds, and of which kinds
+STATE = dict(step=int, settings=dict, model=dict, data_digest=(str, NoneType), seconds=(int, float))
+STATE |= dict(metrics=(dict, NoneType), loss_scale=(list, NoneType), machine=(dict, NoneType))
+
+
+def read_state(path: Path) -> tuple[dict, GPTConfig]:
+    """state.json and the shape of its model; a setting that is newer than it has its default.
+
+    Raises ValueError for anything that train.py would not have written.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for key, kinds in STATE.items():
+            if not isinstance(state[key], kinds):
+                raise ValueError(f"{key}={state[key]!r}")
+        known = settings_of(GPTConfig) | {"vocab_size": Setting(int, (), [], None, "")}
+        shape = {key: convert(key, value, known[key]) for key, value in state["model"].items()}
+        return state, GPTConfig(**shape)
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path}/state.json is damaged: {e!r:.200}") from e
 
 
 def load_weights(path: Path) -> tuple[GPT, Tokenizer, dict]:
-    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified."""
+    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified.
+
+    Raises ValueError if it is damaged, or if model.py makes another model of its shape.
+    """
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(verify, path, TO_SAMPLE)  # while torch is loaded
         import torch
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from model import GPT, GPTConfig
+        from model import GPT
     verified.result()
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):  # shapes only: the weights come from the file
-        model = GPT(GPTConfig(**state["model"]))
-    model.load_state_dict(load_file(path / "model.safetensors"), assign=True)
+    state, config = read_state(path)
+    try:
+        # the header is compared with the size of the file before anything is allocated, and the
+        # model has shapes only, until it is given the weights of the file
+        weights = load_file(path / "model.safetensors")
+        with torch.device("meta"):
+            model = GPT(config)
+        model.load_state_dict(weights, assign=True)
+    except (SafetensorError, RuntimeError) as e:
+        reason = " ".join(str(e).split())
+        raise ValueError(f"{path}/model.safetensors is not of this model: {reason:.200}") from e
     return model, Tokenizer.load(path), state
 
 
 def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tuple[GPT, Tokenizer]:
     """An eval-mode model and its tokenizer, from a run or a checkpoint folder.
 
-    `checkpoint` is "best" (lowest validation loss), "latest" or a name such as "step-00000400".
+    `checkpoint` is "best" (lowest validation loss), "latest", "step-00000400" or "400".
     Raises ValueError if there is none or if it is damaged.
     """
     model, tokenizer, _ = load_weights(find(path, checkpoint))
@@ -224,13 +264,16 @@ def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
 
 def load_optimizers(path: Path, model: GPT, optimizers: list) -> None:
     """Puts the optimizer state of a checkpoint folder back into the optimizers of `model`."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())
-    for key, value in load_file(path / "optimizer.safetensors").items():
-        parameter, entry = key.rsplit("/", 1)
-        p = parameters[parameter]
-        for optimizer in optimizers:
-            if any(p is q for group in optimizer.param_groups for q in group["params"]):
-                on_cpu = entry in ("step", "mu_product") and not optimizer.defaults.get("fused")
-                optimizer.state[p][entry] = value if on_cpu else value.to(p.device)
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    try:
+        for key, value in load_file(path / "optimizer.safetensors").items():
+            parameter, entry = key.rsplit("/", 1)
+            p = parameters[parameter]
+            on_cpu = entry in ("step", "mu_product") and not owner[p].defaults.get("fused")
+            owner[p].state[p][entry] = value if on_cpu else value.to(p.device)
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise ValueError(f"{path}/optimizer.safetensors is not of this model: {e!r:.200}") from e

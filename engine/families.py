@@ -134,7 +134,6 @@ FAMILIES = dict(  # by model_type; of those that a shape fits, it leaves as the 
     gpt2=GPT2, llama=LLAMA, mistral=MISTRAL, qwen2=QWEN2, qwen3=QWEN3, nanochat=NANOCHAT
 )
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # stored, but no weights
-LONGEST = 2**20  # tokens: no weight tells of a rotary context, but its table takes 1 KB a token
 LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0)  # of Llama 3.1 to 3.3, and in model.py
 
 
@@ -165,8 +164,7 @@ def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
             value = 0  # as in GPTConfig: derived, or off
         fits = isinstance(value, (int, float) if types[ours] is float else int)
         fits = fits and isinstance(value, bool) == (types[ours] is bool)  # a bool is an int, too
-        most = LONGEST if ours == "block_size" else 2**31
-        check(source, key, value, fits and 0 <= value <= most and (value or optional))
+        check(source, key, value, fits and (optional or value) and 0 <= value < inf)
         values[ours] = value
     if family.spare:
         values[family.spare] = True

@@ -59,6 +59,21 @@ class Machine:
             raise problem or SystemExit(2)
         return result
 
+    def each_does(self, function):
+        """What `function` returns, in every process. The first one goes ahead, so that a mistake
+        that all would make is told once."""
+        first = self.first_does(function)
+        return first if self.rank == 0 else function()
+
+    def say(self, text: str) -> None:
+        """Prints: the first process speaks for all."""
+        if self.rank == 0:
+            print(text)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process: so that all decide alike."""
+        return self.sum([bool(flag)])[0] > 0
+
     def from_first(self, value: float) -> float:
         """`value` as the first process has it; what the others have does not count."""
         return self.sum([value if self.rank == 0 else 0])[0]
@@ -223,6 +238,18 @@ def start(here: Machine, deterministic: bool) -> None:
         dist.init_process_group(backend, timeout=timedelta(hours=2), **how)
         here.sum([0])  # all are here: NCCL alone would not wait
         atexit.register(dist.destroy_process_group)
+
+
+def compiled(model: nn.Module, here: Machine, rows: int) -> nn.Module:
+    """`model`, compiled for training on `rows` windows at a time: which takes a minute, and is done
+    now, by one pass, before there is anything that a request to stop could lose."""
+    fast = torch.compile(model)
+    tokens = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=here.device)
+    with here.autocast():
+        loss = fast(tokens, tokens, reduction="sum")
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return fast
 
 
 def seed(*key: int) -> None:

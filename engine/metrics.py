@@ -4,8 +4,10 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict
+import secrets
 from pathlib import Path
+
+from engine import settings
 
 KEYS = ("step", "tokens")  # every row has them
 
@@ -105,6 +107,17 @@ def start_trackers(s, run: Path) -> list:
     if s.wandb:
         import wandb
 
-        session = wandb.init(project=s.wandb, name=run.name, config=asdict(s), dir=run)
+        # one run there for one run here, however often it is interrupted
+        known = run / "wandb.id"
+        if not known.exists():
+            known.write_text(secrets.token_hex(8))
+        session = wandb.init(
+            project=s.wandb,
+            id=known.read_text(),
+            resume="allow",
+            name=run.name,
+            config=settings.flat(s),
+            dir=run,
+        )
         trackers.append(lambda row: session.log(row, row["step"]) if row else session.finish())
     return trackers

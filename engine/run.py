@@ -1,12 +1,14 @@
-"""The folder of a training run, as seen by the one process that writes there.
+"""The folder of a training run. All processes hold a `Run`; only the first one touches the files.
 
 out/<run>/  lock  config.json  metrics.jsonl  metrics.sha256  step-00000400/  step-00000800/
 """
 
 import json
+import math
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -14,62 +16,83 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import checkpoint
+from engine import checkpoint, settings
 from engine.machine import Machine
-from engine.metrics import MetricsLog, start_trackers
-from tokenizer import Tokenizer
+from engine.metrics import MetricsLog, since_best, start_trackers
+from engine.stop import Stop
 
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
     fcntl = None
 
-# What may differ when a run is resumed; anything else would make it another run.
-FREE = {"config", "data", "out", "init_from", "steps", "log_every", "eval_every", "save_every"}
-FREE |= {"sample_tokens", "sample_prompt", "tensorboard", "wandb", "device", "fresh"}
-FREE |= {"patience", "eval_only", "split", "show_batch", "threads"}
+# What may differ when a run is resumed; anything else would make it another run. First where things
+# are and what is shown, then where and how it is computed: the data and the mathematics stay.
+FREE = {"config", "data", "out", "init_from", "fresh", "steps", "patience", "eval_tokens"}
+FREE |= {"log_every", "eval_every", "save_every", "sample_tokens", "sample_prompt"}
+FREE |= {"tensorboard", "wandb", "eval_only", "split", "show_batch"}
+FREE |= {"device", "dtype", "compile", "threads", "deterministic", "device_batch"}
+NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None)  # the state of a run at step 0
+ALOUD = {"steps": "the learning rate follows", "eval_tokens": "losses compare less exactly"}
 
 
 class Run:
     """Settings `s` at work in the folder `s.out`, since `start` (of time.monotonic).
 
-    `step` updates are done in its newest sound checkpoint, of which `files` files were verified.
-    Raises ValueError if another process works in the folder.
+    `step` updates are done in its newest sound checkpoint, the folder `path`. Raises ValueError if
+    another process works there.
     """
 
-    def __init__(self, s, start: float, here: Machine):
-        self.s, self.start, self.folder = s, start, Path(s.out)
-        self.step, self.files, self.lock = 0, 0, None
-        self.circumstances = dict(  # what equal bits depend on, beside settings and data
-            processes=here.world,
-            torch=torch.__version__,
-            device=here.device.type,
-            dtype=str(here.dtype),
-            compile=here.compile,
-        )
+    def __init__(self, s, here: Machine, start: float):
+        self.s, self.here, self.start = s, here, start
+        self.folder, self.lock, self.files = Path(s.out), None, 0
         # what torchrun restarts must not begin anew once more
         self.fresh = s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        self.step = int(here.from_first(here.first_does(self.open) or 0))
+        self.path = self.folder / checkpoint.name(self.step)
+        self.shown = self.saved = self.step
+        self.busy = 0.0
+
+    def open(self) -> int:
+        """Locks the folder and clears what was interrupted there; returns the newest step."""
         if not self.folder.exists():
-            return  # made in `begin`, when no mistake has been found
+            return 0  # made in `begin`, when no mistake has been found
         self.lock = lock(self.folder)
         if self.fresh:
-            return  # moved aside in `begin`, likewise
+            return 0  # moved aside in `begin`, likewise
         for pattern in ("step-*.partial", "step-*.old"):  # an interrupted save or deletion
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover)
         (self.folder / "config.json.partial").unlink(missing_ok=True)
-        self.step, self.files = checkpoint.newest(self.folder)
+        step, self.files = checkpoint.newest(self.folder)
+        return step
 
-    def begin(self, state: dict, digest: str, model: nn.Module) -> None:
+    def begin(self, state: dict, digest: str | None, model: nn.Module, stop: Stop) -> None:
         """Opens the log where `state` ends; `digest` is that of the data.
 
         Raises ValueError if the checkpoint belongs to other settings or other data, OSError if the
         disk has no room for the next one.
         """
         self.digest, self.seconds_before = digest, state["seconds"]
-        self.circumstances["threads"] = torch.get_num_threads()
+        self.circumstances = dict(  # what equal bits depend on, beside settings and data
+            processes=self.here.world,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            device=self.here.device.type,
+            dtype=str(self.here.dtype),
+            compile=self.here.compile,
+            deterministic=self.s.deterministic,
+            device_batch=self.s.device_batch,
+        )
+        self.here.first_does(lambda: self.open_log(state, model))
+        if self.s.fresh:  # would begin anew once more
+            stop.advice = "the same command without --fresh continues"
+
+    def open_log(self, state: dict, model: nn.Module) -> None:
+        now = settings.flat(self.s)
+        before = settings.known(type(self.s), state["settings"]) if self.step else now
         if self.step:
-            self.check(state)
+            self.check(state, before, now)
         need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
         free = checkpoint.require_space(self.folder, need)
         if self.fresh and self.lock:
@@ -78,65 +101,141 @@ class Run:
         self.lock = self.lock or lock(self.folder)
         self.log = MetricsLog(self.folder, self.step, state["metrics"])
         path = self.folder / "config.json"
-        settings = (json.dumps(asdict(self.s), indent=2) + "\n").encode()
-        if self.step:
-            before = (json.dumps(state["settings"], indent=2) + "\n").encode()
-            if not path.exists() or path.read_bytes() not in (settings, before):
-                print(f"{path} is not that of the checkpoint: written anew")
-        checkpoint.write_durably(path, settings)
+        if self.step and (not path.exists() or read(path) not in (state["settings"], now)):
+            print(f"{path} is not that of the checkpoint: written anew")
+        checkpoint.write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder)
 
-    def check(self, state: dict) -> None:
+    def check(self, state: dict, before: dict, now: dict) -> None:
         """Says where the run goes on. Raises ValueError if that would make it another run."""
-        path = self.folder / checkpoint.name(self.step)
-        before, now = state["settings"], asdict(self.s)
-        differ = [k for k in now if k not in FREE and before.get(k) != now[k]]
+        differ = [k for k in now if k not in FREE and before[k] != now[k]]
         if differ:
-            changes = ", ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in differ)
+            changes = ", ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in differ)
             raise ValueError(
-                f"{path} belongs to a run with other settings ({changes}): choose another --out, or"
-                " begin anew with --fresh"
+                f"{self.path} belongs to a run with other settings ({changes}): choose another"
+                " --out, or begin anew with --fresh"
             )
         if state["data_digest"] != self.digest:
             raise ValueError(
-                f"the data in {self.s.data} (digest {self.digest[:8]}) is not what {path} was"
+                f"the data in {self.s.data} (digest {self.digest[:8]}) is not what {self.path} was"
                 f" trained on ({state['data_digest'][:8]}): bring it back, or begin anew with"
                 " --fresh"
             )
         verified = f"{self.files} files verified, data digest {self.digest[:8]}"
         print(f"resumed from step {self.step} of {self.folder} ({verified})")
-        if before["steps"] != now["steps"]:
-            print(f"steps was {before['steps']}, is {now['steps']}: the learning rate follows")
+        if self.s.init_from:
+            print(f"init_from={self.s.init_from!r} is not read again: the run has its own weights")
+        for name, meaning in ALOUD.items():
+            if before[name] != now[name]:
+                print(f"{name} was {before[name]}, is {now[name]}: {meaning}")
         for name, value in self.circumstances.items():
-            was = state["machine"].get(name)
+            was = state["machine"].get(name, value)
             if was != value:
                 print(f"{name} was {was}, is {value}: the same data, but not the same bits")
 
-    def elapsed(self) -> float:
-        """Seconds of wall-clock time, added up over interruptions."""
-        return self.seconds_before + time.monotonic() - self.start
+    def evaluation_missing(self) -> bool:
+        """Whether the newest checkpoint was to be evaluated, and there is no row that says how."""
+        missing = self.here.rank == 0 and self.step and not self.log.evaluated
+        return self.due(self.step, self.s.eval_every) and bool(self.here.from_first(bool(missing)))
+
+    def due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.s.steps
+
+    @contextmanager
+    def timed(self):
+        """The time spent within is that of the updates: speed does not count evaluations."""
+        began = time.monotonic()
+        yield
+        self.busy += time.monotonic() - began
+
+    def report(self, step: int, loss: float, lr: float, norm: float) -> None:
+        """Records the update that made `step`, and says how fast things go."""
+        known = norm if math.isfinite(norm) else None  # JSON has no infinity
+        tokens = step * self.s.batch_tokens
+        speed = (step - self.shown) * self.s.batch_tokens / self.busy
+        self.shown, self.busy = step, 0.0
+        row = dict(step=step, loss=loss, lr=lr, grad_norm=known, tokens=tokens)
+        self.record(**row, tokens_per_second=round(speed, 1))
+        left = int((self.s.steps - step) * self.s.batch_tokens / speed)
+        self.here.say(
+            f"step {step} of {self.s.steps}  loss {loss:.4f}  lr {lr:.2e}"
+            f"  gradient {norm:.3f}  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
+        )
 
     def record(self, **row) -> None:
-        """Writes a row of metrics."""
-        row["seconds"] = round(self.elapsed(), 3)
-        self.log.write(row)
-        for track in self.trackers:
-            track(row)
+        """Writes a row of metrics; `seconds` are wall-clock time, added up over interruptions."""
+        if self.here.rank == 0:
+            self.log.write(row | dict(seconds=round(self.elapsed(), 3)))
+            for track in self.trackers:
+                track(row)
 
-    def save(
-        self, step: int, model: nn.Module, optimizers: list, scale: list, tokenizer: Tokenizer
-    ) -> None:
-        """Writes the checkpoint after `step` updates."""
-        state = dict(step=step, settings=asdict(self.s), model=asdict(model.config))
-        state |= dict(data_digest=self.digest, metrics=self.log.mark(), loss_scale=scale)
-        state |= dict(seconds=self.elapsed(), machine=self.circumstances)
-        tensors = checkpoint.optimizer_tensors(model, optimizers)
-        checkpoint.save(self.folder, step, model.state_dict(), tensors, state, tokenizer)
+    def evaluated(self, step: int, loss: float | None, bpb: float | None) -> None:
+        self.record(step=step, val_loss=loss, val_bpb=bpb, tokens=step * self.s.batch_tokens)
+        if self.here.rank == 0:
+            self.log.mark()
+
+    def elapsed(self) -> float:
+        return self.seconds_before + time.monotonic() - self.start
+
+    def save(self, step: int, model: nn.Module, optimizers: list, scale: list, tokenizer) -> None:
+        """Writes the checkpoint after `step` updates, whole or not at all."""
+
+        def write():
+            state = dict(step=step, settings=settings.flat(self.s), model=asdict(model.config))
+            state |= dict(data_digest=self.digest, metrics=self.log.mark(), loss_scale=scale)
+            state |= dict(seconds=self.elapsed(), machine=self.circumstances)
+            tensors = checkpoint.optimizer_tensors(model, optimizers)
+            checkpoint.save(self.folder, step, model.state_dict(), tensors, state, tokenizer)
+
+        self.here.first_does(write)
+        self.saved = step
+
+    def prune(self) -> None:
+        """Deletes all checkpoints but the newest two and the best."""
+        if self.here.rank == 0:
+            checkpoint.prune(self.folder)
+
+    def out_of_patience(self) -> bool:
+        waited = since_best(self.folder) if self.here.rank == 0 else 0
+        return 0 < self.s.patience <= self.here.from_first(waited)
+
+    def finished(self) -> bool:
+        """Whether there is nothing to do, which it says."""
+        waited = self.out_of_patience()
+        if self.step < self.s.steps and not waited:
+            return False
+        why = f" and {self.s.patience} evaluations without a better one" if waited else ""
+        reached = f"{self.s.out} has reached step {self.step} of {self.s.steps}"
+        self.here.say(f"nothing to do: {reached}{why}")
+        return True
+
+    def stopped(self, step: int, stop: Stop) -> int:
+        self.close()
+        self.here.say(f"stopped by a signal after step {step}, which is saved; {stop.advice}")
+        return 0
+
+    def not_finite(self, step: int, what: Exception) -> int:
+        """Tells what can be read of an update that was not made; returns the exit status."""
+        self.close()
+        rows = self.s.batch_tokens // self.s.model.block_size
+        self.here.say(
+            f"stopped at step {step}: {what}, so no update was made. Its batch is windows"
+            f" {(step - 1) * rows} to {step * rows - 1} (--show_batch={step} prints it); the last"
+            f" saved step is {self.saved or 'none'}"
+        )
+        return 3
 
     def close(self) -> None:
-        for track in self.trackers:
+        for track in self.trackers if self.here.rank == 0 else ():
             track(None)
+
+
+def read(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def lock(folder: Path):

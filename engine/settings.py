@@ -27,6 +27,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
+from engine import threads
+
 
 class Bound(NamedTuple):
     """What a setting must be, in words that follow "should be", and whether a value is that."""
@@ -42,6 +44,7 @@ Fraction = Annotated[float, Bound("from 0 to 1", lambda x: 0 <= x <= 1)]
 BelowOne = Annotated[float, Bound("at least 0, below 1", lambda x: 0 <= x < 1)]
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 Device = Annotated[str, Bound("auto, cpu, mps, cuda or one GPU such as cuda:1", DEVICE.fullmatch)]
+Threads = Annotated[str, Bound("auto or a number from 1 to 1024", threads.valid)]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Compile = Literal["auto", "true", "false"]
 
@@ -96,6 +99,12 @@ def flat(s) -> dict:
     names = settings_of(type(s))
     values = {name: value for part in inside for name, value in flat(part).items()}
     return {name: values[name] if name in values else getattr(s, name) for name in names}
+
+
+def known(cls, values: dict) -> dict:
+    """The settings of `cls` as a file had them, checked; defaults for those that it lacks."""
+    names = settings_of(cls)
+    return flat(make(cls, {n: convert(n, v, names[n]) for n, v in values.items() if n in names}))
 
 
 def load(cls, argv: list[str], description: str, positional: str, nargs: str | None = "?"):
@@ -240,6 +249,13 @@ def check(s, *rules: tuple[str, str, bool]) -> None:
             raise ValueError(f"{name}={getattr(s, name)!r} should be {want}")
 
 
+def memory() -> float:
+    """Bytes of memory that this machine has; infinity where that cannot be asked."""
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
 def run(main) -> None:
     """Runs `main(argv)` and exits: 0, or 2 with one sentence for a user's mistake or a full disk.
 
@@ -271,8 +287,11 @@ def run(main) -> None:
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             text = f"the disk is full ({text}): nothing that was there before is lost"
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # processes of torchrun make the same mistake
-            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        # until the processes of torchrun have met, all make the same mistake: the first tells it
+        rank, torch = os.environ.get("RANK", "0"), sys.modules.get("torch")
+        where = "" if rank == "0" else f"rank {rank}: "
+        if not where or (torch and torch.distributed.is_initialized()):
+            print(f"{Path(sys.argv[0]).name}: error: {where}{text}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except (OSError, AttributeError):  # standard output is closed, or its disk is full

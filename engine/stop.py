@@ -18,14 +18,19 @@ class Stop:
 
     def __init__(self):
         self.asked, self.at_once, self.time = False, True, 0.0
+        self.advice = "the same command continues"
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):  # Windows lacks one
                 signal.signal(getattr(signal, name), self.note)
 
-    @contextmanager
     def deferred(self):
         """Within, a request waits for whoever asks: all that is done here is done, or nothing."""
-        before, self.at_once = self.at_once, False
+        return self.honoured(at_once=False)
+
+    @contextmanager
+    def honoured(self, at_once: bool):
+        """Sets for a while whether a request ends the process at once."""
+        before, self.at_once = self.at_once, at_once
         try:
             yield
         finally:
@@ -40,5 +45,5 @@ class Stop:
         if self.at_once:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 # past Python's buffers, which the signal may have found in the middle of a print
-                os.write(1, b"\nstopped by a signal; the same command continues\n")
+                os.write(1, f"\nstopped by a signal; {self.advice}\n".encode())
             os._exit(0)
