@@ -608,9 +608,13 @@ MISTAKES = {
     "absurd head": (rewrite(head_dim=2**31 - 2), "no tensor has the size 12884901876"),
     "absurd context": (
         rewrite(max_position_embeddings=2**31 - 1),
-        "block_size=2147483647 should be from 1 to 1,048,576",
+        "max_position_embeddings=2147483647 should be from 1 to 1,048,576",
     ),
-    "not a number": (rewrite(rope_parameters=dict(rope_theta=float("nan"))), "rope_theta=nan"),
+    "negative size": (rewrite(vocab_size=-1), "vocab_size=-1 should be"),
+    "not a number": (
+        rewrite(rope_parameters=dict(rope_theta=float("nan"))),
+        "rope_theta='nan' should be a number",
+    ),
     "text for rope": (rewrite(rope_parameters="yes"), "config.json is damaged"),
     "nested config": (nested("config.json"), "config.json is missing or damaged"),
     "nested tokenizer": (nested("tokenizer.json"), "tokenizer.json is missing or damaged"),
@@ -618,18 +622,21 @@ MISTAKES = {
         with_tensor("model.norm.weight", torch.zeros(72, dtype=torch.int8)),
         "needs I8 weights",
     ),
-    "no setting": (rewrite(hidden_size=None), "hidden_size=None, which cannot be"),
-    "text for a number": (rewrite(rms_norm_eps="a"), "rms_norm_eps='a', which cannot be"),
+    "no setting": (rewrite(hidden_size=None), "hidden_size='None' should be a whole number"),
+    "text for a number": (rewrite(rms_norm_eps="a"), "rms_norm_eps='a' should be a number"),
     "architecture": (rewrite(model_type="mamba", architectures=["Mamba"]), "has Mamba, but only"),
     "rotary scaling": (rewrite(rope_parameters=scaling("yarn")), "needs a rotary scaling .yarn"),
     "other waves": (
         rewrite(rope_parameters=SCALED | dict(high_freq_factor=2.0)),
         "needs high_freq_factor=2.0 of its rotary scaling",
     ),
-    "scaled by nothing": (rewrite(rope_parameters=SCALED | dict(factor=0)), "factor=0, which"),
+    "scaled by nothing": (
+        rewrite(rope_parameters=SCALED | dict(factor=0)),
+        "factor=0.0 should be at least 1",
+    ),
     "scaled from nothing": (
         rewrite(rope_parameters=SCALED | dict(original_max_position_embeddings=None)),
-        "original_max_position_embeddings=None, which cannot be",
+        "original_max_position_embeddings='None' should be",
     ),
     "older scaling": (
         rewrite(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)),
