@@ -98,7 +98,7 @@ def write_samples(model, tokenizer, prompt: str, s: Settings, echo: bool = True)
     """Prints continuations of `prompt`, behind it if `echo`: one as it comes, several in turn."""
     from generate import TextStream, generate
 
-    tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    tokens = tokenizer.encode_prompt(prompt)
     limit = model.config.block_size
     if len(tokens) > limit:
         note = f"the prompt has {len(tokens)} tokens; only its last {limit} fit the context"
