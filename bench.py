@@ -133,8 +133,8 @@ def dimensions(s: Settings) -> dict:
 def our_model(s: Settings):
     from model import GPT, GPTConfig
 
-    model = GPT(GPTConfig(**dimensions(s), **(GPT2 if s.shape == "gpt2" else {})))
-    model.init_weights(0, zero_init=False)
+    model = GPT(GPTConfig(**dimensions(s), **(GPT2 if s.shape == "gpt2" else {}), zero_init=False))
+    model.init_weights(0)
     return model
 
 
