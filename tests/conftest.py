@@ -19,6 +19,17 @@ TINY += ["--steps=8", "--eval_every=4", "--save_every=4", "--log_every=1", "--sa
 TINY += ["--dtype=float32"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests train: cpu, cuda or mps")
+
+
+def pytest_configure(config):
+    device = config.getoption("--device")
+    TINY.append(f"--device={device}")
+    if not device.startswith("cuda"):  # what a machine has must not change what is tested
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def make_text(lines: int = 1500, seed: int = 0) -> str:
     """Sentences with some structure, accents, Chinese and emoji."""
     import random
