@@ -158,7 +158,7 @@ def test_float16_leaves_out_updates_that_overflow(train, monkeypatch):
     assert first >= 2  # None where it overflowed, since JSON has no infinity
     assert all(0.1 < norm < 10 for norm in norms if norm)  # scaled back
     losses = [row["loss"] for row in training(run)]
-    assert losses[: first + 1] == pytest.approx([math.log(257)] * (first + 1), abs=1e-6)
+    assert losses[: first + 1] == pytest.approx([math.log(257)] * (first + 1), abs=1e-5)
     assert losses[-1] < losses[0] - 0.05  # and learned from there on
     state = json.loads((run / checkpoint.name(16) / "state.json").read_text())
     good = norms[::-1].index(None)
