@@ -6,41 +6,52 @@
     loss      the whole command of config/shakespeare.py and config/small.py: seconds and loss
 
 Every figure comes from a process of its own. The variants take turns for `rounds` rounds, and the
-table shows medians, so that a machine that is slower for a while is slower for all.
+table shows medians, so that a machine that is slower for a while is slower for all. Whatever is not
+to be had here (a library, a number type that the hardware would emulate) is left out, and said.
+`torchrun --nproc_per_node=2 bench.py train --only="ours, float32"` measures two processes as one.
 """
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import peers
 from engine import settings
+
+try:
+    import resource
+except ImportError:  # on Windows nobody tells the peak of memory
+    resource = None
+
+ROOT = Path(__file__).parent
+TRAIN_STEPS = 4  # training steps measured: a number, since several processes must agree on it
+WARM_UP = 2  # runs of each measurement that do not count
+GPT2 = dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, embed_norm=False)
+GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
 
 
 @dataclass
 class Settings:
     what: str = "train"  # train, decode, prepare or loss
     rounds: int = 3  # times that each variant runs
+    shape: str = "gpt2"  # train, decode: gpt2, or modern for ours in the shape of our default
+    n_layer: int = 12  # of that shape
+    n_head: int = 12  # of that shape
+    n_embd: int = 768  # of that shape
+    vocab_size: int = 50257  # of that shape
     rows: int = 4  # train: sequences in a step
     length: int = 256  # train: tokens of a sequence
     tokens: int = 64  # decode: tokens to generate
-    run: str = "out/small"  # decode: the run whose loss is measured with weights of eight bits
+    seconds: float = 4.0  # decode: how long a variant is measured
+    tokenizer: str = "gpt2"  # prepare: the vocabulary
     seeds: int = 1  # loss: runs of each config
     only: str = ""  # run this variant alone, in this process, and print its figures as JSON
-
-
-# GPT-2's smallest shape, with random weights: speed does not depend on what they have learned
-SHAPE = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
-SHAPE |= dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, tied=True)
-SHAPE |= dict(embed_norm=False, qk_norm=False, mlp="gelu", bias=True, logit_cap=0)
-TRAIN_STEPS = 4  # training steps measured: a number, since several processes must agree on it
-WARM_UP = 2  # runs of each measurement that do not count
 
 
 def main(argv: list[str]) -> None:
@@ -50,6 +61,7 @@ def main(argv: list[str]) -> None:
         s,
         ("what", f"one of {', '.join(VARIANTS)}", variants is not None),
         *((name, "at least 1", getattr(s, name) >= 1) for name in ("rounds", "rows", "tokens")),
+        ("shape", "gpt2 or modern", s.shape in ("gpt2", "modern")),
         ("only", "one of its variants", not s.only or s.only in variants),
     )
     if s.only:
@@ -57,18 +69,18 @@ def main(argv: list[str]) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(json.dumps(result))
         return
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[dict]] = {name: [] for name in variants}
     for number in range(s.rounds):
-        for name in variants:
+        for name in list(found):
             print(f"round {number + 1} of {s.rounds}: {name}", file=sys.stderr)
             command = [sys.executable, __file__, *argv, f"--only={name}"]
             done = subprocess.run(command, capture_output=True, encoding="utf-8")
-            last = done.stdout.strip().splitlines()[-1:]
-            if done.returncode or not last:
-                reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-                print(f"  left out: {reason}", file=sys.stderr)
+            if done.returncode == 0:
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
             else:
-                found.setdefault(name, []).append(json.loads(last[0]))
+                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                print(f"  left out: {reason}", file=sys.stderr)
+                del found[name]
     print_table(found)
 
 
@@ -78,19 +90,22 @@ def print_table(found: dict[str, list[dict]]) -> None:
     print(f"{'variant':34} {'median':>10} {'unit':12} {'ratio':>6}  {'peak MB':>8}  more")
     for name, runs in found.items():
         value = statistics.median(run["value"] for run in runs)
-        unit, more = runs[0]["unit"], runs[0].get("more", "")
+        unit, more = runs[0]["unit"], runs[0]["more"]
         ratio = value / (first.setdefault(unit, value) or 1)
-        peak = statistics.median(run["peak_mb"] for run in runs)
-        print(f"{name:34} {value:>10,.2f} {unit:12} {ratio:>6.2f}  {peak:>8,.0f}  {more}")
+        peaks = [run["peak_mb"] for run in runs]
+        peak = "-" if None in peaks else f"{statistics.median(peaks):,.0f}"
+        print(f"{name:34} {value:>10,.2f} {unit:12} {ratio:>6.2f}  {peak:>8}  {more}")
 
 
 def figure(value: float, unit: str, more: str = "") -> dict:
-    scale = 1e6 if sys.platform == "darwin" else 1e3  # ru_maxrss is in bytes there, else in kB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    peak = None
+    if resource:
+        scale = 1e6 if sys.platform == "darwin" else 1e3  # ru_maxrss is in bytes there, else in kB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
     return dict(value=value, unit=unit, peak_mb=peak, more=more)
 
 
-def timed(function, seconds: float = 8.0, steps: int = 0) -> float:
+def timed(function, seconds: float = 2.0, steps: int = 0) -> float:
     """The median duration of `function`, called `steps` times or for `seconds`, after a warm-up."""
     for _ in range(WARM_UP):
         function()
@@ -102,45 +117,79 @@ def timed(function, seconds: float = 8.0, steps: int = 0) -> float:
     return statistics.median(times)
 
 
+def machine_for(dtype: str, products: bool = True):
+    """The machine with that number type. ValueError if it would emulate its matrix products."""
+    from engine import machine
+
+    fast = machine.pick()
+    here = machine.pick(dtype=dtype)
+    if products and dtype == "bfloat16" and here.dtype != fast.dtype:
+        raise ValueError(f"no fast bfloat16 here, and emulating it takes minutes: {fast.why}")
+    return here
+
+
+def dimensions(s: Settings) -> dict:
+    shape = dict(vocab_size=s.vocab_size, block_size=1024, n_layer=s.n_layer)
+    return shape | dict(n_head=s.n_head, n_embd=s.n_embd)
+
+
+def our_model(s: Settings):
+    from model import GPT, GPTConfig
+
+    model = GPT(GPTConfig(**dimensions(s), **(GPT2 if s.shape == "gpt2" else {})))
+    model.init_weights(0, zero_init=False)
+    return model
+
+
 # --- what the machine can do
 
 
-def matrix_product(dtype: str) -> dict:
+def matrix_product(s: Settings, dtype: str) -> dict:
     import torch
 
+    here = machine_for(dtype)
     n = 2048
-    a, b = (torch.randn(n, n, dtype=getattr(torch, dtype)) for _ in range(2))
-    return figure(2 * n**3 / timed(lambda: a @ b, 2) / 1e9, "GFLOP/s")
+    a, b = (torch.randn(n, n, device=here.device, dtype=here.dtype) for _ in range(2))
+    return figure(2 * n**3 / timed(lambda: (a @ b)[0, 0].item()) / 1e9, "GFLOP/s")
 
 
-def memory_read() -> dict:
+def memory_read(s: Settings) -> dict:
     import torch
 
-    x = torch.ones(1 << 28, dtype=torch.int8).view(torch.int64)  # 256 MB, beyond any cache
-    return figure(x.nbytes / timed(lambda: x.sum(), 2) / 1e9, "GB/s")
+    # 256 MB, beyond any cache
+    x = torch.ones(1 << 25, dtype=torch.int64, device=machine_for("float32").device)
+    return figure(x.nbytes / timed(lambda: x.sum().item()) / 1e9, "GB/s")
 
 
 # --- train
 
 
-def train_ours(s: Settings, dtype: str) -> dict:
+def train(s: Settings, dtype: str, peer: bool = False) -> dict:
+    """Training steps, ours or of transformers: the model differs and nothing else."""
     import torch
+    import torch.nn.functional as F
 
     from engine import machine
-    from model import GPT, GPTConfig
 
-    here = machine.pick(dtype=dtype)
+    here = machine_for(dtype)
     machine.start(here, deterministic=False)
-    model = GPT(GPTConfig(**SHAPE)).to(here.device)
-    model.init_weights(0, zero_init=False)
+    model = peers.transformers_gpt2(**dimensions(s)) if peer else our_model(s)
+    model = model.train().to(here.device)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True)
     gradients = machine.GradientSum(parameters) if here.world > 1 else None
-    x = torch.randint(SHAPE["vocab_size"], (s.rows, s.length + 1), device=here.device)
+    x = torch.randint(s.vocab_size, (s.rows, s.length + 1), device=here.device)
+    tokens, targets = x[:, :-1], x[:, 1:].contiguous()
+
+    def loss_of_batch() -> torch.Tensor:
+        if not peer:
+            return model(tokens, targets)
+        logits = model(tokens).logits.float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def step() -> None:
         with here.autocast():
-            loss = model(x[:, :-1], x[:, 1:].contiguous()) / here.world
+            loss = loss_of_batch() / here.world
         if gradients:
             gradients.active = True
         loss.backward()
@@ -151,169 +200,47 @@ def train_ours(s: Settings, dtype: str) -> dict:
         optimizer.zero_grad()
         loss.item()
 
-    seconds, n = timed(step, steps=TRAIN_STEPS), sum(p.numel() for p in parameters)
-    # products: 6 for each weight and token, but the positions; attention's scores and sums
-    per_token = 6 * (n - model.wpe.weight.numel()) + 12 * 12 * 768 * s.length / 2
-    tokens = s.rows * s.length * here.world / seconds
-    return figure(tokens, "tokens/s", f"{per_token * tokens / 1e9:,.0f} GFLOP/s")
-
-
-def train_two_processes(s: Settings) -> dict:
-    """The same on two processes of one thread each, which sum their gradients."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    only = [__file__, "train", f"--rows={s.rows}", f"--length={s.length}", "--only=ours, bfloat16"]
-    done = subprocess.run(
-        launch + only,
-        check=True,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def train_transformers(s: Settings, dtype: str) -> dict:
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config())  # its default is the smallest GPT-2
-    optimizer = torch.optim.AdamW(model.parameters())
-    x = torch.randint(50257, (s.rows, s.length))
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = model(input_ids=x, labels=x).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-
-    return figure(s.rows * s.length / timed(step, steps=TRAIN_STEPS), "tokens/s")
+    speed = s.rows * s.length * here.world / timed(step, steps=TRAIN_STEPS)
+    # products: 6 for each weight and token, but the positions'; attention's scores and sums
+    weights = sum(p.numel() for p in parameters) - (0 if s.shape == "modern" else 1024 * s.n_embd)
+    products = 6 * weights + 12 * s.n_layer * s.n_embd * s.length / 2
+    return figure(speed, "tokens/s", f"{products * speed / 1e9:,.0f} GFLOP/s")
 
 
 # --- decode
 
 
-def decode_ours(
-    s: Settings, dtype: str, samples: int = 1, context: int = 1, quantize: str = ""
-) -> dict:
+def decode(s: Settings, dtype: str, samples: int = 1, context: int = 1, quantize: str = "") -> dict:
     import torch
 
     from engine.inference import ready
-    from model import GPT, GPTConfig
-    from sample import generate
+    from generate import generate
 
-    model = GPT(GPTConfig(**SHAPE))
-    model.init_weights(0, zero_init=False)
-    model = ready(model.eval().to(getattr(torch, dtype)), quantize, samples)
-    prompt = torch.randint(SHAPE["vocab_size"], (context,)).tolist()
+    # one token at a time is a matter of memory, whatever the type; a long prompt is products
+    here = machine_for(dtype, products=context > 1)
+    model = our_model(s).eval().to(here.device, here.dtype)
+    model = ready(model, quantize, samples)
+    prompt = torch.randint(s.vocab_size, (context,)).tolist()
     steps = generate(model, prompt, 10**9, temperature=0, num_samples=samples)
     next(steps)  # the prompt is read
+    count = max(1, s.tokens // 4)
 
     def some() -> None:
-        for _ in range(s.tokens // 4):
+        for _ in range(count):
             next(steps)
 
-    return figure(samples * (s.tokens // 4) / timed(some, 4), "tokens/s")
-
-
-def first_token(s: Settings) -> dict:
-    """sample.py on a checkpoint of that shape: seconds to its first token, without import torch."""
-    import torch
-
-    from engine import checkpoint
-    from model import GPT, GPTConfig
-    from tokenizer import published_tokenizer
-
-    model = GPT(GPTConfig(**SHAPE))
-    model.init_weights(0, zero_init=False)
-    state = dict(step=1, settings={}, model=asdict(model.config))
-    with tempfile.TemporaryDirectory() as run:
-        tensors = model.state_dict(), {"none": torch.zeros(1)}
-        checkpoint.save(Path(run), 1, *tensors, state, published_tokenizer("gpt2"))
-
-        def start(*command: str) -> float:
-            begin = time.perf_counter()
-            with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE) as process:
-                process.stdout.read(2)  # the prompt, and a byte more
-                seconds = time.perf_counter() - begin
-                process.kill()
-            return seconds
-
-        sample = str(Path(__file__).with_name("sample.py"))
-        later = [
-            start(sample, run, "--prompt=a") - start("-c", "import torch; print('ab')")
-            for _ in range(5)
-        ]
-    return figure(statistics.median(later), "s", "later than import torch alone")
-
-
-def int8_loss(s: Settings) -> dict:
-    """By how much weights of eight bits raise the validation loss of a run (unpacked first, since
-    evaluation has many rows: the same weights, multiplied another way)."""
-    from dataset import Dataset
-    from engine import machine
-    from engine.checkpoint import find, load_weights
-    from engine.inference import ready
-    from evaluate import evaluate
-
-    here = machine.pick("cpu")
-    model, _, state = load_weights(find(s.run))
-    settings = state["settings"]
-    split = Dataset(settings["data"], settings["tokenizer"]).split("val")
-    model = model.to(here.dtype)
-    before, _ = evaluate(model, split, here)
-    after, _ = evaluate(ready(model, "int8"), split, here)
-    return figure(1000 * (after - before), "nats / 1000", f"{before:.4f} becomes {after:.4f}")
+    return figure(samples * count / timed(some, s.seconds), "tokens/s")
 
 
 def decode_transformers(s: Settings, dtype: str) -> dict:
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config()).to(getattr(torch, dtype)).eval()
-    prompt = torch.randint(50257, (1, 1))
-
-    def run() -> None:
-        model.generate(prompt, max_new_tokens=s.tokens, min_new_tokens=s.tokens, do_sample=False)
-
-    return figure(s.tokens / timed(run, 4), "tokens/s")
+    here = machine_for(dtype, products=False)
+    run = peers.transformers_decoder(dimensions(s), s.tokens, here)
+    return figure(s.tokens / timed(run, s.seconds), "tokens/s")
 
 
 def decode_ctranslate2(s: Settings, dtype: str) -> dict:
-    import ctranslate2
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with tempfile.TemporaryDirectory() as folder:
-        # the converter reads a folder in Hugging Face layout, tokenizer included
-        GPT2LMHeadModel(GPT2Config()).save_pretrained(f"{folder}/hf")
-        write_gpt2_tokenizer(Path(folder) / "hf")
-        converter = ctranslate2.converters.TransformersConverter(f"{folder}/hf")
-        converter.convert(f"{folder}/ct2", quantization=dtype)
-        cores = len(os.sched_getaffinity(0))
-        generator = ctranslate2.Generator(f"{folder}/ct2", "cpu", intra_threads=cores)
-
-        def run() -> None:
-            generator.generate_batch(
-                [["a"]], max_length=s.tokens, min_length=s.tokens, sampling_topk=1
-            )
-
-        return figure(s.tokens / timed(run, 4), "tokens/s")
-
-
-def write_gpt2_tokenizer(folder: Path) -> None:
-    """A vocabulary of the right size: speed does not depend on what the tokens mean."""
-    from tokenizers import Tokenizer, models
-
-    end = "<|endoftext|>"
-    vocab = {end: 50256, "a": 0} | {f"t{i}": i for i in range(1, 50256)}
-    Tokenizer(models.BPE(vocab, [])).save(str(folder / "tokenizer.json"))
-    special = dict(eos_token=end, bos_token=end, unk_token=end)
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast") | special)
-    )
+    with peers.ctranslate2_decoder(dimensions(s), s.tokens, dtype) as run:
+        return figure(s.tokens / timed(run, s.seconds), "tokens/s")
 
 
 # --- prepare
@@ -323,40 +250,29 @@ def library_text() -> str:
     """About 64 MB: the standard library, several times over."""
     from engine.sources import documents
 
-    texts = ["".join(pieces) for pieces in documents("python", "", "text")]
-    text = "".join(texts)
+    text = "".join("".join(pieces) for pieces in documents("python", "", "text"))
     return text * (64_000_000 // len(text) + 1)
 
 
-def encode_ours(s: Settings) -> dict:
+def encode(s: Settings) -> dict:
     """Our whole prepare.py on a file of that text: reading, cleaning and writing included."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "text.txt"
+    with TemporaryDirectory() as folder:
+        path, out = Path(folder) / "text.txt", Path(folder) / "out"
         path.write_text(library_text(), encoding="utf-8")
-        command = [sys.executable, "prepare.py", str(path), "--tokenizer=gpt2"]
+        command = [sys.executable, str(ROOT / "prepare.py"), str(path), f"--out={out}"]
         start = time.perf_counter()
-        subprocess.run(
-            [*command, f"--out={folder}/out"],
-            check=True,
-            cwd=Path(__file__).parent,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run([*command, f"--tokenizer={s.tokenizer}"], check=True, **quiet)
         seconds = time.perf_counter() - start
-        meta = json.loads((Path(folder) / "out" / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
     tokens = sum(split["tokens"] for split in meta["splits"].values())
     return figure(tokens / seconds / 1e6, "M tokens/s", "whole command")
 
 
 def encode_tiktoken(s: Settings) -> dict:
-    """tiktoken's own batch call on the same text, in documents of a megabyte, on all cores."""
-    from prepare import cores
-    from tokenizer import published_tokenizer
-
-    encoding, text = published_tokenizer("gpt2").encoding, library_text()
-    parts = [text[i : i + 1_000_000] for i in range(0, len(text), 1_000_000)]
+    text = library_text()
     start = time.perf_counter()
-    tokens = sum(map(len, encoding.encode_ordinary_batch(parts, num_threads=cores())))
+    tokens = peers.tiktoken_encode(text, s.tokenizer)
     return figure(tokens / (time.perf_counter() - start) / 1e6, "M tokens/s", "encoding only")
 
 
@@ -367,14 +283,13 @@ def whole_command(s: Settings, name: str) -> dict:
     """The whole command of a config: its wall-clock time, and the loss it ends with."""
     from engine.metrics import best_row
 
-    root, losses, seconds = Path(__file__).parent, [], []
+    losses, seconds = [], []
     for seed in range(1, s.seeds + 1):
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             command = [sys.executable, "train.py", f"config/{name}.py", f"--seed={seed}"]
             start = time.perf_counter()
-            subprocess.run(
-                [*command, f"--out={folder}/run"], check=True, cwd=root, stdout=sys.stderr
-            )
+            out = f"--out={folder}/run"
+            subprocess.run([*command, out], check=True, cwd=ROOT, stdout=sys.stderr)
             seconds.append(time.perf_counter() - start)
             row = best_row(Path(folder) / "run")
             losses.append((row["val_loss"], row["val_bpb"]))
@@ -383,34 +298,32 @@ def whole_command(s: Settings, name: str) -> dict:
 
 
 LIMITS = {
-    "matrix product, float32": lambda s: matrix_product("float32"),
-    "matrix product, bfloat16": lambda s: matrix_product("bfloat16"),
-    "memory read": lambda s: memory_read(),
+    "matrix product, float32": lambda s: matrix_product(s, "float32"),
+    "matrix product, bfloat16": lambda s: matrix_product(s, "bfloat16"),
+    "memory read": memory_read,
 }
 VARIANTS = {
     "train": LIMITS
     | {
-        "ours, bfloat16": lambda s: train_ours(s, "bfloat16"),
-        "ours, float32": lambda s: train_ours(s, "float32"),
-        "ours, two processes of a thread": train_two_processes,
-        "transformers, bfloat16": lambda s: train_transformers(s, "bfloat16"),
-        "transformers, float32": lambda s: train_transformers(s, "float32"),
+        "ours, bfloat16": lambda s: train(s, "bfloat16"),
+        "ours, float32": lambda s: train(s, "float32"),
+        "transformers, bfloat16": lambda s: train(s, "bfloat16", peer=True),
+        "transformers, float32": lambda s: train(s, "float32", peer=True),
     },
     "decode": LIMITS
     | {
-        "ours, bfloat16": lambda s: decode_ours(s, "bfloat16"),
-        "ours, float32": lambda s: decode_ours(s, "float32"),
-        "ours, int8": lambda s: decode_ours(s, "bfloat16", quantize="int8"),
-        "ours, bfloat16, eight sequences": lambda s: decode_ours(s, "bfloat16", samples=8),
-        "ours, bfloat16, behind 900 tokens": lambda s: decode_ours(s, "bfloat16", context=900),
+        "ours, bfloat16": lambda s: decode(s, "bfloat16"),
+        "ours, float32": lambda s: decode(s, "float32"),
+        "ours, int8": lambda s: decode(s, "bfloat16", quantize="int8"),
+        "ours, bfloat16, eight sequences": lambda s: decode(s, "bfloat16", samples=8),
+        "ours, float32, eight sequences": lambda s: decode(s, "float32", samples=8),
+        "ours, bfloat16, behind 900 tokens": lambda s: decode(s, "bfloat16", context=900),
         "transformers, bfloat16": lambda s: decode_transformers(s, "bfloat16"),
         "transformers, float32": lambda s: decode_transformers(s, "float32"),
-        "sample.py, first token": first_token,
-        "loss of int8 weights": int8_loss,
         "CTranslate2, float32": lambda s: decode_ctranslate2(s, "float32"),
         "CTranslate2, int8": lambda s: decode_ctranslate2(s, "int8"),
     },
-    "prepare": {"ours": encode_ours, "tiktoken": encode_tiktoken},
+    "prepare": {"ours": encode, "tiktoken": encode_tiktoken},
     "loss": {
         "config/shakespeare.py": lambda s: whole_command(s, "shakespeare"),
         "config/small.py": lambda s: whole_command(s, "small"),

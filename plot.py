@@ -6,13 +6,16 @@ from pathlib import Path
 from engine import settings
 from engine.metrics import read_metrics
 
+UNITS = {"loss": "loss (nats a token)", "bpb": "bits per byte"}
+
 
 @dataclass
 class Settings:
     runs: tuple = ()  # run folders
     out: str = "loss.png"  # picture to write
     x: str = "tokens"  # horizontal axis: tokens, step or seconds
-    smooth: float = 0.9  # the training curve is a running mean that keeps this share of itself
+    y: str = "loss"  # vertical axis: loss, or bpb to compare runs of different vocabularies
+    smooth: float = 0.9  # how much of a point of the training curve comes from its neighbours
     title: str = ""  # above the picture
 
 
@@ -21,14 +24,11 @@ def main(argv: list[str]) -> None:
     settings.check(
         s,
         ("x", "tokens, step or seconds", s.x in ("tokens", "step", "seconds")),
+        ("y", "loss or bpb", s.y in UNITS),
         ("smooth", "at least 0, below 1", 0 <= s.smooth < 1),
+        ("out", "a name in .png, .svg or .pdf", Path(s.out).suffix in (".png", ".svg", ".pdf")),
     )
-    curves = {run: read_metrics(Path(run)) for run in s.runs}
-    for run, rows in curves.items():
-        if not rows:
-            raise ValueError(f"{run} has no metrics.jsonl with rows: is it the folder of a run?")
-    if Path(s.out).suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"out={s.out!r} should end in .png, .svg or .pdf")
+    curves = {run: (training(run, s), validation(run, s)) for run in s.runs}
     try:
         import matplotlib
     except ImportError as e:
@@ -37,24 +37,15 @@ def main(argv: list[str]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for number, (name, rows) in enumerate(curves.items()):
+    for number, (run, (trained, evaluated)) in enumerate(curves.items()):
         color = f"C{number}"
-        training = [row for row in rows if "loss" in row and s.x in row]
-        axes.plot(
-            [row[s.x] for row in training],
-            running_mean([row["loss"] for row in training], s.smooth),
-            color=color,
-            alpha=0.45,
-            linewidth=1,
-            label=f"{name}, training",
-        )
-        evaluated = [row for row in rows if row.get("val_loss") is not None and s.x in row]
-        if evaluated:
-            xs, ys = [row[s.x] for row in evaluated], [row["val_loss"] for row in evaluated]
-            label = f"{name}, validation (best {min(ys):.3f})"
-            axes.plot(xs, ys, color=color, marker="o", markersize=3.5, label=label)
+        name = f"{run}, training" if s.y == "loss" else f"{run}, training (estimated)"
+        axes.plot(*trained, color=color, alpha=0.45, linewidth=1, label=name)
+        if evaluated[1]:
+            name = f"{run}, validation (best {min(evaluated[1]):.3f})"
+            axes.plot(*evaluated, color=color, marker="o", markersize=3.5, label=name)
     axes.set_xlabel(s.x)
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel(UNITS[s.y])
     axes.set_title(s.title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -62,13 +53,48 @@ def main(argv: list[str]) -> None:
     print(f"wrote {s.out}")
 
 
-def running_mean(values: list[float], keep: float) -> list[float]:
-    """Exponential mean, corrected for its start as in Adam (arXiv:1412.6980)."""
-    mean, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(mean / weight)
-    return smoothed
+def training(run: str, s: Settings) -> tuple[list, list]:
+    """The training curve of a run, smoothed: its xs and ys.
+
+    In bits per byte it is an estimate: a row does not say how many bytes its tokens have, and they
+    are taken to have as many as those of the validation text.
+    """
+    rows = [row for row in rows_of(run) if "loss" in row and s.x in row]
+    a_nat = 1.0
+    if s.y == "bpb":
+        known = [row for row in rows_of(run) if row.get("val_bpb")]
+        if not known:
+            raise ValueError(f"{run} has no bits per byte (val_bpb): draw it with --y=loss")
+        a_nat = known[-1]["val_bpb"] / known[-1]["val_loss"]
+    return [row[s.x] for row in rows], smoothed([a_nat * row["loss"] for row in rows], s.smooth)
+
+
+def validation(run: str, s: Settings) -> tuple[list, list]:
+    """The evaluations of a run: xs and ys."""
+    rows = [row for row in rows_of(run) if row.get(f"val_{s.y}") is not None and s.x in row]
+    return [row[s.x] for row in rows], [row[f"val_{s.y}"] for row in rows]
+
+
+def rows_of(run: str) -> list[dict]:
+    rows = read_metrics(Path(run))
+    if not rows:
+        raise ValueError(f"{run} has no metrics.jsonl with rows: is it the folder of a run?")
+    return rows
+
+
+def smoothed(values: list[float], share: float) -> list[float]:
+    """Means over as many neighbours before as behind, fewer towards the ends.
+
+    So a slope stays where it is. A mean over the past alone lags behind a falling loss, and makes
+    training look worse than validation.
+    """
+    widest = round(share / (1 - share))  # the mean age of what a running mean with this share keeps
+    means = []
+    for i in range(len(values)):
+        reach = min(widest, i, len(values) - 1 - i)
+        near = values[i - reach : i + reach + 1]
+        means.append(sum(near) / len(near))
+    return means
 
 
 if __name__ == "__main__":

@@ -1,29 +1,35 @@
 """Text from a checkpoint: python sample.py out/small --prompt="def " --num_samples=3
 
-`generate` yields tokens one by one, with a KV cache; `TextStream` turns them into text that never
-ends inside a character; the rest is the command line.
+The command around generate.py. torch takes a second to load, so what needs it is imported where it
+is used: a mistake in the arguments is answered at once.
 """
 
-import codecs
-import random
+from engine import console
+
+if __name__ == "__main__":  # before all else: a Ctrl-C while Python loads things is no traceback
+    console.leave_quietly()
+
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine import settings, threads
+
+# what can change in the middle of an interactive session
+CHANGEABLE = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+CHANGEABLE += ("num_samples", "stop", "seed")
 
 
 @dataclass
 class Settings:
     run: str = "out/small"  # folder of a run, or one checkpoint of it
-    checkpoint: str = "best"  # of a run: best (lowest validation loss), latest, or step-...
+    checkpoint: str = "best"  # of a run: best (lowest validation loss), latest, or a step
     prompt: str = ""  # text to continue; empty begins a new document
     prompt_file: str = ""  # read the prompt from this file; - is standard input
     max_tokens: int = 200  # tokens to generate for each sample
     temperature: float = 0.8  # 0 takes the likeliest token, 1 samples from the model as it is
     top_k: int = 0  # choose among the k likeliest tokens; 0 is all
     top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
+    repetition_penalty: float = 1.0  # above 1, tokens of the context are less likely; try 1.2
     num_samples: int = 1  # continuations of the same prompt
     stop: tuple = ()  # end a sample before this text; may be given several times
     seed: int = 1  # same seed, same text
@@ -32,181 +38,136 @@ class Settings:
     device: str = "auto"  # cpu, cuda or mps
     dtype: str = "auto"  # float32, bfloat16 or float16
     threads: str = "auto"  # of a CPU: a number, or chosen by the size of the model
+    fast: bool = True  # false: the book's own form of everything, as model.py has it
 
 
-def generate(
-    model,
-    prompt: list[int],
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    num_samples: int = 1,
-    seed: int = 0,
-) -> Iterator[list[int]]:
-    """Yields `max_tokens` lists of the next token of each of `num_samples` continuations.
+def __getattr__(name: str):
+    """For Python users: `from sample import load_model, generate`."""
+    if name == "load_model":
+        from engine.checkpoint import load_model
 
-    The prompt is read once for all samples. It must have a token; only its last `block_size` count.
-    When the context is full, its last half is read anew. Sample i depends on (seed, i) alone.
-    """
-    import torch
+        return load_model
+    if name == "generate":
+        from generate import generate
 
-    from engine import inference
-    from model import KVCache
-
-    limit, like = model.config.block_size, next(model.parameters())
-    draws = [random.Random(f"{seed} {i}") for i in range(num_samples)]
-    context = torch.tensor([prompt[-limit:]], device=like.device)  # (1, T), later (B, T)
-    # on a CPU attention in float32 is several times faster, and its part of memory traffic small
-    dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-    room = min(limit, context.size(1) + max_tokens)
-    cache, new, recorded = KVCache(model.config, 1, like.device, dtype, room), context, None
-    for _ in range(max_tokens):
-        if cache.length + new.size(1) > limit:
-            cache.length, context = 0, context[:, -max(1, limit // 2) :]
-            new = context
-        with torch.inference_mode():
-            if inference.records(like.device) and new.size(1) == 1 and len(new) == num_samples:
-                recorded = recorded or inference.RecordedStep(model, cache)
-                logits = recorded(new)
-            else:
-                logits = model(new, cache=cache)[:, -1]  # (1, V), later (B, V)
-        if len(context) < num_samples:  # the prompt is in the cache: from here on, one row a sample
-            cache.expand(num_samples)
-            context, logits = context.expand(num_samples, -1), logits.expand(num_samples, -1)
-        uniform = [draw.random() for draw in draws]
-        new = pick(logits, temperature, top_k, top_p, uniform)[:, None]  # (B, 1)
-        context = torch.cat((context, new), dim=1)
-        yield new[:, 0].tolist()
+        return generate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def pick(logits, temperature: float, top_k: int, top_p: float, uniform: list[float]):
-    """One token for each row of logits (B, V), by inverting the cumulative distribution: (B,).
-
-    `uniform` holds a number in [0, 1) for each row, so that the random source is not the device's.
-    Top-p is nucleus sampling, arXiv:1904.09751.
-    """
-    import torch
-
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits, ids = logits.double(), None
-    if 0 < top_k < logits.size(-1) or top_p < 1:
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
-    # the maximum goes before the division, which may be by almost nothing
-    p = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
-    before = p.cumsum(dim=-1) - p  # probability of all likelier tokens
-    p = p.masked_fill(before >= top_p, 0.0)
-    cumulative = p.cumsum(dim=-1)
-    u = torch.tensor(uniform, dtype=p.dtype, device=p.device)[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, u, right=True).clamp(max=p.size(-1) - 1)
-    return (index if ids is None else ids.gather(-1, index))[:, 0]
-
-
-class TextStream:
-    """Tokens in, text out, as soon as it is certain.
-
-    Held back are the bytes of an unfinished character, and whatever may be the beginning of one of
-    the `stop` strings. `done` after end-of-text or a stop string.
-    """
-
-    def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.held, self.done = "", False
-
-    def feed(self, token: int) -> str:
-        """The text that `token` makes certain."""
-        if self.done:
-            return ""
-        if token == self.tokenizer.end_of_text:
-            return self.end()
-        text = self.held + self.decoder.decode(self.tokenizer.decode_bytes([token]))
-        found = [i for i in map(text.find, self.stop) if i >= 0]
-        if found:
-            self.done, self.held = True, ""
-            return text[: min(found)]
-        # the longest ending of the text that begins a stop string
-        keep = max(
-            (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
-        )
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def end(self) -> str:
-        """What is still held back, when no more tokens come."""
-        text = "" if self.done else self.held + self.decoder.decode(b"", final=True)
-        self.done, self.held = True, ""
-        return text
-
-
-def main(argv: list[str]) -> None:
+def read_settings(argv: list[str]) -> Settings:
     s = settings.load(Settings, argv, "Generate text from a checkpoint.", "run")
     settings.check(
         s,
         ("temperature", "at least 0", s.temperature >= 0),
         ("top_k", "at least 0", s.top_k >= 0),
         ("top_p", "above 0 and at most 1", 0 < s.top_p <= 1),
+        ("repetition_penalty", "above 0; 1 is off", s.repetition_penalty > 0),
         ("max_tokens", "at least 0", s.max_tokens >= 0),
         ("num_samples", "from 1 to 1024", 1 <= s.num_samples <= 1024),
         ("stop", "text, not nothing", all(s.stop)),
         ("quantize", "int8 or left out", s.quantize in ("", "int8")),
-        ("prompt", "left out when prompt_file is given", not (s.prompt and s.prompt_file)),
         ("threads", "auto or a number from 1 to 1024", threads.valid(s.threads)),
+        ("prompt", "left out when prompt_file is given", not (s.prompt and s.prompt_file)),
         ("prompt", "left out in interactive mode", not (s.prompt and s.interactive)),
+        ("prompt_file", "left out in interactive mode", not (s.prompt_file and s.interactive)),
     )
+    return s
+
+
+def main(argv: list[str]) -> None:
+    s = read_settings(argv)
+    prompt = s.prompt
     if s.prompt_file == "-":
-        s.prompt = sys.stdin.buffer.read().decode(errors="replace")
+        prompt = sys.stdin.buffer.read().decode(errors="replace")
     elif s.prompt_file:
         with open(s.prompt_file, encoding="utf-8", errors="replace") as f:
-            s.prompt = f.read()
+            prompt = f.read()
 
-    from engine.checkpoint import TO_SAMPLE, find, load_weights, verify
+    from engine.checkpoint import find, load_weights
 
-    path = find(s.run, s.checkpoint)
-    with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(verify, path, TO_SAMPLE)  # while torch is imported
-        from engine import inference, machine
-    verified.result()
+    model, tokenizer, _ = load_weights(find(s.run, s.checkpoint))
+
+    from engine import inference, machine
+
     here = machine.pick(s.device, s.dtype, "false", rows=s.num_samples)
-    model, tokenizer, _ = load_weights(path, verified=True)
     model = model.eval().to(here.device, here.dtype)
     machine.use_threads(s.threads, here, model, s.num_samples)
-    inference.ready(model, s.quantize, s.num_samples)
-    if not s.interactive:
-        write_samples(model, tokenizer, s.prompt, s)
-        return
-    print("Type a prompt; an empty line ends.", file=sys.stderr)
-    while prompt := sys.stdin.readline().rstrip("\n"):
+    model = inference.ready(model, s.quantize, s.num_samples, parts=s.fast)
+    if s.interactive:
+        converse(model, tokenizer, s)
+    else:
         write_samples(model, tokenizer, prompt, s)
 
 
-def write_samples(model, tokenizer, prompt: str, s: Settings) -> None:
-    """Prints prompt and continuation: one sample as it comes, several one after the other."""
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+def write_samples(model, tokenizer, prompt: str, s: Settings, echo: bool = True) -> None:
+    """Prints continuations of `prompt`, behind it if `echo`: one as it comes, several in turn."""
+    from generate import TextStream, generate
+
+    tokens = tokenizer.encode_prompt(prompt)
     limit = model.config.block_size
-    if len(ids) > limit:
-        note = f"the prompt has {len(ids)} tokens; only its last {limit} fit the context"
+    if len(tokens) > limit:
+        note = f"the prompt has {len(tokens)} tokens; only its last {limit} fit the context"
         print(note, file=sys.stderr)
+    steps = generate(
+        model,
+        tokens,
+        s.max_tokens,
+        num_samples=s.num_samples,
+        seed=s.seed,
+        repetition_penalty=s.repetition_penalty,
+        unused=getattr(tokenizer, "unused", ()),
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+    )
     streams = [TextStream(tokenizer, s.stop) for _ in range(s.num_samples)]
-    texts = [prompt] * s.num_samples
-    if s.num_samples == 1:
-        print(prompt, end="", flush=True)
-    picked = (s.max_tokens, s.temperature, s.top_k, s.top_p, s.num_samples, s.seed)
-    for tokens in generate(model, ids, *picked):
-        for i, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
-            text = stream.feed(token)
+    texts = [prompt if echo else ""] * s.num_samples
+    alone = s.num_samples == 1
+    if alone:
+        print(texts[0], end="", flush=True)
+    for new in steps:
+        for i, stream in enumerate(streams):
+            text = stream.feed(new[i])
             texts[i] += text
-            if s.num_samples == 1:
+            if alone:
                 print(text, end="", flush=True)
         if all(stream.done for stream in streams):
             break
-    ends = [stream.end() for stream in streams]
-    if s.num_samples == 1:
-        print(ends[0])
-        return
-    for i, (text, end) in enumerate(zip(texts, ends, strict=True), start=1):
-        print(f"--- sample {i} of {s.num_samples}\n{text}{end}")
+    for i, stream in enumerate(streams):
+        text = stream.end()
+        print(text if alone else f"--- sample {i + 1} of {s.num_samples}\n{texts[i]}{text}")
+    for i, stream in enumerate(streams, start=1):
+        if stream.stopped_by:
+            who = "" if alone else f"sample {i} "
+            print(f"({who}stopped before {stream.stopped_by!r})", file=sys.stderr)
+
+
+def converse(model, tokenizer, s: Settings) -> None:
+    """Answers one prompt after another; a line that begins with / changes a setting."""
+    print("Type a prompt, or /help. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    for line in console.lines():
+        try:
+            if line.startswith("/"):
+                s = changed(s, line)
+            else:
+                write_samples(model, tokenizer, line, s, echo=False)
+        except KeyboardInterrupt:
+            print()
+        except ValueError as e:
+            print(e, file=sys.stderr)
+
+
+def changed(s: Settings, line: str) -> Settings:
+    """The settings after `/name value`, or after `/name`, which brings the default back."""
+    name, _, value = line[1:].partition(" ")
+    if name in CHANGEABLE:
+        given = read_settings([f"--{name}={value}"] if value else [])
+        s = replace(s, **{name: getattr(given, name)})
+    elif name != "help":
+        raise ValueError(f"/{name} cannot be changed here: /help tells what can")
+    values = (f"{name}={getattr(s, name)!r}" for name in CHANGEABLE)
+    print("settings, as in /temperature 0.5:", *values, file=sys.stderr)
+    return s
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ class Settings:
     dtype: settings.DType = "auto"  # of matrix products
     compile: settings.Compile = "auto"  # whether torch.compile makes kernels for this very model
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
+    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
 
     # another beginning, or something else than training
@@ -138,7 +139,7 @@ def update(model, optimizers, scale, gradients, x, y, step: int, s: Settings, he
 def train(s: Settings, stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status."""
     from dataset import Dataset
-    from engine import checkpoint, machine
+    from engine import checkpoint, fast, machine
     from engine.run import NEW, Run
     from optim import LossScale, make_optimizers
 
@@ -161,17 +162,16 @@ def train(s: Settings, stop: Stop) -> int:
     else:
         model, state = here.each_does(lambda: new_model(s, data.tokenizer, here)), NEW
     model.to(here.device)
-    rows = rows_in_a_pass(s.batch_tokens // s.model.block_size // here.world, s)
-    threads = machine.use_threads(
-        s.threads, here, model, rows * s.model.block_size, state["machine"]
-    )
+    work = rows_in_a_pass(s.batch_tokens // s.model.block_size // here.world, s)
+    used = machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
+    fast.use(model, here, s.fast, state["machine"])
     optimizers = make_optimizers(model, s, here.dtype)
     if run.step:
         checkpoint.load_optimizers(run.path, model, optimizers)
     scale = LossScale(here.dtype, state["loss_scale"])
     run.begin(state, digest, model, stop)
     size = f"{model.num_parameters():,} parameters"
-    here.say(f"model: {size}, {s.batch_tokens:,} tokens a step, {threads}")
+    here.say(f"model: {size}, {s.batch_tokens:,} tokens a step, {used}")
 
     # 3. what an interruption has left undone, and whether anything else is to do
     if run.evaluation_missing() and not validate(model, held_out, run.step, s, here, run, stop):
@@ -180,7 +180,7 @@ def train(s: Settings, stop: Stop) -> int:
         return 0
 
     # 4. the steps
-    fast = machine.compiled(model, here, rows) if here.compile else model
+    runner = machine.compiled(model, here, work) if here.compile else model
     gradients = machine.GradientSum(list(model.parameters()) if here.world > 1 else [])
     with stop.deferred():  # from here on a request to stop waits for the end of a step
         for step in range(run.step + 1, s.steps + 1):  # the update that makes it `step`
@@ -188,7 +188,7 @@ def train(s: Settings, stop: Stop) -> int:
                 lr = set_rates(optimizers, step, s)
                 x, y = next_batch(learned, step, s, here)
                 try:
-                    loss, norm = update(fast, optimizers, scale, gradients, x, y, step, s, here)
+                    loss, norm = update(runner, optimizers, scale, gradients, x, y, step, s, here)
                 except FloatingPointError as e:
                     return run.not_finite(step, e)
             if run.logs(step):

@@ -1,121 +1,21 @@
-"""Sampling: cached, seeded, streamed in whole characters, stopped where asked."""
+"""The command: prompts from everywhere, settings obeyed, a conversation, a quiet Ctrl-C."""
 
-import collections
 import io
+import os
+import re
+import select
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from conftest import script
+from conftest import ROOT, script
 
+import generate
 import sample
-from engine.checkpoint import load_model
-from model import GPT, GPTConfig
-from sample import TextStream, generate, pick
-from tokenizer import bytes_tokenizer
-
-
-def make_model(block_size: int = 16, **more) -> GPT:
-    model = GPT(GPTConfig(vocab_size=257, block_size=block_size, n_layer=2, n_embd=32, **more))
-    model.init_weights(3, zero_init=False)
-    with torch.no_grad():
-        model.head.weight.mul_(20)
-    return model.eval()
-
-
-def greedy_uncached(model: GPT, prompt: list[int], count: int) -> list[int]:
-    """What generate should do at temperature 0, without a cache."""
-    limit = model.config.block_size
-    context, out = prompt[-limit:], []
-    for _ in range(count):
-        if len(context) > limit:  # full: its last half is read anew
-            context = context[-(limit // 2) :]
-        out.append(model(torch.tensor([context]))[0, -1].argmax().item())
-        context.append(out[-1])
-    return out
-
-
-@pytest.mark.parametrize("prompt", [[256], list(range(5)), list(range(16)), list(range(40))])
-def test_cached_text_equals_uncached_text_beyond_the_context(prompt):
-    model = make_model()
-    cached = [token for (token,) in generate(model, prompt, 60, temperature=0)]
-    assert cached == greedy_uncached(model, prompt, 60)
-    assert len(set(cached)) > 5
-
-
-def test_same_seed_same_tokens_whatever_the_number_of_samples():
-    model = make_model()
-
-    def run(n, seed):
-        return list(zip(*generate(model, [5, 6], 40, 1.0, num_samples=n, seed=seed), strict=True))
-
-    three = run(3, seed=0)
-    assert three == run(3, seed=0)
-    assert run(1, seed=0)[0] == three[0]
-    assert len({three[0], three[1], three[2], run(1, seed=1)[0]}) == 4
-
-
-def test_pick_follows_the_distribution():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
-    u = [(i + 0.5) / 4000 for i in range(4000)]
-
-    def shares(**settings):
-        args = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
-        counts = collections.Counter(pick(logits, uniform=u, **args).tolist())
-        return [round(counts[i] / 4000, 3) for i in range(4)]
-
-    assert shares() == [0.5, 0.3, 0.15, 0.05]
-    assert shares(top_k=2) == [0.625, 0.375, 0, 0]
-    assert shares(top_k=99) == shares()
-    assert shares(top_p=0.6) == [0.625, 0.375, 0, 0]  # the smallest set that reaches 0.6
-    assert shares(top_p=1e-9) == [1, 0, 0, 0]
-    assert shares(temperature=0) == shares(temperature=1e-30) == [1, 0, 0, 0]
-    assert shares(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=1e-3)
-
-
-def test_a_token_of_no_probability_is_never_picked():
-    logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 4)
-    assert pick(logits, 1.0, 0, 1.0, [0.0, 0.5, 1 - 2**-53]).tolist() == [0, 2, 2]
-
-
-def test_streaming_never_cuts_a_character():
-    text = "naïve 文字 👩‍👩‍👧 ok"
-    stream = TextStream(bytes_tokenizer())
-    parts = [stream.feed(token) for token in text.encode()]
-    assert "".join(parts) + stream.end() == text
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(parts)
-
-
-def test_an_unfinished_character_at_the_end_is_shown_as_such():
-    stream = TextStream(bytes_tokenizer())
-    parts = [stream.feed(token) for token in "文".encode()[:2]]
-    assert parts == ["", ""] and stream.end() == "\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.mark.parametrize(
-    "text, stop, shown",
-    [
-        ("AAAB tail", ["AAB"], "A"),
-        ("one two", ["two"], "one "),
-        ("one tw", ["two"], "one tw"),
-        ("ababac", ["abac"], "ab"),
-        ("x END y STOP", ["STOP", "END"], "x "),
-        ("aXY", ["XYZ", "Y"], "aX"),
-        ("文字文", ["字"], "文"),
-        ("plain", [], "plain"),
-    ],
-)
-def test_stop_strings(text, stop, shown):
-    stream = TextStream(bytes_tokenizer(), tuple(stop))
-    parts = [stream.feed(token) for token in text.encode()]
-    assert "".join(parts) + stream.end() == shown
-    assert stream.feed(65) == ""
-
-
-def test_end_of_text_ends_a_sample():
-    stream = TextStream(bytes_tokenizer(), ("ZZ",))
-    assert stream.feed(65) + stream.feed(90) + stream.feed(256) == "AZ"
-    assert stream.done and stream.feed(65) == "" and stream.end() == ""
+from sample import load_model
 
 
 @pytest.fixture(scope="module")
@@ -157,15 +57,58 @@ def test_prompts_from_everywhere(run, capsys, monkeypatch, tmp_path):
     assert "only its last 32 fit" in capsys.readouterr().err
 
 
-def test_interactive_mode_answers_each_line(run, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nthree\n"))
-    out = text_of(capsys, run, "--interactive", "--max_tokens=4")
-    assert "one" in out and "two" in out and "three" not in out
-
-
 def test_several_samples_are_told_apart(run, capsys):
     out = text_of(capsys, run, "--prompt=x", "--num_samples=3", "--max_tokens=12")
     assert [f"--- sample {i} of 3" in out for i in (1, 2, 3)] == [True] * 3
+
+
+def test_each_sample_ends_by_itself(run, capsys, monkeypatch):
+    end, a, b = 256, ord("a"), ord("b")
+    steps = [[a, a, a], [end, b, a], [b, end, a], [b, b, end], [b, b, b]]
+    monkeypatch.setattr(generate, "generate", lambda *_, **how: iter(steps))
+    out = text_of(capsys, run, "--prompt=x", "--num_samples=3")
+    assert out.split("\n")[1::2] == ["xa", "xab", "xaaa"]
+
+
+def test_every_setting_arrives_where_tokens_are_picked(run, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(generate, "generate", lambda *_, **how: seen.update(how) or iter(()))
+    given = dict(temperature=0.5, top_k=7, top_p=0.25, seed=9, num_samples=2)
+    given |= dict(repetition_penalty=1.25)
+    sample.main([str(run), *(f"--{name}={value}" for name, value in given.items())])
+    assert given.items() <= seen.items()
+
+
+def test_ids_that_no_token_has_are_never_sampled(run, monkeypatch):
+    model, tokenizer = load_model(str(run))
+    tokenizer.unused = range(100, 200)
+    seen = {}
+    monkeypatch.setattr(generate, "generate", lambda *_, **how: seen.update(how) or iter(()))
+    sample.write_samples(model, tokenizer, "x", sample.Settings())
+    assert list(seen["unused"]) == list(range(100, 200))
+
+
+def test_a_stop_text_that_is_met_is_said_beside_the_text(run, capsys, monkeypatch):
+    steps = list(zip(b"one two", b"END nor", [*b"three ", 256], strict=True))
+    monkeypatch.setattr(generate, "generate", lambda *_, **how: iter(steps))
+    sample.main([str(run), "--prompt=>", "--stop=two", "--stop=e t"])
+    assert capsys.readouterr() == (">on\n", "(stopped before 'e t')\n")
+    sample.main([str(run), "--stop=ND", "--stop=two", "--num_samples=3"])
+    out, err = capsys.readouterr()
+    assert out.split("\n")[1::2] == ["one ", "E", "three "]
+    assert err == "(sample 1 stopped before 'two')\n(sample 2 stopped before 'ND')\n"
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--prompt_file=x.txt", "--interactive"], "prompt_file='x.txt' should be left out in"),
+        (["--repetition_penalty=0"], "repetition_penalty=0.0 should be above 0"),
+    ],
+)
+def test_what_would_be_ignored_or_is_impossible_is_refused(argv, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        sample.main(argv)
 
 
 def test_a_run_opens_at_its_best_step_anywhere_without_its_data(run, tmp_path, monkeypatch):
@@ -191,3 +134,118 @@ def test_a_run_opens_at_its_best_step_anywhere_without_its_data(run, tmp_path, m
 def test_as_a_script_it_can_be_piped(run):
     out = script("sample.py", run, "--prompt_file=-", "--max_tokens=5", input="from a pipe")
     assert out.startswith("from a pipe")
+
+
+def test_arguments_are_checked_before_torch_is_loaded():
+    code = (
+        "import sys, sample; sample.read_settings(['x', '--seed=2']); print('torch' in sys.modules)"
+    )
+    options = dict(cwd=ROOT, capture_output=True, text=True, check=True)
+    assert subprocess.run([sys.executable, "-c", code], **options).stdout == "False\n"
+    code = "from sample import load_model, generate; print(load_model.__name__, generate.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], **options).stdout
+    assert out == "load_model generate\n"
+
+
+# --- a conversation
+
+
+def talk(capsys, monkeypatch, run, typed: str, *argv) -> tuple[str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    sample.main([str(run), "--interactive", "--max_tokens=9", *argv])
+    return capsys.readouterr()
+
+
+def test_interactive_mode_answers_each_line_without_echo(run, capsys, monkeypatch):
+    expected = [text_of(capsys, run, f"--prompt={p}", "--max_tokens=9") for p in ("one", "two")]
+    out, _ = talk(capsys, monkeypatch, run, "one\n\ntwo")  # an end of file, and no line end
+    assert out == expected[0][3:] + expected[1][3:]
+
+
+def test_settings_change_in_the_middle_of_a_conversation(run, capsys, monkeypatch):
+    cold = text_of(capsys, run, "--prompt=one", "--max_tokens=5", "--temperature=0")[3:]
+    stopped = text_of(capsys, run, "--prompt=one", "--max_tokens=9", "--stop=e")[3:]
+    plain = text_of(capsys, run, "--prompt=one", "--max_tokens=200")[3:]
+    typed = "/temperature 0\n/max_tokens 5\none\n"
+    assert talk(capsys, monkeypatch, run, typed)[0] == cold
+    assert talk(capsys, monkeypatch, run, "/stop e\none\n")[0] == stopped
+    typed += "/temperature\n/max_tokens\none\n"  # back to the defaults
+    assert talk(capsys, monkeypatch, run, typed)[0] == cold + plain
+
+
+def test_a_mistake_in_a_conversation_costs_a_sentence_and_not_the_session(run, capsys, monkeypatch):
+    for typed, sentence in [
+        ("/temperature warm", "temperature='warm' should be a number"),
+        ("/top_p 2", "top_p=2.0 should be above 0"),
+        ("/run elsewhere", "/run cannot be changed here"),
+        ("/temprature 1", "/temprature cannot be changed here"),
+    ]:
+        out, err = talk(capsys, monkeypatch, run, f"{typed}\none\n")
+        assert sentence in err and out.strip()
+    assert " temperature=0.8 " in talk(capsys, monkeypatch, run, "/help\n")[1]
+
+
+class Terminal:
+    """sample.py --interactive on a terminal of its own."""
+
+    def __init__(self, run):
+        pty = pytest.importorskip("pty", reason="no terminals to play with on Windows")
+        self.ours, theirs = pty.openpty()
+        self.shown = ""
+        command = [sys.executable, str(ROOT / "sample.py"), str(run), "--interactive"]
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        )
+        os.close(theirs)
+
+    def type(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+    def until(self, pattern: str) -> str:
+        """What appears before something that matches `pattern`."""
+        end = time.monotonic() + 60
+        while not (found := re.search(pattern, self.shown, re.DOTALL)):
+            assert time.monotonic() < end, self.shown
+            if select.select([self.ours], [], [], 0.1)[0]:
+                self.shown += os.read(self.ours, 65536).decode(errors="replace")
+        shown, self.shown = self.shown[: found.start()], self.shown[found.end() :]
+        return shown
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_session(run):
+    terminal = Terminal(run)
+    terminal.until("> ")
+    terminal.type("/max_tokens 1000000\n")
+    terminal.until("max_tokens=1000000")
+    terminal.until("> ")
+    terminal.type("/temperature 0\n")  # greedy text repeats itself, endlessly
+    terminal.until("> ")
+    terminal.type("the model \n")
+    assert terminal.until("the model").strip() == ""  # the terminal's own echo
+    terminal.until(".{50}")  # it is writing
+    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.until("> ")
+    terminal.type("half a prompt")
+    terminal.until("half a prompt")
+    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.until("> ")
+    terminal.type("/help\n")
+    assert "Traceback" not in terminal.until("temperature=0.0")
+    terminal.until("> ")
+    terminal.type("\x04")  # Ctrl-D
+    assert terminal.process.wait(20) == 0
+
+
+def test_a_ctrl_c_is_quiet_at_any_moment(run):
+    """While Python loads the script, torch, the model; and while it writes."""
+    up = "import runpy, signal, sys; print('up', flush=True); sys.argv = sys.argv[1:]; "
+    up += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", up, str(ROOT / "sample.py"), str(run)]
+    command += ["--max_tokens=1000000", "--temperature=0"]  # greedy text repeats itself, endlessly
+    for delay in (0.03, 0.1, 0.3, 0.8, 2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"up\n"
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (130, b""), f"after {delay:.2f} s"

@@ -1,0 +1,261 @@
+"""Generating: cached, seeded, with a pick that can be replaced, streamed in whole characters."""
+
+import collections
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from generate import TextStream, generate, penalise, pick
+from model import GPT, GPTConfig
+from tokenizer import bytes_tokenizer
+
+
+def make_model(block_size: int = 16, **more) -> GPT:
+    model = GPT(GPTConfig(vocab_size=257, block_size=block_size, n_layer=2, n_embd=32, **more))
+    model.init_weights(3, zero_init=False)
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    return model.eval()
+
+
+def greedy_uncached(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """What generate should do at temperature 0, without a cache."""
+    limit = model.config.block_size
+    context, out = prompt[-limit:], []
+    for _ in range(count):
+        if len(context) > limit:  # full: its last half is read anew
+            context = context[-(limit // 2) :]
+        out.append(model(torch.tensor([context]))[0, -1].argmax().item())
+        context.append(out[-1])
+    return out
+
+
+@pytest.mark.parametrize("prompt", [[256], list(range(5)), list(range(16)), list(range(40))])
+def test_cached_text_equals_uncached_text_beyond_the_context(prompt):
+    model = make_model()
+    cached = [token for (token,) in generate(model, prompt, 60, temperature=0)]
+    assert cached == greedy_uncached(model, prompt, 60)
+    assert len(set(cached)) > 5
+
+
+def test_every_token_passes_the_model_once_until_the_context_is_full():
+    model, passed = make_model(), []
+    model.register_forward_pre_hook(lambda _, args: passed.append(tuple(args[0].shape)))
+    assert len(list(generate(model, [1, 2, 3, 4], 15, num_samples=2))) == 15
+    prompt, one, half = (1, 4), (2, 1), (2, 8)
+    assert passed == [prompt, *[one] * 12, half, one]  # the last token picked needs no pass
+
+
+def test_same_seed_same_tokens_whatever_the_number_of_samples():
+    model = make_model()
+
+    def run(n, seed):
+        return list(zip(*generate(model, [5, 6], 40, num_samples=n, seed=seed), strict=True))
+
+    three = run(3, seed=0)
+    assert three == run(3, seed=0)
+    assert run(1, seed=0)[0] == three[0]
+    assert len({three[0], three[1], three[2], run(1, seed=1)[0]}) == 4
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="no token"):
+        next(generate(make_model(), [], 3))
+
+
+# --- pick
+
+
+def test_pick_follows_the_distribution():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
+    uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+
+    def shares(**settings):
+        counts = collections.Counter(pick(logits, uniform, **settings).tolist())
+        return [round(counts[i] / 4000, 3) for i in range(4)]
+
+    assert shares() == [0.5, 0.3, 0.15, 0.05]
+    assert shares(top_k=2) == [0.625, 0.375, 0, 0]
+    assert shares(top_k=99) == shares()
+    assert shares(top_p=0.6) == [0.625, 0.375, 0, 0]  # the smallest set that reaches 0.6
+    assert shares(top_p=1e-9) == [1, 0, 0, 0]
+    assert shares(top_k=2, top_p=0.6) == [1, 0, 0, 0]  # of the two that are left, one has 0.625
+    assert shares(temperature=0) == shares(temperature=1e-30) == [1, 0, 0, 0]
+    assert shares(temperature=1e-6) == [1, 0, 0, 0]
+    halves = torch.zeros(2, 2)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert len(set(pick(halves, ends, top_p=0.5).tolist())) == 1  # one half reaches 0.5
+    assert shares(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=1e-3)
+
+
+def test_each_row_is_picked_by_its_own_number_and_its_own_ranking():
+    logits = torch.tensor([[0.1, 0.7, 0.2], [0.2, 0.1, 0.7]]).log()
+    for settings in ({}, {"top_k": 2}, {"top_p": 0.95}):
+        first = pick(logits, torch.tensor([0.3, 0.0], dtype=torch.float64), **settings)
+        assert first.tolist() == [1, 0 if not settings else 2]
+
+
+def test_a_token_of_no_probability_is_never_picked():
+    logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 4)
+    uniform = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert pick(logits, uniform).tolist() == [0, 2, 2]
+    assert set(pick(logits, uniform, top_p=0.999).tolist()) <= {0, 2}
+
+
+def test_rare_tokens_of_a_large_vocabulary_keep_their_share():
+    """200,000 tokens have a thousandth among them: in float32 a dozen share each possible sum."""
+    rare = 200_000
+    logits = torch.full((1, rare + 1), 1e-3 / rare).log()
+    logits[0, 0] = torch.tensor(1 - 1e-3).log()
+    for settings in ({}, {"top_p": 1 - 1e-9}):
+        numbers = [0.9995 + i * 1e-3 / rare for i in range(20)]
+        picked = {
+            pick(logits, torch.tensor([number], dtype=torch.float64), **settings).item()
+            for number in numbers
+        }
+        assert len(picked) >= 19
+
+
+def test_logits_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="float32"):
+        pick(torch.tensor([[0.0, torch.nan]]), torch.zeros(1, dtype=torch.float64))
+
+
+class OtherDevice(TorchDispatchMode):
+    """Plays a device without float64, such as Apple's, whose sums have no fixed order, as CUDA's.
+
+    Its tensors are those of "meta"; what is copied to the CPU arrives as numbers.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = args and isinstance(args[0], torch.Tensor) and args[0].is_meta
+        if leaves and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            return torch.full(args[0].shape, 0.1, dtype=kwargs.get("dtype") or args[0].dtype)
+        result = function(*args, **kwargs)
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                assert tensor.dtype != torch.float64, f"{function} makes float64"
+                assert "cumsum" not in str(function), "sums on this device"
+        return result
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}]
+)
+def test_no_device_but_the_cpu_is_asked_for_float64(settings):
+    uniform = torch.zeros(2, dtype=torch.float64)
+    logits = torch.zeros(2, 9, device="meta")
+    with OtherDevice():
+        tokens = pick(logits, uniform, **settings)
+    assert tokens.shape == (2,) and tokens.is_meta and tokens.dtype == torch.int64
+
+
+def test_a_pick_of_your_own_takes_the_place_of_ours():
+    seen = []
+
+    def second_best(logits, uniform, note):
+        seen.append((tuple(logits.shape), tuple(uniform.shape), note))
+        return logits.topk(2)[1][:, 1]
+
+    model = make_model()
+    tokens = list(generate(model, [1, 2], 3, num_samples=2, pick=second_best, note="here"))
+    assert seen == [((2, 257), (2,), "here")] * 3
+    assert tokens[0] == [model(torch.tensor([[1, 2]]))[0, -1].topk(2)[1][1]] * 2
+
+
+@pytest.mark.parametrize("temperature", [0, 5])
+def test_unused_ids_are_never_picked(temperature):
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight[250:] *= 30  # these would be picked all the time
+    for unused in ((), range(250, 257)):
+        steps = generate(model, [1], 50, num_samples=4, temperature=temperature, unused=unused)
+        picked = {token for tokens in steps for token in tokens}
+        assert picked.isdisjoint(range(250, 257)) == bool(unused)
+
+
+def test_a_repetition_penalty_makes_what_was_there_less_likely():
+    logits = torch.tensor([[2.0, -2.0, 3.0, -3.0]])
+    penalised = penalise(logits, torch.tensor([[0, 1, 0]]), 2.0)
+    assert penalised.tolist() == [[1.0, -4.0, 3.0, -3.0]]
+    transformers = pytest.importorskip("transformers")
+    context = torch.randint(50, (3, 20), generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.2)(context, logits)
+    assert torch.equal(penalise(logits, context, 1.2), theirs)
+
+
+def test_a_repetition_penalty_counts_prompt_and_answer_and_1_is_off():
+    model = make_model(block_size=128)
+
+    def greedy(**more):
+        return [token for (token,) in generate(model, [7, 8], 60, temperature=0, **more)]
+
+    assert greedy(repetition_penalty=1.0) == greedy()
+    assert len(set(greedy())) < 60
+    once = greedy(repetition_penalty=1e6)  # logits here are of both signs
+    assert len({7, 8, *once}) == 62
+
+
+# --- TextStream
+
+
+def test_streaming_never_cuts_a_character():
+    text = "naïve 文字 👩‍👩‍👧 ok"
+    stream = TextStream(bytes_tokenizer())
+    parts = [stream.feed(token) for token in text.encode()]
+    assert "".join(parts) + stream.end() == text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(parts)
+
+
+def test_an_unfinished_character_at_the_end_is_shown_as_such():
+    stream = TextStream(bytes_tokenizer())
+    parts = [stream.feed(token) for token in "文".encode()[:2]]
+    assert parts == ["", ""] and stream.end() == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    "text, stop, shown, by",
+    [
+        ("AAAB tail", ["AAB"], "A", "AAB"),
+        ("one two", ["two"], "one ", "two"),
+        ("one tw", ["two"], "one tw", ""),
+        ("ababac", ["abac"], "ab", "abac"),
+        ("x END y STOP", ["STOP", "END"], "x ", "END"),
+        ("aXY", ["XYZ", "Y"], "aX", "Y"),
+        ("文字文", ["字"], "文", "字"),
+        ("plain", [], "plain", ""),
+    ],
+)
+def test_stop_strings(text, stop, shown, by):
+    stream = TextStream(bytes_tokenizer(), tuple(stop))
+    parts = [stream.feed(token) for token in text.encode()]
+    assert "".join(parts) + stream.end() == shown
+    assert stream.stopped_by == by
+    assert stream.feed(65) == ""
+
+
+def test_of_two_stop_strings_in_one_token_the_earlier_counts():
+    words = {1: b"first LATE", 2: b"-", 3: b"EARLY and LATE"}
+    tokenizer = SimpleNamespace(end_of_text=0, decode_bytes=lambda ids: words[ids[0]])
+    stream = TextStream(tokenizer, ("LATE", "EARLY"))
+    assert stream.feed(2) + stream.feed(3) == "-"
+    assert stream.stopped_by == "EARLY"
+
+
+def test_end_of_text_ends_a_sample():
+    stream = TextStream(bytes_tokenizer(), ("ZZ",))
+    assert stream.feed(65) + stream.feed(90) + stream.feed(256) == "AZ"
+    assert stream.done and stream.feed(65) == "" and stream.end() == ""
+    assert stream.stopped_by == ""
+
+
+def test_each_of_several_end_tokens_ends_a_sample():
+    plain = bytes_tokenizer()
+    tokenizer = SimpleNamespace(end_of_text=256, ends={256, 10}, decode_bytes=plain.decode_bytes)
+    for end in (256, 10):
+        stream = TextStream(tokenizer)
+        assert stream.feed(65) + stream.feed(end) == "A" and stream.done
