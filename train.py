@@ -148,7 +148,7 @@ def train(s: Settings, stop: Stop) -> int:
     here.say(f"machine: {here.why}")
     machine.start(here, s.deterministic)
     stop.at_once = here.world == 1 or here.compile  # otherwise all processes stop after a step
-    data = here.each_does(lambda: Dataset(s.data, s.tokenizer))
+    data = Dataset(s.data, s.tokenizer)
     digest = here.first_does(data.verify)
     learned, held_out = data.split("train"), data.split("val")
     learned.require(s.model.block_size)
@@ -160,7 +160,7 @@ def train(s: Settings, stop: Stop) -> int:
     if run.step:
         model, _, state = checkpoint.load_weights(run.path)
     else:
-        model, state = here.each_does(lambda: new_model(s, data.tokenizer, here)), NEW
+        model, state = new_model(s, data.tokenizer, here), NEW
     model.to(here.device)
     work = rows_in_a_pass(s.batch_tokens // s.model.block_size // here.world, s)
     used = machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])

@@ -156,22 +156,6 @@ def test_settings_need_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("met", [False, True], ids=["before they meet", "after"])
-def test_a_mistake_of_another_process_is_told_with_its_rank(met, monkeypatch, capsys):
-    """Before the processes have met, all make the same mistake, and the first one tells it."""
-    import torch
-
-    def main(argv):
-        raise ValueError("this disk is gone")
-
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: met)
-    with pytest.raises(SystemExit) as ended:
-        settings.run(main)
-    assert ended.value.code == 2
-    assert ("rank 3: this disk is gone" in capsys.readouterr().err) == met
-
-
 def test_help_shows_every_setting_with_comment_and_default(capsys):
     import prepare
     import sample
