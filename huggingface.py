@@ -9,15 +9,14 @@ more memory than the largest of them.
 """
 
 import json
-import shlex
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 from engine import settings
+from engine.files import atomic_folder, write_manifest
 
 
 @dataclass
@@ -47,64 +46,33 @@ def main(argv: list[str]) -> None:
 
 def import_model(source: str, folder: Path, target: Path) -> None:
     """Writes the model in `folder` as checkpoint `target`. Raises ValueError if it does not fit."""
-    import torch
-    from safetensors.torch import save_file
-
-    from engine import families
-    from engine.checkpoint import sha256_of
-    from model import GPT
+    from engine import families, tensors
 
     # 1. what it is, and whether it has the tensors of such a model
-    theirs = families.read_json(folder / "config.json")
+    theirs = tensors.read_json(folder / "config.json")
     try:
         family, c = families.from_config(theirs, source)
     except (TypeError, AttributeError) as e:
         raise ValueError(f"{folder / 'config.json'} is damaged ({e})") from e
-    found = families.find_tensors(folder)
-    if c.n_layer > len(found):
-        raise ValueError(f"{source} has {len(found)} tensors, too few for {c.n_layer} layers")
-    biases = [n for n in found if n.endswith(".bias")] if family is families.GPT2 else []
-    if not c.bias and any(families.read(found[n]).any() for n in biases):
-        c.bias = True  # exported without biases, and trained on there
-    with torch.device("meta"):  # shapes only
-        state = GPT(c).state_dict()
-    there = families.names_there(family, state)
-    for name, ours in there.items():
-        if name not in found:
-            raise ValueError(f"{source} lacks the tensor {name}, which its config.json implies")
-        *_, shape, kind = found[name]
-        want = [
-            *families.turn(family, ours[0], torch.cat([state[n] for n in ours]), c.head_dim).shape
-        ]
-        if shape != want:
-            raise ValueError(f"{source}: {name} has shape {shape}, but config.json implies {want}")
-        if kind not in families.FLOATS:
-            raise ValueError(f"{source} needs {kind} weights, which this model lacks ({name})")
-    ignored = (*families.BUFFERS, *["lm_head.weight"] * c.tied)
-    for name in sorted(found.keys() - there.keys() - set(biases if not c.bias else ())):
-        if not name.endswith(ignored):
-            raise ValueError(f"{source} needs {name}, which this model lacks")
+    found = tensors.find(folder, family.prefix)
+    c, there = families.fit(family, c, found, source)
     tokenizer = read_tokenizer(source, folder, theirs)
 
     # 2. the checkpoint
     def weights() -> Iterator:
-        for name, ours in there.items():
-            w = families.turn(family, ours[0], families.read(found[name]), c.head_dim)
-            yield from w.split([len(state[n]) for n in ours])
+        for name, parts in there.items():
+            yield from families.split(family, found[name].read(), parts, c.head_dim)
 
+    shapes = {name: [*w.shape] for parts in there.values() for name, w in parts.items()}
     facts = dict(step=0, settings={}, model=asdict(c), data_digest=None, metrics=None)
     facts |= dict(loss_scale=None, seconds=0.0, machine=None, source=source)
-    with whole(target) as partial:
-        shapes = {n: [*state[n].shape] for ours in there.values() for n in ours}
-        families.write_safetensors(partial / "model.safetensors", shapes, weights())
-        save_file({}, partial / "optimizer.safetensors")
+    with atomic_folder(target) as partial:
+        tensors.write_safetensors(partial / "model.safetensors", shapes, weights())
+        tensors.write_safetensors(partial / "optimizer.safetensors", {}, [])
         write_json(partial / "state.json", facts)
         tokenizer.save(partial)
-        files = {
-            p.name: dict(size=p.stat().st_size, sha256=sha256_of(p)) for p in partial.iterdir()
-        }
-        write_json(partial / "manifest.json", files)
-    count = sum(w.numel() for w in state.values())
+        write_manifest(partial)
+    count = sum(prod(shape) for shape in shapes.values())
     print(f"{target}: a {family.architecture} of {count:,} parameters, {c.vocab_size:,} tokens")
     print(f"next: python sample.py {target}")
 
@@ -135,35 +103,40 @@ def locate(source: str) -> Path:
 def read_tokenizer(source: str, folder: Path, theirs: dict):
     """The tokenizer of a model, with an id for each row of its embedding. Raises ValueError."""
     from engine import tokenizer_json
-    from engine.families import read_json
-    from tokenizer import Tokenizer, bytes_tokenizer, published_tokenizer
+    from engine.tensors import read_json
+    from tokenizer import Tokenizer, published_tokenizer
 
-    vocab_size, path = theirs["vocab_size"], folder / "tokenizer.json"
-    if path.exists():
-        info = read_json(path)
+    def read(name: str) -> dict:  # what need not be there
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    def text(token: dict | str | None) -> str | None:
+        return token["content"] if isinstance(token, dict) else token
+
+    # 1. the vocabulary
+    path, vocab_size = folder / "tokenizer.json", theirs["vocab_size"]
+    if info := read(path.name):
         if (folder / "vocab.tiktoken").exists() and (folder / "encoding.json").exists():
             ours = Tokenizer.load(folder)  # it was exported here; unless it was changed since,
             if ours.vocab_size == vocab_size and tokenizer_json.to_json(ours) == info:
                 return ours
-    elif (path := folder / "vocab.json").exists() and theirs["model_type"] == "gpt2":
+    elif theirs["model_type"] == "gpt2" and (vocab := read("vocab.json")):  # as in 2019
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
-        info = dict(model=dict(vocab=read_json(path), merges=merges))
+        info = dict(model=dict(vocab=vocab, merges=merges))
         info |= dict(pre_tokenizer=dict(type="ByteLevel"))
     elif [*folder.glob("*.model")]:
         raise ValueError(f"the tokenizer of {source} needs SentencePiece, which this one lacks")
     elif vocab_size == 50257:
         return published_tokenizer("gpt2")
     else:
-        print(f"{source} has no tokenizer.json: its ids are taken for bytes", file=sys.stderr)
-        info = tokenizer_json.to_json(bytes_tokenizer())
-    ends = theirs.get("eos_token_id")
-    ends = [*ends] if isinstance(ends, list) else [ends]
-    if (folder / "tokenizer_config.json").exists():
-        end = read_json(folder / "tokenizer_config.json").get("eos_token")
-        ends.append(end.get("content") if isinstance(end, dict) else end)
+        raise ValueError(f"{source} has no tokenizer.json")
+
+    # 2. what ends a sample: here in the order in which transformers looks for it
+    words, ends = read("tokenizer_config.json"), read("generation_config.json").get("eos_token_id")
+    ends = theirs.get("eos_token_id") if ends is None else ends
+    choices = [ends if isinstance(ends, list) else [ends], [text(words.get("eos_token"))]]
     try:
-        return tokenizer_json.from_json(info, source, vocab_size, ends)
+        return tokenizer_json.from_json(info, source, vocab_size, choices)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} is damaged, or of an unknown kind ({e!r})") from e
 
@@ -175,40 +148,32 @@ def export_model(source: str, which: str, target: Path) -> None:
     """Writes a checkpoint as `target`. Raises ValueError if transformers has no such model."""
     import torch
 
-    from engine import checkpoint, families, tokenizer_json
+    from engine import checkpoint, families, tensors, tokenizer_json
     from engine.metrics import read_metrics
-    from model import GPT, GPTConfig
 
     path = checkpoint.find(source, which)
     model, tokenizer, facts = checkpoint.load_weights(path)
-    c, state = model.config, model.state_dict()
-    family, theirs = families.to_config(c)
-    with torch.device("meta"):
-        full = GPT(GPTConfig(**asdict(c) | dict(bias=family is families.GPT2))).state_dict()
-    there = {
-        name if name.startswith("lm_head.") else family.prefix + name: ours
-        for name, ours in families.names_there(family, full).items()
+    family, full, theirs = families.to_config(model.config)
+    state, there = model.state_dict(), families.layout(family, full)
+
+    def weights() -> Iterator:
+        for parts in there.values():
+            ours = {n: state[n] if n in state else torch.zeros(w.shape) for n, w in parts.items()}
+            yield families.join(family, ours, full.head_dim)
+
+    shapes = {
+        name: [*families.join(family, parts, full.head_dim).shape] for name, parts in there.items()
     }
-
-    def joined(ours: list[str]):
-        parts = [state[n] if n in state else torch.zeros(full[n].shape) for n in ours]
-        return families.turn(
-            family, ours[0], torch.cat(parts) if len(parts) > 1 else parts[0], c.head_dim
-        )
-
-    end = tokenizer.end_of_text
-    ids = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    names = {i: text for text, i in tokenizer.special.items()}
-    name = names.get(end) or tokenizer_json.spell(tokenizer.decode_bytes([end]))
-    words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size)
-    words |= dict(bos_token=name, eos_token=name, pad_token=name)
+    end, ends = tokenizer.end_of_text, tokenizer.ends
+    bos = tokenizer.begin[0] if tokenizer.begin else end
+    ids = dict(bos_token_id=bos, eos_token_id=ends if len(ends) > 1 else end, pad_token_id=end)
+    words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=full.block_size)
+    for key, i in dict(bos_token=bos, eos_token=end, pad_token=end).items():
+        words[key] = tokenizer_json.text_of(tokenizer, i)
     # text is text, as here: no space is tidied up, and no special token read out of it
     words |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
-    with whole(target) as partial:
-        shapes = {name: [*joined(ours).shape] for name, ours in there.items()}
-        families.write_safetensors(
-            partial / "model.safetensors", shapes, map(joined, there.values())
-        )
+    with atomic_folder(target) as partial:
+        tensors.write_safetensors(partial / "model.safetensors", shapes, weights())
         write_json(partial / "config.json", theirs | ids)
         write_json(partial / "generation_config.json", ids)
         write_json(partial / "tokenizer.json", tokenizer_json.to_json(tokenizer))
@@ -218,17 +183,24 @@ def export_model(source: str, which: str, target: Path) -> None:
         text = card(target.name, family.architecture, model, tokenizer, facts, rows)
         (partial / "README.md").write_text(text, encoding="utf-8")
     print(f"{target}: {path} as a {family.architecture}")
+    cut = (tokenizer.encoding._pat_str, tokenizer.normalizer)
+    if family is families.QWEN2 and cut != (tokenizer_json.QWEN_SPLIT, "NFC"):
+        print(
+            "AutoTokenizer (transformers 5) cuts the words for any Qwen2ForCausalLM as Qwen's own"
+            " tokenizer does: open this one with PreTrainedTokenizerFast",
+            file=sys.stderr,
+        )
 
 
 def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list[dict]) -> str:
     """A model card: what is on record about model and training, and nothing else."""
-    from train import Settings as Training
-
-    c, s, step = model.config, facts["settings"], facts["step"]
+    s, step = facts["settings"], facts["step"]
     table = dict(architecture=architecture, parameters=f"{model.num_parameters():,}")
-    table["context"] = f"{c.block_size:,} tokens"
+    table["context"] = f"{model.config.block_size:,} tokens"
     table["vocabulary"] = f"{tokenizer.vocab_size:,} tokens ({tokenizer.name})"
-    if s:
+    if not s:
+        table["imported from"] = facts["source"]
+    else:
         table |= {"data": s["data"], "digest of the data": facts["data_digest"]}
         table |= {"updates": f"{step:,}", "tokens seen": f"{step * s['batch_tokens']:,}"}
         units = dict(loss="nats a token", val_loss="nats a token", val_bpb="bits a byte of text")
@@ -236,15 +208,10 @@ def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list
             for row in [row for row in rows if row.get(key) is not None][-1:]:
                 table[key] = f"{row[key]:.4f} {unit} (step {row['step']:,})"
         table["time"] = f"{facts['seconds']:,.0f} seconds, torch {facts['machine']['torch']}"
-    else:
-        table["imported from"] = facts["source"]
     text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
     text += "| | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in table.items())
     if s:
-        chosen = {k: s[k] for k, v in asdict(Training()).items() if k in s and s[k] != v}
-        words = [f"--{k}={shlex.quote(str(v))}" for k, v in chosen.items() if k != "config"]
-        text += f"\n```sh\npython train.py {s['config']} {' '.join(words)}\n```\n"
-        text += f"\nAll settings:\n\n```json\n{json.dumps(s, indent=2)}\n```\n"
+        text += f"\nThe settings of train.py:\n\n```json\n{json.dumps(s, indent=2)}\n```\n"
     return text
 
 
@@ -253,27 +220,6 @@ def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `target` at the end, and disappears if there is none."""
-    from engine.checkpoint import fsync
-
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in partial.iterdir():
-            fsync(path)
-        if target.exists():
-            target.rmdir()  # empty
-        partial.rename(target)
-        fsync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ class Tokenizer:
 
     `kind` is "bytes", "bpe" or "tiktoken"; `normalizer` is None or a Unicode form such as "NFC";
     `vocab_size` counts everything; `end_of_text` is the id that ends every document, by default
-    that of <|endoftext|>. Special tokens in `literal` are the exception: they may stand in text.
+    that of <|endoftext|>, and `ends` are all ids that end a sample. `begin` are the ids that every
+    prompt begins with, as Llama's do. Special tokens in `literal` are the exception: they may stand
+    in text.
     """
 
     def __init__(
@@ -47,11 +49,15 @@ class Tokenizer:
         normalizer: str | None = None,
         end_of_text: int | None = None,
         literal: list[str] | None = None,
+        begin: list[int] | None = None,
+        ends: list[int] | None = None,
     ):
         self.kind, self.encoding, self.normalizer = kind, encoding, normalizer
         self.name, self.vocab_size = encoding.name, encoding.n_vocab
         self.special, self.literal = encoding._special_tokens, literal or []
         self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
+        self.begin = begin or []
+        self.ends = ends or [self.end_of_text]
         longest_first = sorted(map(re.escape, self.literal), key=len, reverse=True)
         self.literals = re.compile(f"({'|'.join(longest_first)})") if literal else None
 
@@ -76,6 +82,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_to_array(text).tolist()
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids with which a model continues `text`: never none."""
+        return self.begin + self.encode(text) or [self.end_of_text]
+
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The exact bytes of `ids`; they may begin or end inside a character."""
         return self.encoding.decode_bytes(ids)
@@ -93,6 +103,10 @@ class Tokenizer:
             info["end_of_text"] = self.end_of_text
         if self.literal:
             info["literal"] = self.literal
+        if self.begin:
+            info["begin"] = self.begin
+        if self.ends != [self.end_of_text]:
+            info["ends"] = self.ends
         text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
         ranks = sorted(e._mergeable_ranks.items(), key=lambda item: item[1])
         lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
@@ -121,8 +135,9 @@ class Tokenizer:
                 mergeable_ranks=ranks,
                 special_tokens=info["special_tokens"],
             )
-            more = (info.get("end_of_text"), info.get("literal"))
-            return Tokenizer(info["kind"], encoding, info["normalizer"], *more)
+            optional = ("end_of_text", "literal", "begin", "ends")
+            more = {key: info.get(key) for key in optional}
+            return Tokenizer(info["kind"], encoding, info["normalizer"], **more)
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"the tokenizer files in {folder} are damaged: {e!r}") from e
 

@@ -79,6 +79,7 @@ class Settings:
     dtype: settings.DType = "auto"  # of matrix products
     compile: settings.Compile = "auto"  # whether torch.compile makes kernels for this very model
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
+    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
 
     # another beginning, or something else than training
@@ -139,7 +140,7 @@ def update(model, optimizers, scale, gradients, x, y, step: int, s: Settings, he
 def train(s: Settings, stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status."""
     from dataset import Dataset
-    from engine import checkpoint, machine
+    from engine import checkpoint, fast, machine
     from engine.run import NEW, Run
     from optim import LossScale, make_optimizers
 
@@ -166,6 +167,7 @@ def train(s: Settings, stop: Stop) -> int:
     rows = s.batch_tokens // s.model.block_size  # of a batch, over all processes
     work = rows_in_a_pass(rows // here.world, s)
     used = machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
+    fast.use(model, here, s.fast, state["machine"])
     optimizers = make_optimizers(model, s, here.dtype)
     if run.step:
         checkpoint.load_optimizers(run.path, model, optimizers)
@@ -183,7 +185,7 @@ def train(s: Settings, stop: Stop) -> int:
         return 0
 
     # 4. the steps
-    fast = machine.compiled(model, here, work) if here.compile else model
+    runner = machine.compiled(model, here, work) if here.compile else model
     gradients = machine.GradientSum(list(model.parameters()) if here.world > 1 else [])
     with stop.deferred():  # from here on a request to stop waits for the end of a step
         for step in range(run.step + 1, s.steps + 1):  # the update that makes it `step`
@@ -194,7 +196,7 @@ def train(s: Settings, stop: Stop) -> int:
                     step - 1, rows, s.model.block_size, s.seed, here.rank, here.world
                 )
                 try:
-                    loss, norm = update(fast, optimizers, scale, gradients, x, y, step, s, here)
+                    loss, norm = update(runner, optimizers, scale, gradients, x, y, step, s, here)
                 except FloatingPointError as e:
                     return run.not_finite(step, e)
             if run.due(step, s.log_every):

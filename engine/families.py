@@ -1,155 +1,224 @@
 """The architectures of Hugging Face's transformers that model.py covers, and how they are written.
 
-A model there is a config.json and tensors with names, in one safetensors file or several. A
-`Family` holds all in which these differ from GPTConfig and from the parameters of GPT; the code is
-the same for all families, but for `turn`.
+A model there is a config.json and tensors with names. A `Family` says in tables how these differ
+from GPTConfig and from the parameters of GPT. To add one, write its `Family`, a line in FAMILIES,
+and a model of it in tests/test_huggingface.py, which holds it against transformers; code is needed
+only if it stores some tensor differently (`turn`).
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import prod
-from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
-from engine.checkpoint import require_space
-from engine.settings import settings_of
+from engine.settings import convert, settings_of
+from engine.tensors import FLOATS, Stored
+from model import GPT
 from shape import GPTConfig
+
+# --- the families
 
 
 @dataclass
 class Family:
     architecture: str  # the class of transformers
-    shape: dict  # settings of GPTConfig that all its models share
-    keys: dict  # the other settings: their key in config.json
-    defaults: dict  # key: its default there; what has none must be given. None: derived, or off
-    needs: dict  # key: the values that we have, too; the first is exported
-    words: dict  # a word in the name of a parameter of GPT: the word there
-    prefix: str = "model."  # of all names but the head's
+    shape: dict  # settings of GPTConfig that all its models share; what is not named is as default
+    keys: dict  # a setting that config.json decides: its key there
+    defaults: dict  # a key that may be missing: its value then; None is derived, or off
+    needs: dict  # key: the values whose meaning we have, too; the first is exported
+    names: dict  # a word in the name of a parameter of GPT: the word there
+    prefix: str = "model."  # of all names there but the head's
+    spare: str = ""  # a setting whose parameters are always there: all zero if it is off here
 
 
-def pairs(text: str) -> dict[str, str]:
-    return dict(pair.split("=") for pair in text.split())
-
+PLAIN = dict(norm_weight=True, embed_norm=False, qk_norm=False, logit_cap=0.0)  # unlike our default
 
 GPT2 = Family(
-    "GPT2LMHeadModel",
-    shape=dict(position="learned", norm="layer", norm_weight=True, embed_norm=False)
-    | dict(qk_norm=False, mlp="gelu", logit_cap=0),
-    keys=pairs(
-        "vocab_size=vocab_size block_size=n_positions n_layer=n_layer n_head=n_head n_embd=n_embd"
-        " mlp_dim=n_inner norm_eps=layer_norm_epsilon tied=tie_word_embeddings bias=bias"
+    architecture="GPT2LMHeadModel",
+    shape=PLAIN | dict(position="learned", norm="layer", mlp="gelu"),
+    keys=dict(
+        vocab_size="vocab_size",
+        block_size="n_positions",
+        n_layer="n_layer",
+        n_head="n_head",
+        n_embd="n_embd",
+        mlp_dim="n_inner",
+        norm_eps="layer_norm_epsilon",
+        tied="tie_word_embeddings",
     ),
-    # bias is a key of our own: there it is always true, and exported biases are zero where it isn't
-    defaults=dict(n_positions=1024, n_inner=None, layer_norm_epsilon=1e-5, bias=True)
-    | dict(tie_word_embeddings=True),
-    needs=dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,))
-    | dict(scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)),
-    words=pairs(
-        "blocks=h attn_norm=ln_1 wq=c_attn wk=c_attn wv=c_attn wo=c_proj mlp_norm=ln_2 up=c_fc"
-        " down=c_proj norm=ln_f head=lm_head"
+    defaults=dict(n_inner=None, layer_norm_epsilon=1e-5, tie_word_embeddings=True),
+    needs=dict(
+        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
+    ),
+    names=dict(
+        blocks="h",
+        attn_norm="ln_1",
+        wq="c_attn",
+        wk="c_attn",
+        wv="c_attn",
+        wo="c_proj",
+        mlp_norm="ln_2",
+        up="c_fc",
+        down="c_proj",
+        norm="ln_f",
+        head="lm_head",
     ),
     prefix="transformer.",
+    spare="bias",
 )
 LLAMA = Family(
-    "LlamaForCausalLM",
-    shape=dict(position="rotary", norm="rms", norm_weight=True, embed_norm=False)
-    | dict(qk_norm=False, mlp="swiglu", bias=False, logit_cap=0),
-    keys=pairs(
-        "vocab_size=vocab_size block_size=max_position_embeddings n_layer=num_hidden_layers"
-        " n_head=num_attention_heads n_kv_head=num_key_value_heads n_embd=hidden_size"
-        " head_dim=head_dim mlp_dim=intermediate_size norm_eps=rms_norm_eps"
-        " tied=tie_word_embeddings"
+    architecture="LlamaForCausalLM",
+    shape=PLAIN | dict(mlp="swiglu"),
+    keys=dict(
+        vocab_size="vocab_size",
+        block_size="max_position_embeddings",
+        n_layer="num_hidden_layers",
+        n_head="num_attention_heads",
+        n_kv_head="num_key_value_heads",
+        n_embd="hidden_size",
+        head_dim="head_dim",
+        mlp_dim="intermediate_size",
+        norm_eps="rms_norm_eps",
+        tied="tie_word_embeddings",
     ),
-    defaults=dict(max_position_embeddings=2048, num_key_value_heads=None, head_dim=None)
-    | dict(rms_norm_eps=1e-6, tie_word_embeddings=False),
+    defaults=dict(num_key_value_heads=None, head_dim=None, tie_word_embeddings=False),
     needs=dict(hidden_act=("silu", "swish"), attention_bias=(False,), mlp_bias=(False,)),
-    words=pairs(
-        "wte=embed_tokens blocks=layers attn_norm=input_layernorm attn=self_attn wq=q_proj"
-        " wk=k_proj wv=v_proj wo=o_proj mlp_norm=post_attention_layernorm gate=gate_proj"
-        " up=up_proj down=down_proj head=lm_head"
+    names=dict(
+        wte="embed_tokens",
+        blocks="layers",
+        attn_norm="input_layernorm",
+        attn="self_attn",
+        wq="q_proj",
+        wk="k_proj",
+        wv="v_proj",
+        wo="o_proj",
+        mlp_norm="post_attention_layernorm",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+        head="lm_head",
     ),
 )
-QWEN3 = Family(
-    "Qwen3ForCausalLM",
-    shape=LLAMA.shape | dict(qk_norm=True),
-    keys=LLAMA.keys,
-    defaults=LLAMA.defaults | dict(num_key_value_heads=32, head_dim=128),
-    needs=dict(hidden_act=("silu",), attention_bias=(False,), use_sliding_window=(False,)),
-    words=LLAMA.words,
+MISTRAL = replace(  # without its window a Llama, but one whose width need not divide by its heads
+    LLAMA,
+    architecture="MistralForCausalLM",
+    needs=dict(hidden_act=("silu",), sliding_window=(None,)),
 )
-NANOCHAT = Family(
-    "NanoChatForCausalLM",
-    shape=dict(position="rotary", norm="rms", norm_weight=False, embed_norm=True)
-    | dict(qk_norm=True, mlp="relu2", bias=False),
+QWEN2 = replace(
+    LLAMA,
+    architecture="Qwen2ForCausalLM",
+    shape=LLAMA.shape | dict(qkv_bias=True),
+    needs=dict(hidden_act=("silu",), use_sliding_window=(False,)),
+)
+QWEN3 = replace(
+    LLAMA,
+    architecture="Qwen3ForCausalLM",
+    shape=LLAMA.shape | dict(qk_norm=True),
+    defaults=dict(tie_word_embeddings=False),
+    needs=dict(hidden_act=("silu",), attention_bias=(False,), use_sliding_window=(False,)),
+)
+NANOCHAT = replace(
+    LLAMA,
+    architecture="NanoChatForCausalLM",
+    shape={},
     keys=LLAMA.keys | dict(logit_cap="final_logit_softcapping"),
     defaults=LLAMA.defaults | dict(final_logit_softcapping=15.0),
     needs=dict(hidden_act=("relu2",), attention_bias=(False,)),
-    words=LLAMA.words | dict(up="fc1", down="fc2"),
+    names=LLAMA.names | dict(up="fc1", down="fc2"),
+)
+FAMILIES = dict(  # by model_type; of those that a shape fits, it leaves as the first
+    gpt2=GPT2, llama=LLAMA, mistral=MISTRAL, qwen2=QWEN2, qwen3=QWEN3, nanochat=NANOCHAT
 )
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # stored, but no weights
-FLOATS = ("F32", "F16", "BF16")
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "nanochat": NANOCHAT}
+SCALED = dict(rope_factor="factor", rope_original="original_max_position_embeddings")
+LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0)  # of Llama 3.1 to 3.3, and in model.py
+
+
+# --- config.json
+
+
+def lacking(source: str, what: str) -> ValueError:
+    return ValueError(f"{source} needs {what}, which this model lacks")
+
+
+def setting(ours: str, key: str, value, source: str):
+    """The value of a setting of GPTConfig, which their `key` gives, if it can be one."""
+    known = settings_of(GPTConfig)
+    try:
+        return convert(key, value, known.get(ours, known["n_embd"]))  # vocab_size is like n_embd
+    except ValueError as e:
+        raise ValueError(f"config.json of {source}: {e}") from e
 
 
 def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
     """What a config.json describes. Raises ValueError with the name of what we lack."""
-
-    def require(has: bool, what: str) -> None:
-        if not has:
-            raise ValueError(f"{source} needs {what}, which this model lacks")
-
     family = FAMILIES.get(theirs.get("model_type"))
     if family is None:
         names = theirs.get("architectures") or [theirs.get("model_type", "no known architecture")]
         known = ", ".join(f.architecture for f in FAMILIES.values())
         raise ValueError(f"{source} has {names[0]}, but only {known} can be read")
-    for key, values in (family.needs | dict(quantization_config=(None,))).items():
-        value = theirs.get(key, values[0])
-        require(value in values, f"{key}={value}")
-    kinds = set(theirs.get("layer_types") or ())
-    require(kinds <= {"full_attention"}, f"layers of the types {', '.join(sorted(kinds))}")
     values = dict(family.shape)
-    types = {name: setting.kind for name, setting in settings_of(GPTConfig).items()}
-    types["vocab_size"] = int
     for ours, key in family.keys.items():
-        value, least = theirs.get(key, family.defaults.get(key)), key not in family.defaults
-        if value is None and not least:
+        value = theirs.get(key, family.defaults.get(key))
+        if value is None and key in family.defaults:
             value = 0  # as in GPTConfig: derived, or off
-        kind = (int, float) if types[ours] is float else int  # a bool is an int, too
-        fits = isinstance(value, kind) and isinstance(value, bool) == (types[ours] is bool)
-        if not fits or not least <= value < 2**31:
-            raise ValueError(f"config.json of {source} has {key}={value!r}, which cannot be")
-        values[ours] = value
-    if values["position"] == "rotary":
-        # the older form has rope_theta and rope_scaling instead
-        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        single = kind == "default" and not any(isinstance(value, dict) for value in rope.values())
-        require(single, f"a rotary scaling ({kind})")
-        partial = rope.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1
-        require(partial == 1, f"a partial rotary embedding ({partial})")
-        base = rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0
-        require(isinstance(base, (int, float)) and base > 0, f"rope_theta={base!r}")
-        values["rope_base"] = float(base)
+        values[ours] = setting(ours, key, value, source)
+    if family.spare:
+        values[family.spare] = True
+    if family is not GPT2:
+        values |= from_rope(theirs, source)
+    for key, known in (family.needs | dict(quantization_config=(None,))).items():
+        value = theirs.get(key, known[0])
+        if key == "sliding_window":
+            value = theirs.get(key, 4096)
+            value = None if value and value >= values["block_size"] else value  # it never bites
+        if value not in known:
+            raise lacking(source, f"{key}={value}")
+    kinds = {"full_attention", *(theirs.get("layer_types") or ())}
+    if len(kinds) > 1:
+        raise lacking(source, f"layers of the types {', '.join(sorted(kinds))}")
     return family, GPTConfig(**values)
 
 
-def to_config(c: GPTConfig) -> tuple[Family, dict]:
-    """The family of a shape, and its config.json but for the vocabulary's ids.
+def from_rope(theirs: dict, source: str) -> dict:
+    """The settings of rotary positions in a config.json, as since version 5 or as before."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    for_all = not any(isinstance(value, dict) for value in rope.values())  # not by type of layer
+    if kind not in ("default", "llama3") or not for_all:
+        raise lacking(source, f"a rotary scaling ({kind})")
+    partial = rope.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1
+    if partial != 1:
+        raise lacking(source, f"a partial rotary embedding ({partial})")
+    base = rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0
+    values = dict(rope_base=setting("rope_base", "rope_theta", base, source))
+    if kind == "llama3":
+        for key, value in LLAMA3.items():
+            if rope.get(key) != value:
+                raise lacking(source, f"{key}={rope.get(key)} of its rotary scaling (not {value})")
+        for ours, key in SCALED.items():
+            values[ours] = setting(ours, key, rope.get(key), source)
+    return values
+
+
+def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
+    """The family of a shape, the shape that it stores, and its config.json but for special ids.
 
     Raises ValueError with what keeps the shape from the nearest family.
     """
+    plain = {f.name: f.default for f in fields(GPTConfig)}
+    plain |= dict(n_kv_head=c.n_head, head_dim=c.n_embd / c.n_head)
     differences = {}
     for model_type, family in FAMILIES.items():
-        differ = [k for k, value in family.shape.items() if getattr(c, k) != value]
-        if family is GPT2:
-            differ += ["n_kv_head"] * (c.n_kv_head != c.n_head)
-            differ += ["head_dim"] * (c.head_dim * c.n_head != c.n_embd)
-        differ += ["n_head"] * (family is LLAMA and c.n_embd % c.n_head > 0)
-        differences[model_type] = differ
+        free = {*family.keys, *SCALED, family.spare, "rope_base", "dropout", "zero_init"}
+        wanted = {name: v for name, v in (plain | family.shape).items() if name not in free}
+        differences[model_type] = [name for name, v in wanted.items() if getattr(c, name) != v]
+        if family is LLAMA and c.n_embd % c.n_head:
+            differences[model_type].append("n_head")
     model_type = min(differences, key=lambda name: len(differences[name]))
     family, reasons = FAMILIES[model_type], differences[model_type]
     if reasons:
@@ -162,18 +231,31 @@ def to_config(c: GPTConfig) -> tuple[Family, dict]:
     theirs |= {key: values[0] for key, values in family.needs.items()}
     if family is NANOCHAT:
         theirs["final_logit_softcapping"] = c.logit_cap or None
-    if c.position == "rotary":  # in both forms: since version 5, and before
-        rope = dict(rope_type="default", rope_theta=c.rope_base)
-        theirs |= dict(rope_parameters=rope, rope_theta=c.rope_base)
-    return family, theirs
+    if family is not GPT2:  # in both forms: since version 5, and before
+        rope = dict(rope_type="default")
+        if c.rope_factor != 1:
+            rope = LLAMA3 | {key: getattr(c, ours) for ours, key in SCALED.items()}
+            rope["rope_type"] = "llama3"
+            theirs["rope_scaling"] = rope
+        theirs["rope_theta"] = c.rope_base
+        theirs["rope_parameters"] = rope | dict(rope_theta=c.rope_base)
+    return family, replace(c, **{family.spare: True} if family.spare else {}), theirs
 
 
-def names_there(family: Family, names) -> dict[str, list[str]]:
-    """Each tensor there, by its name without prefix: the parameters of GPT that it joins."""
-    there: dict[str, list[str]] = {}
-    for name in names:
-        words = (family.words.get(word, word) for word in name.split("."))
-        there.setdefault(".".join(words), []).append(name)
+# --- tensors
+
+
+def layout(family: Family, c: GPTConfig) -> dict[str, dict[str, Tensor]]:
+    """Each tensor there, by name: the parameters of GPT that it joins, by name and without data."""
+    if c.position == "rotary":
+        c = replace(c, block_size=1)  # no parameter depends on it, but a table does
+    with torch.device("meta"):  # shapes only
+        state = GPT(c).state_dict()
+    there: dict[str, dict[str, Tensor]] = {}
+    for name, w in state.items():
+        name_there = ".".join(family.names.get(word, word) for word in name.split("."))
+        prefix = "" if name.startswith("head.") else family.prefix
+        there.setdefault(prefix + name_there, {})[name] = w
     return there
 
 
@@ -187,72 +269,50 @@ def turn(family: Family, name: str, w: Tensor, head_dim: int) -> Tensor:
     return w
 
 
-# --- files
+def join(family: Family, parts: dict[str, Tensor], head_dim: int) -> Tensor:
+    """The tensor there of these parameters of GPT."""
+    name, *more = parts
+    w = torch.cat([*parts.values()]) if more else parts[name]
+    return turn(family, name, w, head_dim)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} is missing or damaged ({e})") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it should begin with a brace")
-    return content
+def split(family: Family, w: Tensor, parts: dict[str, Tensor], head_dim: int) -> tuple:
+    """The way back: the tensor `w` there as parameters of the shapes of `parts`."""
+    name, *_ = parts
+    return turn(family, name, w, head_dim).split([len(part) for part in parts.values()])
 
 
-def find_tensors(folder: Path) -> dict[str, tuple]:
-    """The tensors of a model, by name without prefix: file, whole name, shape, type."""
-    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if one.exists():
-        paths = [one]
-    elif index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-            raise ValueError(f"{index} is damaged: it has no weight_map")
-        paths = [folder / shard for shard in sorted(set(shards.values()))]
-    else:
-        for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]:
-            raise ValueError(
-                f"{path} is a pickle, which could run any program, so it is not read: convert it"
-                " where you trust it, with transformers: AutoModelForCausalLM.from_pretrained("
-                f"{str(folder)!r}).save_pretrained('converted')"
-            )
-        raise ValueError(f"{folder} has no {one.name} and no {index.name}")
-    found = {}
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"{path} is missing, though {index.name} names it")
-        try:
-            with safe_open(path, "pt") as f:
-                for name in f.keys():  # noqa: SIM118, it is no dict
-                    part = f.get_slice(name)
-                    facts = (path, name, part.get_shape(), part.get_dtype())
-                    found[name.removeprefix("transformer.").removeprefix("model.")] = facts
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is damaged or cut short ({e})") from e
-    return found
+def fit(
+    family: Family, c: GPTConfig, found: dict[str, Stored], source: str
+) -> tuple[GPTConfig, dict]:
+    """The shape, without what is spare and zero in the tensors `found`, and its layout.
 
-
-def read(facts: tuple) -> Tensor:
-    """The tensor of which `find_tensors` tells, memory-mapped."""
-    path, name, *_ = facts
-    with safe_open(path, "pt") as f:  # anew for each: what was read is let go of
-        return f.get_tensor(name)
-
-
-def write_safetensors(path: Path, shapes: dict[str, list[int]], tensors: Iterable) -> None:
-    """Writes tensors of these shapes, in this order, as float32, holding one at a time.
-
-    The header's length in 8 bytes, the header, the numbers: github.com/huggingface/safetensors.
+    Raises ValueError if they are not the tensors of such a model. A size that no tensor has is
+    refused before anything is made of it.
     """
-    header, size = {}, 0
-    for name, shape in shapes.items():
-        header[name] = dict(dtype="F32", shape=shape, data_offsets=[size, size + 4 * prod(shape)])
-        size += 4 * prod(shape)
-    require_space(path.parent, size)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            f.write(tensor.float().contiguous().numpy())
+    if c.n_layer > len(found):
+        raise ValueError(f"{source} has {len(found)} tensors, too few for {c.n_layer} layers")
+    largest = max((n for w in found.values() if prod(w.shape) for n in w.shape), default=0)
+    for size in (c.vocab_size, c.n_embd, c.mlp_dim, c.n_head * c.head_dim):
+        if size > largest:
+            raise ValueError(f"{source}: no tensor has the size {size} that config.json implies")
+    there = layout(family, c)
+    for name, parts in there.items():
+        if name not in found:
+            raise ValueError(f"{source} lacks the tensor {name}, which its config.json implies")
+        w, shape = found[name], [*join(family, parts, c.head_dim).shape]
+        if w.shape != shape:
+            raise ValueError(
+                f"{source}: {name} has shape {w.shape}, but config.json implies {shape}"
+            )
+        if w.kind not in FLOATS:
+            raise lacking(source, f"{w.kind} weights ({name})")
+    for name in sorted(found.keys() - there.keys()):
+        if not name.endswith(BUFFERS) and not (c.tied and name == "lm_head.weight"):
+            raise lacking(source, name)
+    if family.spare:
+        without = replace(c, **{family.spare: False})
+        fewer = layout(family, without)
+        if not any(found[name].read().any() for name in there.keys() - fewer.keys()):
+            return without, fewer
+    return c, there

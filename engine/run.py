@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import checkpoint, settings
+from engine import checkpoint, fast, settings
+from engine.files import require_space, write_durably
 from engine.machine import Machine
 from engine.metrics import MetricsLog, since_best, start_trackers
 from engine.stop import Stop
@@ -31,7 +32,7 @@ except ImportError:  # Windows has no such lock
 FREE = {"config", "data", "out", "init_from", "fresh", "steps", "patience", "eval_tokens"}
 FREE |= {"log_every", "eval_every", "save_every", "sample_tokens", "sample_prompt"}
 FREE |= {"tensorboard", "wandb", "eval_only", "split", "show_batch"}
-FREE |= {"device", "dtype", "compile", "threads", "deterministic", "device_batch"}
+FREE |= {"device", "dtype", "compile", "threads", "fast", "deterministic", "device_batch"}
 NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None)  # the state of a run at step 0
 ALOUD = {"steps": "the learning rate follows", "eval_tokens": "losses compare less exactly"}
 
@@ -81,6 +82,7 @@ class Run:
             device=self.here.device.type,
             dtype=str(self.here.dtype),
             compile=self.here.compile,
+            fast=fast.installed(model),
             deterministic=self.s.deterministic,
             device_batch=self.s.device_batch,
         )
@@ -94,7 +96,7 @@ class Run:
         if self.step:
             self.check(state, before, now)
         need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
-        free = checkpoint.require_space(self.folder, need)
+        free = require_space(self.folder, need)
         if self.fresh and self.lock:
             move_aside(self.folder)
             self.lock = None
@@ -103,7 +105,7 @@ class Run:
         path = self.folder / "config.json"
         if self.step and (not path.exists() or read(path) not in (state["settings"], now)):
             print(f"{path} is not that of the checkpoint: written anew")
-        checkpoint.write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
+        write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder)
 

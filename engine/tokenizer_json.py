@@ -6,7 +6,7 @@ published vocabularies they do, one becomes the other; the rest is refused.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import tiktoken
@@ -24,6 +24,13 @@ BYTE = {character: b for b, character in SPELLING.items()}
 # GPT-2's pattern when digits have been cut out before, one by one or in runs, as SmolLM does: to
 # the white space before it, a digit is then the end of the text.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}@| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+
+# Qwen's, that of Llama 3 but for digits, which are alone.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def spell(token: bytes) -> str:
@@ -50,48 +57,86 @@ def last_merge(token: bytes, rank: Callable) -> tuple[bytes, bytes] | None:
     return pair
 
 
-def from_json(info: dict, name: str, vocab_size: int, ends: list) -> Tokenizer:
+def from_json(info: dict, name: str, vocab_size: int, ends: Sequence[list] = ()) -> Tokenizer:
     """The tokenizer that a tokenizer.json, read as `info`, describes.
 
     Its ids are those of the `tokenizers` library where special tokens in a text are text, too
     (`encode_special_tokens`), but for combining marks that its Unicode tables are too old for. Ids
-    below `vocab_size` without a token get one that no text has. End-of-text is the first of
-    `ends`, ids or names, that is a special token; else <|endoftext|>; else the byte 0. Raises
-    ValueError, with the name of what is needed, for other tokenizers.
+    below `vocab_size` without a token get one that no text has. What ends a sample are the special
+    tokens in the first of `ends`, lists of ids and names, that has any; else <|endoftext|>; else
+    the byte 0. Raises ValueError, with the name of what is needed, for other tokenizers.
     """
 
     def require(kept, needs: str) -> None:
         if not kept:
             raise ValueError(f"the tokenizer of {name} needs {needs}, which this one lacks")
 
-    def steps(step: dict | None, inner: str) -> list[dict]:
-        return step.get(inner, [step]) if step else []
+    pattern = read_pattern(info, require)
+    forms = [step["type"] for step in steps(info, "normalizer", "normalizers")]
+    require(forms in ([], ["NFC"], ["NFD"], ["NFKC"], ["NFKD"]), f"the normaliser {forms}")
+    ranks, special = read_tokens(info, require)
+    literal = [token for token in info.get("added_tokens") or [] if not token.get("special")]
+    for token in literal:
+        exact = not any(map(token.get, ("single_word", "lstrip", "rstrip")))
+        exact = exact and not (forms and token.get("normalized"))
+        require(exact, f"more than exactly {token['content']!r} in a text to match that token")
 
-    # 1. how text becomes words
-    model, added = info["model"], info.get("added_tokens") or []
-    *before, last = steps(info.get("pre_tokenizer"), "pretokenizers") or [{"type": "none"}]
+    # ids without a token, and those that end and begin
+    used = {*ranks.values(), *special.values()}
+    if max(used) >= vocab_size:
+        raise ValueError(f"the tokenizer of {name} has id {max(used)}, its model only {vocab_size}")
+    special |= {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
+    known = special | {i: i for i in special.values()}
+    found = ([known[end] for end in choice if end in known] for choice in [*ends, [END_OF_TEXT]])
+    stops = next(filter(None, found), [ranks[b"\0"]])
+    begin = [known[i] for i in read_begin(info, require)]
+    if pattern == GPT2_SPLIT and vocab_size == 50257:
+        name = "gpt2"  # whichever model has it: its data are prepared with --tokenizer=gpt2
+    try:
+        encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+    except ValueError as e:
+        raise ValueError(f"the tokenizer of {name} cuts words by {pattern!r}: {e}") from e
+    form = forms[0] if forms else None
+    names = [token["content"] for token in literal]
+    return Tokenizer("tiktoken", encoding, form, stops[0], names, begin=begin, ends=stops)
+
+
+def steps(info: dict, key: str, inner: str) -> list[dict]:
+    """The steps of which one part of a tokenizer.json consists: none, one, or a Sequence."""
+    step = info.get(key)
+    return step.get(inner, [step]) if step else []
+
+
+def read_pattern(info: dict, require: Callable) -> str:
+    """How text becomes words."""
+    *before, last = steps(info, "pre_tokenizer", "pretokenizers") or [{"type": "none"}]
     kinds, own = [step["type"] for step in (*before, last)], last.get("use_regex", True)
     options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
-    byte_level = "merges" in model and kinds[-1] == "ByteLevel"
-    require(byte_level and not any(map(model.get, options)), "SentencePiece or the like")
+    byte_level = "merges" in info["model"] and kinds[-1] == "ByteLevel"
+    byte_level = byte_level and not any(map(info["model"].get, options))
+    require(byte_level, "SentencePiece or the like")
     require(not last.get("add_prefix_space"), "a space before the text (add_prefix_space)")
     if own and kinds == ["ByteLevel"]:
-        pattern = GPT2_SPLIT
-    elif own and kinds == ["Digits", "ByteLevel"]:
-        pattern = DIGITS_SPLIT.replace("@", "" if before[0]["individual_digits"] else "+")
-    else:
-        require(not own and kinds == ["Split", "ByteLevel"], f"words cut by {', '.join(kinds)}")
-        cut = before[0]
-        isolated = cut["behavior"] == "Isolated" and not cut["invert"] and "Regex" in cut["pattern"]
-        require(isolated, "words cut by something else than a pattern of words")
-        # there, a plus behind an interval repeats it; here it would make it possessive
-        interval = r"(\\p\{\w+\}|\[[^\]]*\]|\\?\w)(\{\d+(?:,\d*)?\})\+"
-        pattern = re.sub(interval, r"(?:\1\2)+", cut["pattern"]["Regex"])
-    forms = [step["type"] for step in steps(info.get("normalizer"), "normalizers")]
-    require(forms in ([], ["NFC"], ["NFD"], ["NFKC"], ["NFKD"]), f"the normaliser {forms}")
+        return GPT2_SPLIT
+    if own and kinds == ["Digits", "ByteLevel"]:
+        return DIGITS_SPLIT.replace("@", "" if before[0]["individual_digits"] else "+")
+    require(not own and kinds == ["Split", "ByteLevel"], f"words cut by {', '.join(kinds)}")
+    cut = before[0]
+    isolated = cut["behavior"] == "Isolated" and not cut["invert"] and "Regex" in cut["pattern"]
+    require(isolated, "words cut by something else than a pattern of words")
+    # there, a plus behind an interval repeats it; here it would make it possessive
+    interval = r"(\\p\{\w+\}|\[[^\]]*\]|\\?\w)(\{\d+(?:,\d*)?\})\+"
+    return re.sub(interval, r"(?:\1\2)+", cut["pattern"]["Regex"])
 
-    # 2. the tokens; one that its own bytes do not lead to is in no text, and so is special
-    order = {}  # (left, right), as bytes: its place in the order of merges
+
+def read_tokens(info: dict, require: Callable) -> tuple[dict[bytes, int], dict[str, int]]:
+    """The ids of ordinary and of special tokens.
+
+    A token that its own bytes do not lead to is in no text, and so is special.
+    """
+    model, order = info["model"], {}  # (left, right), as bytes: its place in the order of merges
     for i, pair in enumerate(model["merges"]):
         left, right = pair if isinstance(pair, list) else pair.partition(" ")[::2]
         order[unspell(left), unspell(right)] = i
@@ -105,7 +150,7 @@ def from_json(info: dict, name: str, vocab_size: int, ends: list) -> Tokenizer:
             ranks[token] = i
         else:
             special[text] = i
-    special |= {token["content"]: token["id"] for token in added}
+    special |= {token["content"]: token["id"] for token in info.get("added_tokens") or []}
     single = sum(len(token) == 1 for token in ranks)
     require(single == 256, f"no more than {single} of the 256 bytes")
     ids = [*ranks.values()]
@@ -115,29 +160,25 @@ def from_json(info: dict, name: str, vocab_size: int, ends: list) -> Tokenizer:
     for token in ranks.keys() - {left + right for left, right in order}:  # never merged: here
         cuts = [(token[:k], token[k:]) for k in range(1, len(token))]  # neither may they be
         require(not any(c in ranks and d in ranks for c, d in cuts), f"no merge for {spell(token)}")
-    literal = [token for token in added if not token.get("special")]
-    for token in literal:
-        exact = not any(map(token.get, ("single_word", "lstrip", "rstrip")))
-        exact = exact and not (forms and token.get("normalized"))
-        require(exact, f"more than exactly {token['content']!r} in a text to match that token")
+    return ranks, special
 
-    # 3. ids without a token, and the end of text
-    used = {*ranks.values(), *special.values()}
-    if max(used) >= vocab_size:
-        raise ValueError(f"the tokenizer of {name} has id {max(used)}, its model only {vocab_size}")
-    special |= {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
-    known = special | {i: i for i in special.values()}
-    end = next((known[e] for e in [*ends, END_OF_TEXT] if e in known), ranks[b"\0"])
-    if pattern == GPT2_SPLIT and vocab_size == 50257:
-        name = "gpt2"  # whichever model has it: its data are prepared with --tokenizer=gpt2
-    try:
-        encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
-    except ValueError as e:
-        raise ValueError(f"the tokenizer of {name} cuts words by {pattern!r}: {e}") from e
-    names = [token["content"] for token in literal]
-    return Tokenizer("tiktoken", encoding, forms[0] if forms else None, end, names)
+
+def read_begin(info: dict, require: Callable) -> list[int]:
+    """The ids that stand before every text, such as Llama's <|begin_of_text|>."""
+    begin = []
+    for step in steps(info, "post_processor", "processors"):
+        if step["type"] != "ByteLevel":  # that one only moves offsets
+            require(step["type"] == "TemplateProcessing", f"the post-processor {step['type']}")
+            require("Sequence" in step["single"][-1], "a token behind each text")
+            for piece in step["single"][:-1]:
+                begin += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return begin
+
+
+def text_of(tokenizer: Tokenizer, i: int) -> str:
+    """How a tokenizer.json spells the token `i`."""
+    names = {i: text for text, i in tokenizer.special.items()}
+    return names.get(i) or spell(tokenizer.decode_bytes([i]))
 
 
 def to_json(tokenizer: Tokenizer) -> dict:
@@ -166,7 +207,21 @@ def to_json(tokenizer: Tokenizer) -> dict:
         ],
         normalizer={"type": tokenizer.normalizer} if tokenizer.normalizer else None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
-        post_processor=None,
+        post_processor=template(tokenizer) if tokenizer.begin else None,
         decoder=byte_level,
         model=model,
+    )
+
+
+def template(tokenizer: Tokenizer) -> dict:
+    """What puts `begin` before every text; of a pair of texts, before the first."""
+    names = {text_of(tokenizer, i): i for i in tokenizer.begin}
+    begin = [{"SpecialToken": dict(id=name, type_id=0)} for name in names]
+    first, second = ({"Sequence": dict(id=one, type_id=0)} for one in "AB")
+    tokens = {name: dict(id=name, ids=[i], tokens=[name]) for name, i in names.items()}
+    return dict(
+        type="TemplateProcessing",
+        single=[*begin, first],
+        pair=[*begin, first, second],
+        special_tokens=tokens,
     )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import huggingface
 from engine import families, tokenizer_json
 from engine.checkpoint import load_model
-from model import GPT, GPTConfig
+from model import GPTConfig
 from sample import generate
 from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, bytes_tokenizer
 
@@ -86,13 +86,13 @@ def split(pattern: str):
     return cuts.Split(tokenizers.Regex(pattern), "isolated")
 
 
+def qwen(**options):
+    nfc = tokenizers.normalizers.NFC()
+    return bpe(split(LLAMA3.replace("{1,3}", "")), False, normalizer=nfc, **options)
+
+
 def qwen3():
-    t = bpe(
-        split(LLAMA3.replace("{1,3}", "")),
-        False,
-        normalizer=tokenizers.normalizers.NFC(),
-        special=(),
-    )
+    t = qwen(special=())
     flags = dict(normalized=False)
     t.add_tokens([tokenizers.AddedToken("<|endoftext|>", special=True, **flags)])
     t.add_tokens(
@@ -171,12 +171,20 @@ SMALL = dict(hidden_size=72, intermediate_size=100, num_hidden_layers=2, num_att
 SMALL |= dict(max_position_embeddings=70)
 FEW = SMALL | dict(num_attention_heads=3, num_key_value_heads=1)
 TIED = dict(tie_word_embeddings=True)
+SCALED = dict(rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0)
+SCALED |= dict(high_freq_factor=4.0, original_max_position_embeddings=24)
+UNEVEN = SMALL | dict(hidden_size=70, head_dim=14, num_key_value_heads=3)  # 70 / 6 heads: no Llama
 GPT2 = dict(n_embd=60, n_layer=2, n_head=5, n_positions=65)
 MODELS = {
     "gpt2": (tf.GPT2Config, GPT2 | dict(vocab_size=507)),
     "gpt2 untied": (tf.GPT2Config, GPT2 | dict(vocab_size=401, n_inner=99) | dict.fromkeys(TIED)),
     "llama": (tf.LlamaConfig, SMALL | dict(vocab_size=501, num_key_value_heads=2)),
     "llama tied 64": (tf.LlamaConfig, FEW | TIED | dict(vocab_size=499, head_dim=64)),
+    "llama 3.1": (tf.LlamaConfig, FEW | dict(vocab_size=498, rope_parameters=SCALED, head_dim=32)),
+    "mistral": (tf.MistralConfig, UNEVEN | dict(vocab_size=497, sliding_window=None)),
+    "mistral window": (tf.MistralConfig, UNEVEN | TIED | dict(vocab_size=496, sliding_window=70)),
+    "qwen2": (tf.Qwen2Config, SMALL | dict(vocab_size=495, num_key_value_heads=3)),
+    "qwen2 tied 64": (tf.Qwen2Config, FEW | TIED | dict(vocab_size=494, head_dim=64)),
     "qwen3": (tf.Qwen3Config, SMALL | dict(vocab_size=509, head_dim=24, num_key_value_heads=3)),
     "qwen3 tied 128": (tf.Qwen3Config, FEW | TIED | dict(vocab_size=503, head_dim=128)),
     "nanochat": (tf.NanoChatConfig, SMALL | dict(vocab_size=511, num_key_value_heads=3)),
@@ -193,7 +201,9 @@ def make_theirs(kind: str, folder, **options):
     for name, p in model.named_parameters():  # also what transformers sets to zero or one
         p.data = torch.randn(p.shape) * 0.1 + (p.ndim == 1 and name.endswith("weight"))
     model.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
-    bpe(True, vocab_size=settings["vocab_size"] - 3).save(str(folder / "tokenizer.json"))
+    size = settings["vocab_size"] - 3
+    words = qwen(vocab_size=size) if kind.startswith("qwen2") else bpe(True, vocab_size=size)
+    words.save(str(folder / "tokenizer.json"))
     return model
 
 
@@ -319,8 +329,122 @@ def test_a_model_trained_here_writes_the_same_text_in_a_pipeline(shape, train, t
     assert_equal(run, tmp_path / "again")
     card = (out / "README.md").read_text()
     facts = json.loads(next(run.glob("step-*/state.json")).read_text())
-    for fact in (facts["data_digest"], "tokens seen | 7,680", "val_loss", "--lr=0.05", "```json"):
+    for fact in (facts["data_digest"], "tokens seen | 7,680", "val_loss", '"lr": 0.05', "```json"):
         assert fact in card
+
+
+# --- what begins a prompt, and what ends a sample
+
+BEGIN = "<|begin|>"
+TEMPLATE = tokenizers.processors.TemplateProcessing(
+    single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, 1)]
+)
+LLAMA3_TEMPLATE = [tokenizers.processors.ByteLevel(trim_offsets=False), TEMPLATE]
+BEGINNINGS = {  # a post-processor, and tokenizer_config.json
+    "template": (TEMPLATE, {}),
+    "as llama 3": (tokenizers.processors.Sequence(LLAMA3_TEMPLATE), {}),
+    "whatever add_bos_token says": (TEMPLATE, dict(add_bos_token=False, bos_token=BEGIN)),
+    "none": (tokenizers.processors.ByteLevel(), dict(add_bos_token=True, bos_token=BEGIN)),
+}
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A model with a beginning and two ends, which writes the second end soon after "the "."""
+    theirs = make_theirs("llama", tmp_path / "in")
+    words = bpe(True, vocab_size=501, special=("<|endoftext|>", BEGIN, "<|eot|>"))
+    words.post_processor = TEMPLATE
+    words.save(str(tmp_path / "in" / "tokenizer.json"))
+    prompt = torch.tensor([words.encode("the ").ids])
+    written = theirs.generate(prompt, eos_token_id=None, max_new_tokens=9, do_sample=False)
+    with torch.no_grad():
+        state = theirs.model(written).last_hidden_state[0, -1]  # (C,)
+        theirs.lm_head.weight[2] = state / state.norm()
+    theirs.config.eos_token_id = theirs.generation_config.eos_token_id = [0, 2]
+    theirs.save_pretrained(tmp_path / "in")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("kind", BEGINNINGS)
+def test_a_prompt_begins_as_in_transformers(kind, chat, tmp_path):
+    words = tokenizers.Tokenizer.from_file(str(chat / "tokenizer.json"))
+    post, settings = BEGINNINGS[kind]
+    words.post_processor = post
+    words.save(str(chat / "tokenizer.json"))
+    settings |= dict(tokenizer_class="PreTrainedTokenizerFast", split_special_tokens=True)
+    (chat / "tokenizer_config.json").write_text(json.dumps(settings))
+    huggingface.main(["import", str(chat), str(tmp_path / "ours")])
+    huggingface.main(["export", str(tmp_path / "ours"), str(tmp_path / "out")])
+    ours = Tokenizer.load(tmp_path / "ours")
+    assert ours.begin == ([] if kind == "none" else [1])
+    for folder in (chat, tmp_path / "out"):
+        theirs = tf.AutoTokenizer.from_pretrained(folder)
+        for text in TEXTS[:200]:
+            assert theirs(text).input_ids == ours.begin + ours.encode(text)
+    assert ours.encode_prompt("") == (ours.begin or [ours.end_of_text])
+
+
+def test_samples_begin_and_end_as_in_a_pipeline(chat, tmp_path, capsys):
+    import sample
+
+    huggingface.main(["import", str(chat), str(tmp_path / "ours")])
+    huggingface.main(["export", str(tmp_path / "ours"), str(tmp_path / "out")])
+    huggingface.main(["import", str(tmp_path / "out"), str(tmp_path / "again")])
+    assert_equal(tmp_path / "ours", tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "ours").ends == [0, 2]
+    pipes = [tf.pipeline("text-generation", model=str(f)) for f in (chat, tmp_path / "out")]
+    lengths = set()
+    for prompt in ("", "the ", "Zoe and a "):
+        argv = [f"--prompt={prompt}", "--max_tokens=40", "--temperature=0", "--dtype=float32"]
+        capsys.readouterr()
+        sample.main([str(tmp_path / "ours"), *argv])
+        text = capsys.readouterr().out
+        for pipe in pipes:
+            there = pipe(prompt, max_new_tokens=40, do_sample=False, return_tensors=True)
+            ids = there[0]["generated_token_ids"]
+            lengths.add(len(ids) - len(pipe.tokenizer(prompt).input_ids))
+            begin, *ids = ids[:-1] if ids[-1] in (0, 2) else ids
+            assert begin == 1 and pipe.tokenizer.decode(ids) + "\n" == text
+    assert 0 < min(lengths) < 40
+
+
+def test_a_tokenizer_that_needs_none_of_this_is_stored_as_ever():
+    plain = json.loads(bytes_tokenizer().files()["encoding.json"])
+    assert not {"begin", "ends", "end_of_text"} & plain.keys()
+
+
+def test_who_exports_a_qwen2_with_other_words_is_told(tmp_path, capsys):
+    make_theirs("qwen2", tmp_path / "in")
+    bpe(True, vocab_size=490).save(str(tmp_path / "in" / "tokenizer.json"))
+    huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "ours")])
+    huggingface.main(["export", str(tmp_path / "ours"), str(tmp_path / "out")])
+    assert "open this one with PreTrainedTokenizerFast" in capsys.readouterr().err
+    words = tf.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    ours = Tokenizer.load(tmp_path / "ours")
+    assert [words(t).input_ids for t in TEXTS[:200]] == [ours.encode(t) for t in TEXTS[:200]]
+
+
+def test_a_mistral_whose_window_never_bites_leaves_as_the_llama_that_it_is(tmp_path):
+    settings = tf.MistralConfig(**SMALL, vocab_size=400, num_key_value_heads=2, sliding_window=99)
+    theirs = tf.AutoModelForCausalLM.from_config(settings).eval()
+    theirs.save_pretrained(tmp_path / "in")
+    bpe(True, vocab_size=400).save(str(tmp_path / "in" / "tokenizer.json"))
+    huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "ours")])
+    huggingface.main(["export", str(tmp_path / "ours"), str(tmp_path / "out")])
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(model) is tf.LlamaForCausalLM
+    tokens = torch.randint(400, (2, 70))
+    assert (logits(model, tokens) - logits(theirs, tokens)).abs().max() < 1e-5
+
+
+def test_a_scaling_in_the_form_before_version_5_is_the_same(both, tmp_path):
+    _, theirs, ours = both("llama 3.1")
+    shutil.copytree(theirs, tmp_path / "in")
+    scaling = {key: value for key, value in SCALED.items() if key != "rope_theta"}
+    older = dict(rope_parameters=None, rope_scaling=scaling, rope_theta=SCALED["rope_theta"])
+    rewrite(**older)(tmp_path / "in")
+    huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "ours")])
+    assert load_model(ours)[0].config == load_model(tmp_path / "ours")[0].config
 
 
 def test_training_goes_on_from_what_was_imported(train, data, tmp_path):
@@ -335,14 +459,15 @@ def test_training_goes_on_from_what_was_imported(train, data, tmp_path):
 
 def test_importing_takes_little_more_memory_than_the_largest_weight(tmp_path):
     shape = GPTConfig(257, 64, n_layer=8, n_head=8, n_embd=384)
-    with torch.device("meta"):
-        state = GPT(shape).state_dict()
-    family, settings = families.to_config(shape)
-    names = families.names_there(family, state)
-    weights = {there: torch.ones(state[name].shape) for there, (name,) in names.items()}
+    family, _, settings = families.to_config(shape)
+    there = families.layout(family, shape)
+    weights = {name: torch.ones(w.shape) for name, parts in there.items() for w in parts.values()}
     (tmp_path / "in").mkdir()
     save_file(weights, tmp_path / "in" / "model.safetensors")
     huggingface.write_json(tmp_path / "in" / "config.json", settings)
+    huggingface.write_json(
+        tmp_path / "in" / "tokenizer.json", tokenizer_json.to_json(bytes_tokenizer())
+    )
     size = (tmp_path / "in" / "model.safetensors").stat().st_size
     code = (
         "import resource, sys, torch, safetensors.torch, huggingface\n"
@@ -385,10 +510,48 @@ def cut(length):
     return change
 
 
-def sharded(folder):
-    (folder / "model.safetensors").rename(folder / "one.safetensors")
-    shards = dict(weight_map=dict(a="one.safetensors", b="two.safetensors"))
-    (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+def sharded(shard):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / "one.safetensors")
+        shards = dict(weight_map=dict(a="one.safetensors", b=shard))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+
+    return change
+
+
+def twice(folder):
+    shutil.copy(folder / "model.safetensors", folder / "two.safetensors")
+    sharded("two.safetensors")(folder)
+
+
+def header(change, length=None):
+    """Replaces the header of a safetensors file by `change` of it, and says another length."""
+
+    def damage(folder):
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        text = change(content[8:end])
+        size = len(text) if length is None else length
+        path.write_bytes(size.to_bytes(8, "little") + text + content[end:])
+
+    return damage
+
+
+def with_offsets(first: int):
+    """One tensor of the header, of 400 bytes, is said to stand elsewhere."""
+    name = "model.norm.weight"
+
+    def change(text):
+        tensors = json.loads(text)
+        tensors[name]["data_offsets"] = [first, first + 288]
+        return json.dumps(tensors).encode()
+
+    return header(change)
+
+
+def nested(name):
+    return lambda folder: (folder / name).write_text('{"a": ' + "[" * 200_000)
 
 
 def with_tensor(name: str, tensor):
@@ -407,26 +570,73 @@ MISTAKES = {
     "truncated": (cut(-1), "model.safetensors is damaged or cut short"),
     "truncated header": (cut(50), "model.safetensors is damaged or cut short"),
     "empty file": (cut(0), "model.safetensors is damaged or cut short"),
-    "missing shard": (sharded, "two.safetensors is missing, though"),
+    "missing shard": (sharded("two.safetensors"), "two.safetensors is missing, though"),
+    "shard outside": (sharded("../in/one.safetensors"), "'../in/one.safetensors', no file beside"),
+    "absolute shard": (sharded("/etc/passwd"), "'/etc/passwd', no file beside it"),
+    "windows shard": (sharded("..\\one.safetensors"), "no file beside it"),
+    "folder as shard": (sharded(".."), "damaged"),
+    "number as shard": (sharded(3), "has 3, no file beside it"),
+    "tensors twice": (twice, "two.safetensors is damaged: it has a second tensor"),
+    "header of gigabytes": (header(bytes, 2**40), "model.safetensors is damaged or cut short"),
+    "header of eternity": (header(bytes, 2**64 - 1), "model.safetensors is damaged or cut short"),
+    "no header": (header(lambda _: b"Not a header."), "model.safetensors is damaged or cut short"),
+    "list as header": (header(lambda _: b"[1, 2]"), "model.safetensors is damaged or cut short"),
+    "tensor outside": (with_offsets(2**50), "model.safetensors is damaged or cut short"),
+    "tensor in another": (with_offsets(0), "model.safetensors is damaged or cut short"),
+    "name twice": (
+        header(
+            lambda t: (
+                t[:1] + b'"model.norm.weight": {"dtype": "F32", "shape": [72], '
+                b'"data_offsets": [0, 288]}, ' + t[1:]
+            )
+        ),
+        "model.safetensors is damaged: it has a second tensor model.norm.weight",
+    ),
+    "empty tensor": (with_tensor("more", torch.zeros(2**40, 0)), "needs model.more"),
+    "scalar": (with_tensor("more", torch.tensor(1.0)), "needs model.more"),
     "pickle": (
         lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
         "pytorch_model.bin is a pickle.*convert it.*save_pretrained",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
     "wrong shape": (rewrite(intermediate_size=99), r"has shape \[100, 72\].*implies \[99, 72\]"),
-    "missing tensor": (rewrite(num_hidden_layers=3), "lacks the tensor layers.2"),
-    "spare tensor": (rewrite(num_hidden_layers=1), "needs layers.1"),
-    "absurd size": (rewrite(num_hidden_layers=10**9), "too few for 1000000000 layers"),
+    "missing tensor": (rewrite(num_hidden_layers=3), "lacks the tensor model.layers.2"),
+    "spare tensor": (rewrite(num_hidden_layers=1), "needs model.layers.1"),
+    "absurd size": (rewrite(num_hidden_layers=10**4), "too few for 10000 layers"),
+    "absurd vocabulary": (rewrite(vocab_size=2**31 - 1), "no tensor has the size 2147483647"),
+    "absurd width": (rewrite(hidden_size=2**31 - 2), "no tensor has the size 2147483646"),
+    "absurd head": (rewrite(head_dim=2**31 - 2), "no tensor has the size 12884901876"),
+    "absurd context": (
+        rewrite(max_position_embeddings=2**31 - 1),
+        "max_position_embeddings=2147483647 should be from 1 to 1,048,576",
+    ),
+    "negative size": (rewrite(vocab_size=-1), "vocab_size=-1 should be"),
+    "not a number": (
+        rewrite(rope_parameters=dict(rope_theta=float("nan"))),
+        "rope_theta='nan' should be a number",
+    ),
+    "text for rope": (rewrite(rope_parameters="yes"), "config.json is damaged"),
+    "nested config": (nested("config.json"), "config.json is missing or damaged"),
+    "nested tokenizer": (nested("tokenizer.json"), "tokenizer.json is missing or damaged"),
     "integers": (
         with_tensor("model.norm.weight", torch.zeros(72, dtype=torch.int8)),
         "needs I8 weights",
     ),
-    "no setting": (rewrite(hidden_size=None), "hidden_size=None, which cannot be"),
-    "text for a number": (rewrite(rms_norm_eps="a"), "rms_norm_eps='a', which cannot be"),
+    "no setting": (rewrite(hidden_size=None), "hidden_size='None' should be a whole number"),
+    "text for a number": (rewrite(rms_norm_eps="a"), "rms_norm_eps='a' should be a number"),
     "architecture": (rewrite(model_type="mamba", architectures=["Mamba"]), "has Mamba, but only"),
-    "rotary scaling": (
-        rewrite(rope_parameters=scaling("llama3")),
-        "needs a rotary scaling .llama3",
+    "rotary scaling": (rewrite(rope_parameters=scaling("yarn")), "needs a rotary scaling .yarn"),
+    "other waves": (
+        rewrite(rope_parameters=SCALED | dict(high_freq_factor=2.0)),
+        "needs high_freq_factor=2.0 of its rotary scaling",
+    ),
+    "scaled by nothing": (
+        rewrite(rope_parameters=SCALED | dict(factor=0)),
+        "factor=0.0 should be at least 1",
+    ),
+    "scaled from nothing": (
+        rewrite(rope_parameters=SCALED | dict(original_max_position_embeddings=None)),
+        "original_max_position_embeddings='None' should be",
     ),
     "older scaling": (
         rewrite(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)),
@@ -435,11 +645,15 @@ MISTAKES = {
     "bias": (rewrite(attention_bias=True), "needs attention_bias=True"),
     "bias tensor": (
         with_tensor("model.layers.0.self_attn.q_proj.bias", torch.ones(72)),
-        "needs layers.0.self_attn.q_proj.bias",
+        "needs model.layers.0.self_attn.q_proj.bias",
     ),
     "window": (
         rewrite(layer_types=["full_attention", "sliding_attention"]),
         "needs layers of the types full_attention, sliding_attention",
+    ),
+    "shorter window": (
+        rewrite(model_type="mistral", sliding_window=50),
+        "needs sliding_window=50, which",
     ),
     "activation": (rewrite(hidden_act="gelu"), "needs hidden_act=gelu"),
     "quantised": (rewrite(quantization_config=dict(bits=4)), "needs quantization_config"),
@@ -476,6 +690,19 @@ def test_what_cannot_be_read_is_refused_by_name_and_leaves_nothing(mistake, both
         huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "out")])
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(both, tmp_path):
+    before = os.umask(0o027)
+    try:
+        huggingface.main(["import", str(both("llama")[1]), str(tmp_path / "ours")])
+        huggingface.main(["export", str(tmp_path / "ours"), str(tmp_path / "out")])
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "ours").iterdir(), *(tmp_path / "out").iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    folders = (tmp_path / "ours", tmp_path / "out")
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o750}
 
 
 def test_shapes_that_transformers_lacks_are_refused_by_name(train, tmp_path):
