@@ -44,8 +44,8 @@ class Run:
     another process works there.
     """
 
-    def __init__(self, s, here: Machine, start: float):
-        self.s, self.here, self.start = s, here, start
+    def __init__(self, s, here: Machine, stop: Stop, start: float):
+        self.s, self.here, self.stop, self.start = s, here, stop, start
         self.folder, self.lock, self.files = Path(s.out), None, 0
         # what torchrun restarts must not begin anew once more
         self.fresh = s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -68,7 +68,7 @@ class Run:
         step, self.files = checkpoint.newest(self.folder)
         return step
 
-    def begin(self, state: dict, digest: str | None, model: nn.Module, stop: Stop) -> None:
+    def begin(self, state: dict, digest: str | None, model: nn.Module) -> None:
         """Opens the log where `state` ends; `digest` is that of the data.
 
         Raises ValueError if the checkpoint belongs to other settings or other data, OSError if the
@@ -87,8 +87,12 @@ class Run:
             device_batch=self.s.device_batch,
         )
         self.here.first_does(lambda: self.open_log(state, model))
+        count, number = sum(p.numel() for p in model.parameters()), torch.get_num_threads()
+        threads = f"{number} thread{'s' if number > 1 else ''}"
+        batch = f"{self.s.batch_tokens:,} tokens a step"
+        self.here.say(f"model: {count:,} parameters, {batch}, {threads}")
         if self.s.fresh:  # would begin anew once more
-            stop.advice = "the same command without --fresh continues"
+            self.stop.advice = "the same command without --fresh continues"
 
     def open_log(self, state: dict, model: nn.Module) -> None:
         now = settings.flat(self.s)
@@ -241,9 +245,9 @@ class Run:
             self.here.say(f"nothing to do: {self.s.out} has reached step {self.step}")
         return done
 
-    def stopped(self, step: int, stop: Stop) -> int:
+    def stopped(self, step: int) -> int:
         self.close()
-        self.here.say(f"stopped by a signal after step {step}, which is saved; {stop.advice}")
+        self.here.say(f"stopped by a signal after step {step}, which is saved; {self.stop.advice}")
         return 0
 
     def not_finite(self, step: int, what: Exception) -> int:
