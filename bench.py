@@ -20,9 +20,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import peers
 from engine import settings
+from engine.settings import NotNegative, Positive
 
 try:
     import resource
@@ -39,31 +41,26 @@ GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
 @dataclass
 class Settings:
     what: str = "train"  # train, decode, prepare or loss
-    rounds: int = 3  # times that each variant runs
-    shape: str = "gpt2"  # train, decode: gpt2, or modern for ours in the shape of our default
-    n_layer: int = 12  # of that shape
-    n_head: int = 12  # of that shape
-    n_embd: int = 768  # of that shape
-    vocab_size: int = 50257  # of that shape
-    rows: int = 4  # train: sequences in a step
-    length: int = 256  # train: tokens of a sequence
-    tokens: int = 64  # decode: tokens to generate
-    seconds: float = 4.0  # decode: how long a variant is measured
+    rounds: Positive = 3  # times that each variant runs
+    shape: Literal["gpt2", "modern"] = "gpt2"  # train, decode: ours; modern is train.py's default
+    n_layer: Positive = 12  # of that shape
+    n_head: Positive = 12  # of that shape
+    n_embd: Positive = 768  # of that shape
+    vocab_size: Positive = 50257  # of that shape
+    rows: Positive = 4  # train: sequences in a step
+    length: Positive = 256  # train: tokens of a sequence
+    tokens: Positive = 64  # decode: tokens to generate
+    seconds: NotNegative = 4.0  # decode: how long a variant is measured
     tokenizer: str = "gpt2"  # prepare: the vocabulary
-    seeds: int = 1  # loss: runs of each config
+    seeds: Positive = 1  # loss: runs of each config
     only: str = ""  # run this variant alone, in this process, and print its figures as JSON
 
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Measure speed.", "what")
-    variants = VARIANTS.get(s.what)
-    settings.check(
-        s,
-        ("what", f"one of {', '.join(VARIANTS)}", variants is not None),
-        *((name, "at least 1", getattr(s, name) >= 1) for name in ("rounds", "rows", "tokens")),
-        ("shape", "gpt2 or modern", s.shape in ("gpt2", "modern")),
-        ("only", "one of its variants", not s.only or s.only in variants),
-    )
+    settings.check(s, ("what", f"one of {', '.join(VARIANTS)}", s.what in VARIANTS))
+    variants = VARIANTS[s.what]
+    settings.check(s, ("only", "one of its variants", not s.only or s.only in variants))
     if s.only:
         result = variants[s.only](s)
         if int(os.environ.get("RANK", 0)) == 0:
@@ -136,8 +133,8 @@ def dimensions(s: Settings) -> dict:
 def our_model(s: Settings):
     from model import GPT, GPTConfig
 
-    model = GPT(GPTConfig(**dimensions(s), **(GPT2 if s.shape == "gpt2" else {})))
-    model.init_weights(0, zero_init=False)
+    model = GPT(GPTConfig(**dimensions(s), **(GPT2 if s.shape == "gpt2" else {}), zero_init=False))
+    model.init_weights(0)
     return model
 
 
@@ -175,6 +172,7 @@ def train(s: Settings, dtype: str, peer: bool = False) -> dict:
     machine.start(here, deterministic=False)
     model = peers.transformers_gpt2(**dimensions(s)) if peer else our_model(s)
     model = model.train().to(here.device)
+    machine.use_threads("auto", here, model, s.rows * s.length)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True)
     gradients = machine.GradientSum(parameters) if here.world > 1 else None
@@ -201,8 +199,10 @@ def train(s: Settings, dtype: str, peer: bool = False) -> dict:
         loss.item()
 
     speed = s.rows * s.length * here.world / timed(step, steps=TRAIN_STEPS)
-    # products: 6 for each weight and token, but the positions'; attention's scores and sums
-    weights = sum(p.numel() for p in parameters) - (0 if s.shape == "modern" else 1024 * s.n_embd)
+    # products: 6 for each weight and token, but for rows that are only looked up: GPT-2's positions
+    # (its tokens are the head as well), or our tokens; and attention's scores and sums
+    looked_up = (s.vocab_size if s.shape == "modern" else 1024) * s.n_embd
+    weights = sum(p.numel() for p in parameters) - looked_up
     products = 6 * weights + 12 * s.n_layer * s.n_embd * s.length / 2
     return figure(speed, "tokens/s", f"{products * speed / 1e9:,.0f} GFLOP/s")
 
@@ -213,12 +213,14 @@ def train(s: Settings, dtype: str, peer: bool = False) -> dict:
 def decode(s: Settings, dtype: str, samples: int = 1, context: int = 1, quantize: str = "") -> dict:
     import torch
 
+    from engine import machine
     from engine.inference import ready
     from generate import generate
 
-    # one token at a time is a matter of memory, whatever the type; a long prompt is products
-    here = machine_for(dtype, products=context > 1)
+    # one row at a time waits for memory and not for products, whatever their type
+    here = machine_for(dtype, products=samples > 1)
     model = our_model(s).eval().to(here.device, here.dtype)
+    machine.use_threads("auto", here, model, samples)
     model = ready(model, quantize, samples)
     prompt = torch.randint(s.vocab_size, (context,)).tolist()
     steps = generate(model, prompt, 10**9, temperature=0, num_samples=samples)
@@ -233,7 +235,7 @@ def decode(s: Settings, dtype: str, samples: int = 1, context: int = 1, quantize
 
 
 def decode_transformers(s: Settings, dtype: str) -> dict:
-    here = machine_for(dtype, products=False)
+    here = machine_for(dtype)
     run = peers.transformers_decoder(dimensions(s), s.tokens, here)
     return figure(s.tokens / timed(run, s.seconds), "tokens/s")
 

@@ -1,33 +1,31 @@
 """Loss curves of one or several runs: python plot.py out/small out/other --out=loss.png"""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from engine import settings
 from engine.metrics import read_metrics
+from engine.settings import BelowOne, Bound
 
+PICTURE = re.compile(r".*\.(png|svg|pdf)")
+Picture = Annotated[str, Bound("a name that ends in .png, .svg or .pdf", PICTURE.fullmatch)]
 UNITS = {"loss": "loss (nats a token)", "bpb": "bits per byte"}
 
 
 @dataclass
 class Settings:
     runs: tuple = ()  # run folders
-    out: str = "loss.png"  # picture to write
-    x: str = "tokens"  # horizontal axis: tokens, step or seconds
-    y: str = "loss"  # vertical axis: loss, or bpb to compare runs of different vocabularies
-    smooth: float = 0.9  # how much of a point of the training curve comes from its neighbours
+    out: Picture = "loss.png"  # picture to write
+    x: Literal["tokens", "step", "seconds"] = "tokens"  # horizontal axis
+    y: Literal["loss", "bpb"] = "loss"  # vertical axis; bpb compares runs of other vocabularies
+    smooth: BelowOne = 0.9  # how much of a point of the training curve comes from its neighbours
     title: str = ""  # above the picture
 
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Draw loss curves.", "runs", nargs="+")
-    settings.check(
-        s,
-        ("x", "tokens, step or seconds", s.x in ("tokens", "step", "seconds")),
-        ("y", "loss or bpb", s.y in UNITS),
-        ("smooth", "at least 0, below 1", 0 <= s.smooth < 1),
-        ("out", "a name in .png, .svg or .pdf", Path(s.out).suffix in (".png", ".svg", ".pdf")),
-    )
     curves = {run: (training(run, s), validation(run, s)) for run in s.runs}
     try:
         import matplotlib

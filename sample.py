@@ -11,8 +11,17 @@ if __name__ == "__main__":  # before all else: a Ctrl-C while Python loads thing
 
 import sys
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from engine import settings, threads
+from engine.settings import Bound, Count, NotNegative
+
+Share = Annotated[float, Bound("above 0 and at most 1", lambda p: 0 < p <= 1)]
+Penalty = Annotated[float, Bound("above 0; 1 is off", lambda x: x > 0)]
+Samples = Annotated[int, Bound("from 1 to 1024", lambda n: 1 <= n <= 1024)]
+Stops = Annotated[tuple, Bound("text, not nothing", all)]
+Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
+Threads = Annotated[str, Bound("auto or a number from 1 to 1024", threads.valid)]
 
 # what can change in the middle of an interactive session
 CHANGEABLE = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -25,20 +34,20 @@ class Settings:
     checkpoint: str = "best"  # of a run: best (lowest validation loss), latest, or a step
     prompt: str = ""  # text to continue; empty begins a new document
     prompt_file: str = ""  # read the prompt from this file; - is standard input
-    max_tokens: int = 200  # tokens to generate for each sample
-    temperature: float = 0.8  # 0 takes the likeliest token, 1 samples from the model as it is
-    top_k: int = 0  # choose among the k likeliest tokens; 0 is all
-    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
-    repetition_penalty: float = 1.0  # above 1, tokens of the context are less likely; try 1.2
-    num_samples: int = 1  # continuations of the same prompt
-    stop: tuple = ()  # end a sample before this text; may be given several times
+    max_tokens: Count = 200  # tokens to generate for each sample
+    temperature: NotNegative = 0.8  # 0 takes the likeliest token, 1 samples from the model as it is
+    top_k: Count = 0  # choose among the k likeliest tokens; 0 is all
+    top_p: Share = 1.0  # choose among the likeliest tokens that together have this probability
+    repetition_penalty: Penalty = 1.0  # above 1, tokens of the context are less likely; try 1.2
+    num_samples: Samples = 1  # continuations of the same prompt
+    stop: Stops = ()  # end a sample before this text; may be given several times
     seed: int = 1  # same seed, same text
     interactive: bool = False  # ask for one prompt after another
-    quantize: str = ""  # int8: weights of eight bits, on a CPU; faster, with a slightly higher loss
-    device: str = "auto"  # cpu, cuda or mps
-    dtype: str = "auto"  # float32, bfloat16 or float16
-    threads: str = "auto"  # of a CPU: a number, or chosen by the size of the model
-    fast: bool = True  # false: the book's own form of everything, as model.py has it
+    quantize: Quantize = ""  # int8: weights of eight bits, on a CPU; faster, slightly higher loss
+    device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
+    dtype: settings.DType = "auto"  # of the weights and of matrix products
+    threads: Threads = "auto"  # of a CPU: a number, or chosen by the size of the model
+    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
 
 
 def __getattr__(name: str):
@@ -54,28 +63,14 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def read_settings(argv: list[str]) -> Settings:
+def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Generate text from a checkpoint.", "run")
     settings.check(
         s,
-        ("temperature", "at least 0", s.temperature >= 0),
-        ("top_k", "at least 0", s.top_k >= 0),
-        ("top_p", "above 0 and at most 1", 0 < s.top_p <= 1),
-        ("repetition_penalty", "above 0; 1 is off", s.repetition_penalty > 0),
-        ("max_tokens", "at least 0", s.max_tokens >= 0),
-        ("num_samples", "from 1 to 1024", 1 <= s.num_samples <= 1024),
-        ("stop", "text, not nothing", all(s.stop)),
-        ("quantize", "int8 or left out", s.quantize in ("", "int8")),
-        ("threads", "auto or a number from 1 to 1024", threads.valid(s.threads)),
         ("prompt", "left out when prompt_file is given", not (s.prompt and s.prompt_file)),
         ("prompt", "left out in interactive mode", not (s.prompt and s.interactive)),
         ("prompt_file", "left out in interactive mode", not (s.prompt_file and s.interactive)),
     )
-    return s
-
-
-def main(argv: list[str]) -> None:
-    s = read_settings(argv)
     prompt = s.prompt
     if s.prompt_file == "-":
         prompt = sys.stdin.buffer.read().decode(errors="replace")
@@ -161,7 +156,8 @@ def changed(s: Settings, line: str) -> Settings:
     """The settings after `/name value`, or after `/name`, which brings the default back."""
     name, _, value = line[1:].partition(" ")
     if name in CHANGEABLE:
-        given = read_settings([f"--{name}={value}"] if value else [])
+        words = [f"--{name}={value}"] if value else []
+        given = settings.load(Settings, words, "", "run")
         s = replace(s, **{name: getattr(given, name)})
     elif name != "help":
         raise ValueError(f"/{name} cannot be changed here: /help tells what can")

@@ -7,14 +7,15 @@ only if it stores some tensor differently (`turn`).
 """
 
 from dataclasses import dataclass, fields, replace
-from math import inf, prod
-from typing import get_type_hints
+from math import prod
 
 import torch
 from torch import Tensor
 
+from engine.settings import convert, settings_of
 from engine.tensors import FLOATS, Stored
-from model import GPT, GPTConfig
+from model import GPT
+from shape import GPTConfig
 
 # --- the families
 
@@ -133,7 +134,7 @@ FAMILIES = dict(  # by model_type; of those that a shape fits, it leaves as the 
     gpt2=GPT2, llama=LLAMA, mistral=MISTRAL, qwen2=QWEN2, qwen3=QWEN3, nanochat=NANOCHAT
 )
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # stored, but no weights
-LONGEST = 2**20  # tokens: no weight tells of a rotary context, but its table takes 1 KB a token
+SCALED = dict(rope_factor="factor", rope_original="original_max_position_embeddings")
 LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0)  # of Llama 3.1 to 3.3, and in model.py
 
 
@@ -144,9 +145,13 @@ def lacking(source: str, what: str) -> ValueError:
     return ValueError(f"{source} needs {what}, which this model lacks")
 
 
-def check(source: str, key: str, value, fits: bool) -> None:
-    if not fits:
-        raise ValueError(f"config.json of {source} has {key}={value!r}, which cannot be")
+def setting(ours: str, key: str, value, source: str):
+    """The value of a setting of GPTConfig, which their `key` gives, if it can be one."""
+    known = settings_of(GPTConfig)
+    try:
+        return convert(key, value, known.get(ours, known["n_embd"]))  # vocab_size is like n_embd
+    except ValueError as e:
+        raise ValueError(f"config.json of {source}: {e}") from e
 
 
 def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
@@ -156,17 +161,12 @@ def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
         names = theirs.get("architectures") or [theirs.get("model_type", "no known architecture")]
         known = ", ".join(f.architecture for f in FAMILIES.values())
         raise ValueError(f"{source} has {names[0]}, but only {known} can be read")
-    values, types = dict(family.shape), get_type_hints(GPTConfig)
+    values = dict(family.shape)
     for ours, key in family.keys.items():
-        optional = key in family.defaults
         value = theirs.get(key, family.defaults.get(key))
-        if value is None and optional:
+        if value is None and key in family.defaults:
             value = 0  # as in GPTConfig: derived, or off
-        fits = isinstance(value, (int, float) if types[ours] is float else int)
-        fits = fits and isinstance(value, bool) == (types[ours] is bool)  # a bool is an int, too
-        most = LONGEST if ours == "block_size" else 2**31
-        check(source, key, value, fits and 0 <= value <= most and (value or optional))
-        values[ours] = value
+        values[ours] = setting(ours, key, value, source)
     if family.spare:
         values[family.spare] = True
     if family is not GPT2:
@@ -194,16 +194,15 @@ def from_rope(theirs: dict, source: str) -> dict:
     partial = rope.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1
     if partial != 1:
         raise lacking(source, f"a partial rotary embedding ({partial})")
-    numbers = dict(rope_theta=rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0)
+    base = rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0
+    values = dict(rope_base=setting("rope_base", "rope_theta", base, source))
     if kind == "llama3":
-        numbers |= {key: rope.get(key) for key in ("factor", "original_max_position_embeddings")}
         for key, value in LLAMA3.items():
             if rope.get(key) != value:
                 raise lacking(source, f"{key}={rope.get(key)} of its rotary scaling (not {value})")
-    for key, value in numbers.items():
-        check(source, key, value, isinstance(value, (int, float)) and 1 <= value < inf)
-    base, factor, original = (*numbers.values(), 1, 0)[:3]
-    return dict(rope_base=float(base), rope_factor=float(factor), rope_original=int(original))
+        for ours, key in SCALED.items():
+            values[ours] = setting(ours, key, rope.get(key), source)
+    return values
 
 
 def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
@@ -215,7 +214,7 @@ def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
     plain |= dict(n_kv_head=c.n_head, head_dim=c.n_embd / c.n_head)
     differences = {}
     for model_type, family in FAMILIES.items():
-        free = {*family.keys, family.spare, "dropout", "rope_base", "rope_factor", "rope_original"}
+        free = {*family.keys, *SCALED, family.spare, "rope_base", "dropout", "zero_init"}
         wanted = {name: v for name, v in (plain | family.shape).items() if name not in free}
         differences[model_type] = [name for name, v in wanted.items() if getattr(c, name) != v]
         if family is LLAMA and c.n_embd % c.n_head:
@@ -235,8 +234,8 @@ def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
     if family is not GPT2:  # in both forms: since version 5, and before
         rope = dict(rope_type="default")
         if c.rope_factor != 1:
-            rope = LLAMA3 | dict(rope_type="llama3", factor=c.rope_factor)
-            rope["original_max_position_embeddings"] = c.rope_original
+            rope = LLAMA3 | {key: getattr(c, ours) for ours, key in SCALED.items()}
+            rope["rope_type"] = "llama3"
             theirs["rope_scaling"] = rope
         theirs["rope_theta"] = c.rope_base
         theirs["rope_parameters"] = rope | dict(rope_theta=c.rope_base)
@@ -293,12 +292,10 @@ def fit(
     """
     if c.n_layer > len(found):
         raise ValueError(f"{source} has {len(found)} tensors, too few for {c.n_layer} layers")
-    largest = max(max(w.shape) for w in found.values() if prod(w.shape))
+    largest = max((n for w in found.values() if prod(w.shape) for n in w.shape), default=0)
     for size in (c.vocab_size, c.n_embd, c.mlp_dim, c.n_head * c.head_dim):
         if size > largest:
-            raise ValueError(
-                f"{source}: config.json implies a size of {size}, but no tensor has it"
-            )
+            raise ValueError(f"{source}: no tensor has the size {size} that config.json implies")
     there = layout(family, c)
     for name, parts in there.items():
         if name not in found:

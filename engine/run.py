@@ -185,7 +185,8 @@ class Run:
     def record(self, **row) -> None:
         """Writes a row of metrics; `seconds` are wall-clock time, added up over interruptions."""
         if self.here.rank == 0:
-            self.log.write(row | dict(seconds=round(self.elapsed(), 3)))
+            row = row | dict(seconds=round(self.elapsed(), 3))
+            self.log.write(row)
             for track in self.trackers:
                 track(row)
 

@@ -135,7 +135,8 @@ def test_bfloat16_that_would_be_emulated_is_left_out(monkeypatch, capsys):
         ("train", "matrix product, bfloat16"),
         ("train", "ours, bfloat16"),
         ("train", "transformers, bfloat16"),
-        ("decode", "ours, bfloat16, behind 900 tokens"),
+        ("decode", "ours, bfloat16, eight sequences"),
+        ("decode", "transformers, bfloat16"),
     ]:
         with pytest.raises(ValueError, match="no fast bfloat16 here.*a CPU of 2013"):
             bench.main([what, *TINY, f"--only={variant}"])
@@ -188,7 +189,7 @@ def test_it_starts_where_nobody_tells_the_peak_of_memory(monkeypatch):
         (["speed"], "what='speed' should be one of train, decode, prepare, loss"),
         (["train", "--only=theirs"], "only='theirs' should be one of its variants"),
         (["train", "--rounds=0"], "rounds=0 should be at least 1"),
-        (["train", "--shape=round"], "shape='round' should be gpt2 or modern"),
+        (["train", "--shape=round"], "shape='round' should be one of gpt2, modern"),
     ],
 )
 def test_mistakes_are_named(argv, sentence):

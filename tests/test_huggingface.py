@@ -437,6 +437,16 @@ def test_a_mistral_whose_window_never_bites_leaves_as_the_llama_that_it_is(tmp_p
     assert (logits(model, tokens) - logits(theirs, tokens)).abs().max() < 1e-5
 
 
+def test_a_scaling_in_the_form_before_version_5_is_the_same(both, tmp_path):
+    _, theirs, ours = both("llama 3.1")
+    shutil.copytree(theirs, tmp_path / "in")
+    scaling = {key: value for key, value in SCALED.items() if key != "rope_theta"}
+    older = dict(rope_parameters=None, rope_scaling=scaling, rope_theta=SCALED["rope_theta"])
+    rewrite(**older)(tmp_path / "in")
+    huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "ours")])
+    assert load_model(ours)[0].config == load_model(tmp_path / "ours")[0].config
+
+
 def test_training_goes_on_from_what_was_imported(train, data, tmp_path):
     run = train("run")
     huggingface.main(["export", str(run), str(tmp_path / "out")])
@@ -583,6 +593,7 @@ MISTAKES = {
         "model.safetensors is damaged: it has a second tensor model.norm.weight",
     ),
     "empty tensor": (with_tensor("more", torch.zeros(2**40, 0)), "needs model.more"),
+    "scalar": (with_tensor("more", torch.tensor(1.0)), "needs model.more"),
     "pickle": (
         lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
         "pytorch_model.bin is a pickle.*convert it.*save_pretrained",
@@ -591,15 +602,19 @@ MISTAKES = {
     "wrong shape": (rewrite(intermediate_size=99), r"has shape \[100, 72\].*implies \[99, 72\]"),
     "missing tensor": (rewrite(num_hidden_layers=3), "lacks the tensor model.layers.2"),
     "spare tensor": (rewrite(num_hidden_layers=1), "needs model.layers.1"),
-    "absurd size": (rewrite(num_hidden_layers=10**9), "too few for 1000000000 layers"),
+    "absurd size": (rewrite(num_hidden_layers=10**4), "too few for 10000 layers"),
     "absurd vocabulary": (rewrite(vocab_size=2**31 - 1), "no tensor has the size 2147483647"),
     "absurd width": (rewrite(hidden_size=2**31 - 2), "no tensor has the size 2147483646"),
     "absurd head": (rewrite(head_dim=2**31 - 2), "no tensor has the size 12884901876"),
     "absurd context": (
         rewrite(max_position_embeddings=2**31 - 1),
-        "max_position_embeddings=2147483647, which cannot be",
+        "max_position_embeddings=2147483647 should be from 1 to 1,048,576",
     ),
-    "not a number": (rewrite(rope_parameters=dict(rope_theta=float("nan"))), "rope_theta=nan"),
+    "negative size": (rewrite(vocab_size=-1), "vocab_size=-1 should be"),
+    "not a number": (
+        rewrite(rope_parameters=dict(rope_theta=float("nan"))),
+        "rope_theta='nan' should be a number",
+    ),
     "text for rope": (rewrite(rope_parameters="yes"), "config.json is damaged"),
     "nested config": (nested("config.json"), "config.json is missing or damaged"),
     "nested tokenizer": (nested("tokenizer.json"), "tokenizer.json is missing or damaged"),
@@ -607,18 +622,21 @@ MISTAKES = {
         with_tensor("model.norm.weight", torch.zeros(72, dtype=torch.int8)),
         "needs I8 weights",
     ),
-    "no setting": (rewrite(hidden_size=None), "hidden_size=None, which cannot be"),
-    "text for a number": (rewrite(rms_norm_eps="a"), "rms_norm_eps='a', which cannot be"),
+    "no setting": (rewrite(hidden_size=None), "hidden_size='None' should be a whole number"),
+    "text for a number": (rewrite(rms_norm_eps="a"), "rms_norm_eps='a' should be a number"),
     "architecture": (rewrite(model_type="mamba", architectures=["Mamba"]), "has Mamba, but only"),
     "rotary scaling": (rewrite(rope_parameters=scaling("yarn")), "needs a rotary scaling .yarn"),
     "other waves": (
         rewrite(rope_parameters=SCALED | dict(high_freq_factor=2.0)),
         "needs high_freq_factor=2.0 of its rotary scaling",
     ),
-    "scaled by nothing": (rewrite(rope_parameters=SCALED | dict(factor=0)), "factor=0, which"),
+    "scaled by nothing": (
+        rewrite(rope_parameters=SCALED | dict(factor=0)),
+        "factor=0.0 should be at least 1",
+    ),
     "scaled from nothing": (
         rewrite(rope_parameters=SCALED | dict(original_max_position_embeddings=None)),
-        "original_max_position_embeddings=None, which cannot be",
+        "original_max_position_embeddings='None' should be",
     ),
     "older scaling": (
         rewrite(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)),

@@ -99,6 +99,14 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
+def skip_without_packages(script: str, argv: list[str]) -> None:
+    """Skips a test of what needs an optional package, where that is not installed."""
+    if script == "plot":
+        pytest.importorskip("matplotlib")
+    if any(word.endswith(".parquet") for word in argv):
+        pytest.importorskip("pyarrow")
+
+
 def check_sentence(stderr: str, script: str, *named: str) -> None:
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert len(lines) == 1, stderr
@@ -502,8 +510,7 @@ TABLE = PREPARE + CONFIG + TRAINING + RESUMING + SAMPLING + FORGED + PLOTTING
 
 @pytest.mark.parametrize("script, argv, named, ready", TABLE)
 def test_mistake(script, argv, named, ready, place, monkeypatch, capsys):
-    if script == "plot":
-        pytest.importorskip("matplotlib")
+    skip_without_packages(script, argv)
     if ready:
         ready()
     check_mistake(script, argv, named, monkeypatch, capsys)
@@ -570,8 +577,7 @@ FOUND = [
 
 @pytest.mark.parametrize("script, argv, named, ready", FOUND)
 def test_mistake_found(script, argv, named, ready, place, monkeypatch, capsys):
-    if script == "plot":
-        pytest.importorskip("matplotlib")
+    skip_without_packages(script, argv)
     for package in ("tensorboard", "wandb"):
         if package in str(named) and importlib.util.find_spec(package):
             pytest.skip(f"{package} is installed")
@@ -751,6 +757,7 @@ def test_full_disk_while_preparing(place):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
 def test_output_that_cannot_be_written(place):
+    pytest.importorskip("matplotlib")
     with open("/dev/full", "w") as full:
         done = script("plot.py", "run", "--out=new.png", stdout=full)
     assert done.returncode == 2

@@ -137,14 +137,22 @@ def test_as_a_script_it_can_be_piped(run):
 
 
 def test_arguments_are_checked_before_torch_is_loaded():
-    code = (
-        "import sys, sample; sample.read_settings(['x', '--seed=2']); print('torch' in sys.modules)"
-    )
-    options = dict(cwd=ROOT, capture_output=True, text=True, check=True)
-    assert subprocess.run([sys.executable, "-c", code], **options).stdout == "False\n"
-    code = "from sample import load_model, generate; print(load_model.__name__, generate.__name__)"
-    out = subprocess.run([sys.executable, "-c", code], **options).stdout
-    assert out == "load_model generate\n"
+    code = """
+import sys, sample
+try:
+    sample.main(["x", "--top_p=2"])
+except ValueError as e:
+    print(e, "torch" in sys.modules)
+from sample import generate, load_model
+print(generate.__module__, load_model.__module__)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert out.splitlines() == [
+        "top_p=2.0 should be above 0 and at most 1 False",
+        "generate engine.checkpoint",
+    ]
 
 
 # --- a conversation
@@ -236,16 +244,38 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(run):
     assert terminal.process.wait(20) == 0
 
 
-def test_a_ctrl_c_is_quiet_at_any_moment(run):
-    """While Python loads the script, torch, the model; and while it writes."""
-    up = "import runpy, signal, sys; print('up', flush=True); sys.argv = sys.argv[1:]; "
-    up += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", up, str(ROOT / "sample.py"), str(run)]
+# runs a script, and presses Ctrl-C when it imports a certain module
+PRESS = """
+import os, runpy, signal, sys
+
+_, moment, *sys.argv = sys.argv
+
+class Press:
+    def find_spec(self, name, path, target=None):
+        if name == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Press())
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["dataclasses", "engine.settings", "numpy", "torch", "torch.autograd", "model", "generate"],
+)
+def test_a_ctrl_c_while_things_are_loaded_is_quiet(run, moment):
+    command = [sys.executable, "-c", PRESS, moment, str(ROOT / "sample.py"), str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_ctrl_c_while_it_writes_is_quiet(run):
+    command = [sys.executable, str(ROOT / "sample.py"), str(run), "--prompt=the "]
     command += ["--max_tokens=1000000", "--temperature=0"]  # greedy text repeats itself, endlessly
-    for delay in (0.03, 0.1, 0.3, 0.8, 2):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            assert process.stdout.readline() == b"up\n"
-            time.sleep(delay)
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=20)
-        assert (process.returncode, err) == (130, b""), f"after {delay:.2f} s"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"")
