@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from engine import checkpoint, fast, settings
-from engine.files import require_space, write_durably
+from engine.files import WINDOWS, require_space, write_durably
 from engine.machine import Machine
 from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
@@ -102,14 +102,17 @@ class Run:
         need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
         free = require_space(self.folder, need)
         if self.fresh and self.lock:
+            if WINDOWS:  # where nothing in a folder may be open when it is renamed
+                self.lock.close()
             move_aside(self.folder)
             self.lock = None
         self.lock = self.lock or lock(self.folder)
         self.log = MetricsLog(self.folder, self.step, state["metrics"])
         path = self.folder / "config.json"
-        if self.step and (not path.exists() or read(path) not in (state["settings"], now)):
+        sound = (as_file(state["settings"]), as_file(now)) if self.step else ()
+        if self.step and (not path.exists() or path.read_bytes() not in sound):
             print(f"{path} is not that of the checkpoint: written anew")
-        write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
+        write_durably(path, as_file(now))
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder)
 
@@ -267,11 +270,8 @@ class Run:
             track(None)
 
 
-def read(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
+def as_file(values: dict) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def lock(folder: Path):
