@@ -141,7 +141,7 @@ def train(s: Settings, stop: Stop) -> int:
     from dataset import Dataset
     from engine import checkpoint, fast, machine
     from engine.run import NEW, Run
-    from optim import LossScale, make_optimizers
+    from optim import LossScale, make_optimizers, set_rates
 
     # 1. the machine, the data, the folder of the run
     here = machine.pick(s.device, s.dtype, s.compile)
@@ -154,7 +154,7 @@ def train(s: Settings, stop: Stop) -> int:
     learned.require(s.model.block_size)
     sizes = f"{learned.tokens:,} tokens to train on, {held_out.tokens:,} to validate"
     here.say(f"data: {s.data}, {sizes}, vocabulary {data.tokenizer.vocab_size:,}")
-    run = Run(s, here, START)
+    run = Run(s, here, stop, START)
 
     # 2. the model and its optimizers: new, or as the newest checkpoint of the run has them
     if run.step:
@@ -163,19 +163,19 @@ def train(s: Settings, stop: Stop) -> int:
         model, state = new_model(s, data.tokenizer, here), NEW
     model.to(here.device)
     work = rows_in_a_pass(s.batch_tokens // s.model.block_size // here.world, s)
-    used = machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
+    machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
     fast.use(model, here, s.fast, state["machine"])
     optimizers = make_optimizers(model, s, here.dtype)
     if run.step:
         checkpoint.load_optimizers(run.path, model, optimizers)
     scale = LossScale(here.dtype, state["loss_scale"])
-    run.begin(state, digest, model, stop)
-    size = f"{model.num_parameters():,} parameters"
-    here.say(f"model: {size}, {s.batch_tokens:,} tokens a step, {used}")
+    run.begin(state, digest, model)
 
     # 3. what an interruption has left undone, and whether anything else is to do
-    if run.evaluation_missing() and not validate(model, held_out, run.step, s, here, run, stop):
-        return run.stopped(run.step, stop)
+    if run.evaluation_missing():
+        evaluated = validate(model, held_out, run.step, s, here, run)
+        if not evaluated:
+            return run.stopped(run.step)
     if run.finished():
         return 0
 
@@ -197,16 +197,15 @@ def train(s: Settings, stop: Stop) -> int:
             if stopping or run.saves(step):
                 run.save(step, model, optimizers, scale.state(), data.tokenizer)
             if stopping:
-                return run.stopped(step, stop)
+                return run.stopped(step)
             if run.evaluates(step):
-                if not validate(model, held_out, step, s, here, run, stop):
-                    return run.stopped(step, stop)
-                if run.out_of_patience():
-                    break
+                evaluated = validate(model, held_out, step, s, here, run)
+                if not evaluated:  # a stop was asked for meanwhile
+                    return run.stopped(step)
             if run.saves(step):
                 run.prune()
-    stop.at_once = True
-    run.close()
+            if run.evaluates(step) and run.out_of_patience():
+                break
     if here.rank == 0:
         show_result(model, data, s, run)
     return 0
@@ -224,17 +223,6 @@ def new_model(s: Settings, tokenizer, here):
     return model
 
 
-def set_rates(optimizers: list, step: int, s: Settings) -> float:
-    """Sets the learning rates for the update that makes it `step`; returns that of the matrices."""
-    from optim import learning_rate
-
-    factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-    return s.lr * factor
-
-
 def next_batch(split, step: int, s: Settings, here) -> tuple:
     """Inputs and targets for the update that makes it `step`, a function of it and the seed alone:
     step 1000 needs no memory of those before it. dataset.py has how."""
@@ -248,15 +236,15 @@ def rows_in_a_pass(share: int, s: Settings) -> int:
     return next(n for n in range(most, 0, -1) if share % n == 0)
 
 
-def validate(model, split, step: int, s: Settings, here, run, stop) -> bool:
+def validate(model, split, step: int, s: Settings, here, run) -> bool:
     """Records the loss on text that is not learned from; false if a stop was asked for meanwhile.
 
     Without it, nobody could tell learning from learning by heart.
     """
     from evaluate import evaluate
 
-    with stop.honoured(at_once=here.world == 1):  # the weights of this step are saved
-        result = evaluate(model, split, here, stop, s.device_batch, s.eval_tokens)
+    with run.stop.honoured(at_once=here.world == 1):  # the weights of this step are saved
+        result = evaluate(model, split, here, run.stop, s.device_batch, s.eval_tokens)
     if result:
         run.evaluated(step, *result)
     return result is not None
@@ -269,6 +257,8 @@ def show_result(model, data, s: Settings, run) -> None:
     import sample
     from evaluate import compressors
 
+    run.stop.at_once = True  # all is saved
+    run.close()
     run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
     if s.sample_tokens:
         print("\na sample:\n")

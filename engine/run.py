@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from engine import checkpoint, fast, settings
-from engine.files import require_space, write_durably
+from engine.files import WINDOWS, require_space, write_durably
 from engine.machine import Machine
 from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
@@ -44,8 +44,8 @@ class Run:
     another process works there.
     """
 
-    def __init__(self, s, here: Machine, start: float):
-        self.s, self.here, self.start = s, here, start
+    def __init__(self, s, here: Machine, stop: Stop, start: float):
+        self.s, self.here, self.stop, self.start = s, here, stop, start
         self.folder, self.lock, self.files = Path(s.out), None, 0
         # what torchrun restarts must not begin anew once more
         self.fresh = s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -68,7 +68,7 @@ class Run:
         step, self.files = checkpoint.newest(self.folder)
         return step
 
-    def begin(self, state: dict, digest: str | None, model: nn.Module, stop: Stop) -> None:
+    def begin(self, state: dict, digest: str | None, model: nn.Module) -> None:
         """Opens the log where `state` ends; `digest` is that of the data.
 
         Raises ValueError if the checkpoint belongs to other settings or other data, OSError if the
@@ -87,8 +87,12 @@ class Run:
             device_batch=self.s.device_batch,
         )
         self.here.first_does(lambda: self.open_log(state, model))
+        count, number = sum(p.numel() for p in model.parameters()), torch.get_num_threads()
+        threads = f"{number} thread{'s' if number > 1 else ''}"
+        batch = f"{self.s.batch_tokens:,} tokens a step"
+        self.here.say(f"model: {count:,} parameters, {batch}, {threads}")
         if self.s.fresh:  # would begin anew once more
-            stop.advice = "the same command without --fresh continues"
+            self.stop.advice = "the same command without --fresh continues"
 
     def open_log(self, state: dict, model: nn.Module) -> None:
         now = settings.flat(self.s)
@@ -98,14 +102,17 @@ class Run:
         need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
         free = require_space(self.folder, need)
         if self.fresh and self.lock:
+            if WINDOWS:  # where nothing in a folder may be open when it is renamed
+                self.lock.close()
             move_aside(self.folder)
             self.lock = None
         self.lock = self.lock or lock(self.folder)
         self.log = MetricsLog(self.folder, self.step, state["metrics"])
         path = self.folder / "config.json"
-        if self.step and (not path.exists() or read(path) not in (state["settings"], now)):
+        sound = (as_file(state["settings"]), as_file(now)) if self.step else ()
+        if self.step and (not path.exists() or path.read_bytes() not in sound):
             print(f"{path} is not that of the checkpoint: written anew")
-        write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
+        write_durably(path, as_file(now))
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder)
 
@@ -242,9 +249,9 @@ class Run:
             self.here.say(f"nothing to do: {self.s.out} has reached step {self.step}")
         return done
 
-    def stopped(self, step: int, stop: Stop) -> int:
+    def stopped(self, step: int) -> int:
         self.close()
-        self.here.say(f"stopped by a signal after step {step}, which is saved; {stop.advice}")
+        self.here.say(f"stopped by a signal after step {step}, which is saved; {self.stop.advice}")
         return 0
 
     def not_finite(self, step: int, what: Exception) -> int:
@@ -263,11 +270,8 @@ class Run:
             track(None)
 
 
-def read(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
+def as_file(values: dict) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def lock(folder: Path):

@@ -345,34 +345,6 @@ def test_a_checkpoint_is_found_by_its_number(train):
     assert checkpoint.find(run, "4") == checkpoint.find(run, "step-00000004")
 
 
-def test_a_resumed_run_is_one_run_in_weights_and_biases(train, monkeypatch):
-    import sys
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
-
-    begun, told = [], []
-
-    class Session:
-        def log(self, row, step):
-            told.append(step)
-
-        def finish(self):
-            told.append("end")
-
-    wandb = ModuleType("wandb")
-    wandb.__spec__ = ModuleSpec("wandb", None)
-    wandb.init = lambda **settings: begun.append(settings) or Session()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for steps in (4, 8):
-        train("run", f"--steps={steps}", "--wandb=proj", "--eval_every=8")
-    assert [b["project"] for b in begun] == ["proj", "proj"]
-    assert begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow"
-    assert begun[0]["config"]["n_layer"] == 2
-    assert told == [1, 2, 3, 4, 4, "end", 5, 6, 7, 8, 8, "end"]
-    train("other", "--wandb=proj")
-    assert begun[2]["id"] != begun[0]["id"]
-
-
 def test_the_closed_form_counts_the_parameters_but_for_norms_and_biases():
     from model import GPT, GPTConfig
 
