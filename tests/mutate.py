@@ -121,7 +121,8 @@ def fits(m: Mutant) -> bool:
 
 def near(m: Mutant) -> list[str]:
     """The test files most likely to notice a bug in this file."""
-    names = dict.fromkeys((Path(m.file).stem, *NEAR.get(m.file, ())))  # its own comes first
+    own, others = Path(m.file).stem, NEAR.get(m.file, ())
+    names = others if own in others else (own, *others)
     paths = [f"tests/test_{name}.py" for name in names]
     return [path for path in paths if (ROOT / path).exists()]
 
