@@ -74,3 +74,14 @@ def test_a_run_that_is_watched_is_the_run_that_is_not(train, packages):
     model = "step-00000008/model.safetensors"
     watched, alone = train("watched", "--wandb=p", "--tensorboard"), train("alone")
     assert (watched / model).read_bytes() == (alone / model).read_bytes()
+
+
+def test_a_run_that_goes_on_goes_on_in_weights_and_biases_too(train, packages):
+    train("run", "--wandb=p", "--steps=4")
+    train("run", "--wandb=p", "--steps=8")
+    train("other", "--wandb=p", "--steps=4")
+    calls = sys.modules["wandb"].calls
+    first, second, other = (call[1] for call in calls if call[0] == "init")
+    assert first["id"] == second["id"] != other["id"] and second["resume"]
+    steps = [call[1] for call in calls if call[0] == "log" and "loss" in call[2]]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]
