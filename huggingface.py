@@ -56,7 +56,7 @@ def import_model(source: str, folder: Path, target: Path) -> None:
         raise ValueError(f"{folder / 'config.json'} is damaged ({e})") from e
     found = tensors.find(folder, family.prefix)
     c, there = families.fit(family, c, found, source)
-    tokenizer = read_tokenizer(source, folder, theirs)
+    tokenizer = read_tokenizer(source, folder, theirs, c.vocab_size)
 
     # 2. the checkpoint
     def weights() -> Iterator:
@@ -100,7 +100,7 @@ def locate(source: str) -> Path:
         ) from e
 
 
-def read_tokenizer(source: str, folder: Path, theirs: dict):
+def read_tokenizer(source: str, folder: Path, theirs: dict, vocab_size: int):
     """The tokenizer of a model, with an id for each row of its embedding. Raises ValueError."""
     from engine import tokenizer_json
     from engine.tensors import read_json
@@ -109,11 +109,8 @@ def read_tokenizer(source: str, folder: Path, theirs: dict):
     def read(name: str) -> dict:  # what need not be there
         return read_json(folder / name) if (folder / name).exists() else {}
 
-    def text(token: dict | str | None) -> str | None:
-        return token["content"] if isinstance(token, dict) else token
-
     # 1. the vocabulary
-    path, vocab_size = folder / "tokenizer.json", theirs["vocab_size"]
+    path = folder / "tokenizer.json"
     if info := read(path.name):
         if (folder / "vocab.tiktoken").exists() and (folder / "encoding.json").exists():
             ours = Tokenizer.load(folder)  # it was exported here; unless it was changed since,
@@ -131,10 +128,13 @@ def read_tokenizer(source: str, folder: Path, theirs: dict):
     else:
         raise ValueError(f"{source} has no tokenizer.json")
 
-    # 2. what ends a sample: here in the order in which transformers looks for it
-    words, ends = read("tokenizer_config.json"), read("generation_config.json").get("eos_token_id")
-    ends = theirs.get("eos_token_id") if ends is None else ends
-    choices = [ends if isinstance(ends, list) else [ends], [text(words.get("eos_token"))]]
+    # 2. what ends a sample, in the order in which transformers looks for it; else what it is named
+    ends = read("generation_config.json").get("eos_token_id")
+    if ends is None:
+        ends = theirs.get("eos_token_id")
+    named = read("tokenizer_config.json").get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    choices = [ends if isinstance(ends, list) else [ends], [named]]
     try:
         return tokenizer_json.from_json(info, source, vocab_size, choices)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
@@ -194,25 +194,19 @@ def export_model(source: str, which: str, target: Path) -> None:
 
 def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list[dict]) -> str:
     """A model card: what is on record about model and training, and nothing else."""
+    record = dict(architecture=architecture, parameters=model.num_parameters())
+    record |= dict(context=model.config.block_size, vocabulary=tokenizer.vocab_size)
     s, step = facts["settings"], facts["step"]
-    table = dict(architecture=architecture, parameters=f"{model.num_parameters():,}")
-    table["context"] = f"{model.config.block_size:,} tokens"
-    table["vocabulary"] = f"{tokenizer.vocab_size:,} tokens ({tokenizer.name})"
-    if not s:
-        table["imported from"] = facts["source"]
-    else:
-        table |= {"data": s["data"], "digest of the data": facts["data_digest"]}
-        table |= {"updates": f"{step:,}", "tokens seen": f"{step * s['batch_tokens']:,}"}
-        units = dict(loss="nats a token", val_loss="nats a token", val_bpb="bits a byte of text")
-        for key, unit in units.items():
-            for row in [row for row in rows if row.get(key) is not None][-1:]:
-                table[key] = f"{row[key]:.4f} {unit} (step {row['step']:,})"
-        table["time"] = f"{facts['seconds']:,.0f} seconds, torch {facts['machine']['torch']}"
-    text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
-    text += "| | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in table.items())
     if s:
-        text += f"\nThe settings of train.py:\n\n```json\n{json.dumps(s, indent=2)}\n```\n"
-    return text
+        record |= dict(updates=step, tokens_seen=step * s["batch_tokens"])
+        for key in ("loss", "val_loss", "val_bpb"):  # nats a token, and bits a byte of text
+            known = [row[key] for row in rows if row.get(key) is not None]
+            record[key] = known[-1] if known else None
+        record |= {key: facts[key] for key in ("seconds", "machine", "data_digest", "settings")}
+    else:
+        record["imported_from"] = facts["source"]
+    text = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+    return f"{text}# {name}\n\n```json\n{json.dumps(record, indent=2)}\n```\n"
 
 
 # --- files

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
@@ -196,6 +197,27 @@ def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tupl
     """
     model, tokenizer, _ = load_weights(find(path, checkpoint))
     return model.to(device).eval(), tokenizer
+
+
+def adopt(path: str, shape: GPTConfig, tokenizer: Tokenizer, data: str, say) -> GPT:
+    """The model of another run or checkpoint, with the context and dropout of `shape`.
+
+    Raises ValueError unless it reads what `tokenizer`, that of `data`, has written.
+    """
+    model, theirs, _ = load_weights(find(path))
+    if theirs.digest() != tokenizer.digest():
+        raise ValueError(
+            f"init_from={path!r} reads {theirs.name} ({theirs.vocab_size} tokens), and {data} is"
+            f" written in {tokenizer.name} ({tokenizer.vocab_size} tokens): prepare the text for"
+            f" it, `python prepare.py TEXT --tokenizer={path} --out=data/NAME`"
+        )
+    free = ("vocab_size", "block_size", "dropout", "zero_init")
+    found = asdict(model.config)
+    other = [f"{k}={v}" for k, v in found.items() if v != getattr(shape, k) and k not in free]
+    if other:
+        say(f"the shape is that of {path}, not of the settings: {', '.join(other)}")
+    model.set_context(shape.block_size, shape.dropout)
+    return model
 
 
 # --- optimizers as named tensors

@@ -61,12 +61,6 @@ class Machine:
             raise problem or SystemExit(2)
         return result
 
-    def each_does(self, function):
-        """What `function` returns, in every process. The first one goes ahead, so that a mistake
-        that all would make is told once."""
-        first = self.first_does(function)
-        return first if self.rank == 0 else function()
-
     def say(self, text: str) -> None:
         """Prints: the first process speaks for all."""
         if self.rank == 0:

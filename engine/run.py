@@ -19,7 +19,7 @@ from torch import nn
 from engine import checkpoint, fast, settings
 from engine.files import require_space, write_durably
 from engine.machine import Machine
-from engine.metrics import MetricsLog, since_best, start_trackers
+from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
 
 try:
@@ -136,13 +136,26 @@ class Run:
             if was != value:
                 print(f"{name} was {was}, is {value}: the same data, but not the same bits")
 
-    def evaluation_missing(self) -> bool:
-        """Whether the newest checkpoint was to be evaluated, and there is no row that says how."""
-        missing = self.here.rank == 0 and self.step and not self.log.evaluated
-        return self.due(self.step, self.s.eval_every) and bool(self.here.from_first(bool(missing)))
-
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.s.steps
+
+    def logs(self, step: int) -> bool:
+        return self.due(step, self.s.log_every)
+
+    def evaluates(self, step: int) -> bool:
+        return self.due(step, self.s.eval_every)
+
+    def saves(self, step: int) -> bool:
+        """What is evaluated is saved before: an evaluation that fails costs nothing else."""
+        return self.due(step, self.s.save_every) or self.evaluates(step)
+
+    def evaluation_missing(self) -> bool:
+        """Whether the newest checkpoint was to be evaluated, and no row tells how good it is."""
+        missing = self.here.rank == 0 and self.step and not self.log.evaluated
+        missing = self.evaluates(self.step) and self.here.from_first(bool(missing)) > 0
+        if missing:
+            self.here.say(f"the evaluation of step {self.step} is made again")
+        return missing
 
     @contextmanager
     def timed(self):
@@ -173,10 +186,26 @@ class Run:
             for track in self.trackers:
                 track(row)
 
-    def evaluated(self, step: int, loss: float | None, bpb: float | None) -> None:
+    def evaluated(self, step: int, loss: float, bpb: float | None) -> None:
+        """Says and records how good the weights after `step` updates are."""
+        bits = f", {bpb:.4f} bits per byte" if bpb else ""
+        self.here.say(f"step {step}: validation loss {loss:.4f}{bits}")
+        if not math.isfinite(loss):
+            loss = bpb = None  # JSON has no such number, and it is never the best
         self.record(step=step, val_loss=loss, val_bpb=bpb, tokens=step * self.s.batch_tokens)
         if self.here.rank == 0:
             self.log.mark()
+
+    def tell_best(self, compressors) -> None:
+        """Prints the best evaluation, beside what `compressors()` has to say of the same text."""
+        best = best_row(self.folder)
+        if best:
+            loss = f"{best['val_loss']:.4f} nats a token"
+            print(f"\nbest validation loss: {loss}, at step {best['step']}")
+        if best and best["val_bpb"]:
+            others = compressors()
+            others = f" ({others})" if others else ""
+            print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
 
     def elapsed(self) -> float:
         return self.seconds_before + time.monotonic() - self.start
@@ -201,17 +230,17 @@ class Run:
 
     def out_of_patience(self) -> bool:
         waited = since_best(self.folder) if self.here.rank == 0 else 0
-        return 0 < self.s.patience <= self.here.from_first(waited)
+        out = 0 < self.s.patience <= self.here.from_first(waited)
+        if out:
+            self.here.say(f"stopped early: no better evaluation in the last {self.s.patience}")
+        return out
 
     def finished(self) -> bool:
         """Whether there is nothing to do, which it says."""
-        waited = self.out_of_patience()
-        if self.step < self.s.steps and not waited:
-            return False
-        why = f" and {self.s.patience} evaluations without a better one" if waited else ""
-        reached = f"{self.s.out} has reached step {self.step} of {self.s.steps}"
-        self.here.say(f"nothing to do: {reached}{why}")
-        return True
+        done = self.step >= self.s.steps or self.out_of_patience()
+        if done:
+            self.here.say(f"nothing to do: {self.s.out} has reached step {self.step}")
+        return done
 
     def stopped(self, step: int, stop: Stop) -> int:
         self.close()
