@@ -61,8 +61,6 @@ def save(
             save_file(optimizer, partial / "optimizer.safetensors")
             text = json.dumps(state, indent=2) + "\n"
             (partial / "state.json").write_text(text, encoding="utf-8")
-            for file in partial.glob("*.safetensors"):  # save_file lets nobody else read them
-                shutil.copymode(partial / "state.json", file)
             tokenizer.save(partial)
             write_manifest(partial)
     except (OSError, SafetensorError) as e:
@@ -93,7 +91,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 def verify(path: Path, names: tuple[str, ...] = FILES) -> int:
     """Checks files of a checkpoint (default: all); returns how many. Raises ValueError."""
-    return files.verify(path, names)
+    files.verify(path, names)
+    return len(names)
 
 
 def newest(run: Path) -> tuple[int, int]:

@@ -17,15 +17,10 @@ import torch
 from torch import nn
 
 from engine import checkpoint, fast, settings
-from engine.files import WINDOWS, require_space, write_durably
+from engine.files import WINDOWS, lock_file, require_space, write_durably
 from engine.machine import Machine
 from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
 
 # What may differ when a run is resumed; anything else would make it another run. First where things
 # are and what is shown, then where and how it is computed: the data and the mathematics stay.
@@ -280,13 +275,10 @@ def lock(folder: Path):
     if parts and "lock" not in parts:
         raise ValueError(f"{folder} holds something else than a run: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    handle = open(folder / "lock", "w")
-    if fcntl:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(f"another process works in {folder}: choose another --out") from e
-    return handle
+    try:
+        return lock_file(folder / "lock", wait=False)
+    except BlockingIOError as e:
+        raise ValueError(f"another process works in {folder}: choose another --out") from e
 
 
 def move_aside(folder: Path) -> None:
