@@ -87,7 +87,7 @@ def test_the_log_is_flushed_before_a_checkpoint_that_relies_on_it(train, monkeyp
         flushed[found.st_ino] = found.st_size
 
     def note_rename(source, target, *more, **options):
-        log = Path(source).parent / "metrics.jsonl"
+        log = Path(target).parent / "metrics.jsonl"
         if Path(target).name.startswith("step-") and Path(target).suffix != ".old":
             relied_on.append((log.stat().st_size, flushed.get(log.stat().st_ino)))
         return rename(source, target, *more, **options)
