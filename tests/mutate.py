@@ -49,7 +49,7 @@ NEAR = {
     "generate.py": ("sample", "endings"),
     "sample.py": ("endings",),
     "prepare.py": ("splits", "kept", "mistakes"),
-    "engine/checkpoint.py": ("kept", "endings", "train", "interruptions"),
+    "engine/checkpoint.py": ("kept", "sample", "endings", "train", "interruptions"),
     "engine/families.py": ("huggingface",),
     "engine/files.py": ("kept", "prepare", "interruptions"),
     "engine/inference.py": ("sample",),
