@@ -161,7 +161,7 @@ def train(s: Settings, stop: Stop) -> int:
     if run.step:
         model, _, state = checkpoint.load_weights(run.path)
     else:
-        model, state = here.each_does(lambda: new_model(s, data.tokenizer, here)), NEW
+        model, state = here.each_does(lambda: new_model(s, data, here)), NEW
     model.to(here.device)
     rows = s.batch_tokens // s.model.block_size  # of a batch, over all processes
     work = rows_in_a_pass(rows // here.world, s)
@@ -253,22 +253,17 @@ def validate(model, split, step: int, s: Settings, here, run, stop) -> bool:
     return True
 
 
-def new_model(s: Settings, tokenizer, here):
+def new_model(s: Settings, data, here):
     """A model with random weights, or with those of the checkpoint `init_from`."""
     from engine.checkpoint import find, load_weights
     from model import GPT
 
     if not s.init_from:
-        model = GPT(replace(s.model, vocab_size=tokenizer.vocab_size))
+        model = GPT(replace(s.model, vocab_size=data.tokenizer.vocab_size))
         model.init_weights(s.seed)
         return model
     model, theirs, _ = load_weights(find(s.init_from))
-    if theirs.digest() != tokenizer.digest():
-        raise ValueError(
-            f"init_from={s.init_from!r} reads {theirs.name} ({theirs.vocab_size} tokens), and"
-            f" {s.data} is written in {tokenizer.name} ({tokenizer.vocab_size} tokens): prepare the"
-            f" text for it, `python prepare.py TEXT --tokenizer={s.init_from} --out=data/NAME`"
-        )
+    data.require_tokenizer(theirs, s.init_from)
     shape, asked = vars(model.config), vars(s.model)
     free = ("vocab_size", "block_size", "dropout", "zero_init")
     other = [f"{k}={shape[k]}" for k in shape if shape[k] != asked[k] and k not in free]
