@@ -133,8 +133,8 @@ def dimensions(s: Settings) -> dict:
 def our_model(s: Settings):
     from model import GPT, GPTConfig
 
-    model = GPT(GPTConfig(**dimensions(s), **(GPT2 if s.shape == "gpt2" else {})))
-    model.init_weights(0, zero_init=False)
+    model = GPT(GPTConfig(**dimensions(s), **(GPT2 if s.shape == "gpt2" else {}), zero_init=False))
+    model.init_weights(0)
     return model
 
 
@@ -199,8 +199,10 @@ def train(s: Settings, dtype: str, peer: bool = False) -> dict:
         loss.item()
 
     speed = s.rows * s.length * here.world / timed(step, steps=TRAIN_STEPS)
-    # products: 6 for each weight and token, but the positions'; attention's scores and sums
-    weights = sum(p.numel() for p in parameters) - (0 if s.shape == "modern" else 1024 * s.n_embd)
+    # products: 6 for each weight and token, but for rows that are only looked up: GPT-2's positions
+    # (its tokens are the head as well), or our tokens; and attention's scores and sums
+    looked_up = (s.vocab_size if s.shape == "modern" else 1024) * s.n_embd
+    weights = sum(p.numel() for p in parameters) - looked_up
     products = 6 * weights + 12 * s.n_layer * s.n_embd * s.length / 2
     return figure(speed, "tokens/s", f"{products * speed / 1e9:,.0f} GFLOP/s")
 

@@ -33,10 +33,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.shards import ShardWriter, open_shard, sha256_of, split_of, tokenizer_digest
+from engine.files import sha256_of
+from engine.shards import ShardWriter, open_shard, split_of, tokenizer_digest
 from tokenizer import Tokenizer, find_tokenizer
 
-__all__ = ["Dataset", "ShardWriter", "Split", "sha256_of"]
+__all__ = ["Dataset", "ShardWriter", "Split"]
 IGNORE = -100  # a target that does not count
 
 

@@ -162,7 +162,7 @@ class TextStream:
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()):
         self.tokenizer = tokenizer
-        self.ends = getattr(tokenizer, "ends", {tokenizer.end_of_text})
+        self.ends = tokenizer.ends
         self.stop = stop
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.held = ""

@@ -1,13 +1,17 @@
-"""The Transformer: settings, rotary positions, KV cache, attention, MLP, block, GPT.
+"""The Transformer: tokens in, a score for every possible next token out.
 
-Only mathematics: no files, no printing, no globals.
+    tokens ─> embedding ─> block ─> ... ─> block ─> norm ─> head ─> logits ─> loss
+                             │
+                 x = x + attention(norm(x))     look at the tokens before
+                 x = x + mlp(norm(x))           think about what was found
 
-One class covers three published shapes, chosen by `GPTConfig`:
+The file follows the data: the whole model, positions, block, norm, attention, MLP, head. Settings
+(shape.py) choose between three published shapes:
 
     GPT-2          learned positions, LayerNorm, GELU, biases, tied head (Radford et al. 2019)
     modern         rotary, RMSNorm, query/key norm, ReLU^2, capped logits (karpathy/nanochat)
-    Llama and kin  rotary, RMSNorm with weights, SwiGLU, grouped heads: Llama (arXiv:2302.13971),
-                   Mistral, Qwen2 with qkv_bias, Qwen3 with qk_norm (arXiv:2505.09388)
+    Llama, Qwen3   rotary, RMSNorm with weights, SwiGLU, grouped heads (arXiv:2302.13971,
+                   arXiv:2505.09388)
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary.
@@ -24,79 +28,307 @@ from shape import GPTConfig
 IGNORE = -100  # a target that does not count: cross_entropy's own convention
 
 
-class RMSNormalise(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) over the last dimension, with the gradient written out.
+class GPT(nn.Module):
+    """The whole model. Call `init_weights`, or load weights, before using it."""
 
-    On a CPU, F.rms_norm is a chain of small kernels, and so is its gradient: twice the time.
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        c = config
+        self.config = config
+        # where a norm follows, the scale of an embedding sets only how fast it learns
+        std = 1.0 if c.embed_norm and c.zero_init and not c.tied else 0.02
+        self.wte = embedding(c.vocab_size, c.n_embd, std)  # one vector for each token
+        if c.position == "learned":
+            self.wpe = embedding(c.block_size, c.n_embd, std)  # and one for each position
+        self.embed_norm = Norm(c.n_embd, c) if c.embed_norm else nn.Identity()
+        self.drop = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.norm = Norm(c.n_embd, c)
+        self.head = Head(c)
+
+    def trunk(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """All but the head: tokens (B, T) to the final hidden states (B, T, C).
+
+        `mask` says who may look where: None is causal, else see `Attention`. `positions` (T) or
+        (B, T) are counted from what the `cache` holds, if not given. `tokens` continue what a
+        cache holds and are appended to it. Raises ValueError for more than block_size tokens.
+        """
+        T = tokens.size(1)
+        start = cache.length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens exceed block_size={self.config.block_size}")
+        if positions is None:
+            positions = torch.arange(start, start + T, device=tokens.device)  # (T)
+        x = self.wte(tokens)  # (B, T, C)
+        rope = None
+        if self.config.position == "learned":
+            x = x + self.wpe(positions)
+        else:
+            rope = rotary(positions, self.config)  # the attention of each block uses it
+        x = self.drop(self.embed_norm(x))
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (..., C) to float32 logits (..., V)."""
+        return self.head(x, self.wte.weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or with `targets` (B, T) the cross-entropy in nats, mean or sum.
+
+        `targets` are `tokens` shifted by one: at each position the token that comes next. So one
+        pass over T tokens is T exercises in prediction. Targets of -100 do not count. With a
+        `cache`, only the last position's logits: (B, 1, V), for they choose the next token.
+        """
+        x = self.trunk(tokens, mask, positions, cache)
+        logits = self.logits(x if cache is None else x[:, -1:])
+        if targets is None:
+            return logits
+        # -ln p(target), where p = softmax(logits): 0 if the model was sure and right, ln V if it
+        # finds all tokens equally likely
+        flat = logits.view(-1, logits.size(-1))
+        return F.cross_entropy(flat, targets.view(-1), ignore_index=IGNORE, reduction=reduction)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draws all weights anew, a function of `seed` alone."""
+        g = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if hasattr(module, "std"):  # each layer says how it begins
+                module.weight.normal_(0.0, module.std, generator=g)
+
+    def set_context(self, block_size: int, dropout: float) -> None:
+        """Sets the longest context and the dropout rate, keeping the weights.
+
+        Raises ValueError for more positions than were learned; rotary ones go on without end,
+        though beyond the old context they are angles that training has not seen.
+        """
+        c = self.config
+        if c.position == "learned":
+            if block_size > c.block_size:
+                raise ValueError(
+                    f"block_size={block_size} exceeds the {c.block_size} positions that the model"
+                    f" has learned: use --block_size={c.block_size} or less"
+                )
+            self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].clone())
+        c.block_size = block_size
+        c.dropout = dropout
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+
+    def new_cache(self, batch: int = 1, size: int = 0) -> "KVCache":
+        """An empty KV cache for `batch` sequences of up to `size` tokens (0: the whole context)."""
+        like = self.wte.weight
+        return KVCache(self.config, batch, like.device, like.dtype, size)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def embedding(rows: int, dim: int, std: float) -> nn.Embedding:
+    """A table of vectors, one for each id. `std` is that of its first weights."""
+    table = nn.Embedding.from_pretrained(torch.zeros(rows, dim), freeze=False)
+    table.std = std
+    return table
+
+
+def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) -> nn.Linear:
+    """x W^T + b, with the scale of its first weights; b begins at zero.
+
+    Each output is a sum over `inputs` terms: weights of variance 1 / inputs keep its size. A
+    `residual` layer, the last of a branch, begins at zero: then every block is the identity and
+    depth no obstacle to the first gradients (arXiv:1901.09321). GPT-2's scheme: 0.02 everywhere,
+    less where 2 n_layer branches add up.
+    """
+    layer = nn.Linear(inputs, outputs, bias)
+    if c.zero_init:
+        layer.std = 0.0 if residual else inputs**-0.5
+    else:
+        layer.std = 0.02 / math.sqrt(2 * c.n_layer) if residual else 0.02
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+# --- positions
+
+
+def rotary(positions: Tensor, c: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position's angles: two of (T, D/2), or (B, T, D/2).
+
+    Attention by itself sees a set of tokens, without order. Rotary positions (arXiv:2104.09864)
+    turn queries and keys: pair i of their channels by the angle position * base^(-2i/D), fast
+    for the first pairs, slowly for the last, like the hands of a clock.
+    """
+    # in this very form, which transformers has too: at large positions rounding matters
+    channels = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = 1.0 / c.rope_base ** (channels / c.head_dim)  # (D/2), radians a position
+    if c.rope_factor != 1:
+        # Llama 3.1 (arXiv:2407.21783): turns slower what turned less than once in the old
+        # context, leaves what turned more than four times, and blends in between
+        turns = c.rope_original * frequency / (2 * math.pi)
+        keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / c.rope_factor
+    angle = positions[..., None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns each pair of channels (a, b) of x (B, T, H, D) by its position's angle.
+
+        a' = a cos - b sin          the pair is a point in the plane; turning q by m and k by n
+        b' = b cos + a sin          angles leaves a product q·k that depends on m - n alone
+
+    So a score depends on how far apart two tokens are, not on where they stand. Channels i and
+    i + D/2 are a pair (Llama's layout).
+    """
+    cos, sin = (z.unsqueeze(-2).to(x.dtype) for z in rope)  # (T, 1, D/2): the same for all heads
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# --- block
+
+
+class Block(nn.Module):
+    """Attention, which moves information between positions, then an MLP at each position.
+
+    Both add to x instead of replacing it (residual connections, arXiv:1512.03385): a sum hands
+    the gradient on unchanged, so the first layer learns as well as the last.
     """
 
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (length.square() / x.size(-1) + eps).rsqrt().to(x.dtype)  # (..., 1)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn_norm = Norm(config.n_embd, config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = Norm(config.n_embd, config)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
 
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        y, scale = ctx.saved_tensors
-        along = (g * y).mean(dim=-1, keepdim=True)  # moving x along itself changes nothing
-        return torch.addcmul(g, y, along, value=-1) * scale, None
+    def forward(self, x, rope, mask, cache) -> Tensor:
+        x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache))
+        x = x + self.drop(self.mlp(self.mlp_norm(x)))
+        return x
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dimension."""
+    """x / sqrt(mean(x^2) + eps) over the last dimension: RMSNorm (arXiv:1910.07467).
+
+    LayerNorm (arXiv:1607.06450) takes away the mean first. Whatever the layers before have added
+    up to, the next one gets vectors of the same length, and learns at the same pace.
+    """
 
     def __init__(self, dim: int, config: GPTConfig):
         super().__init__()
-        self.layer, self.eps, self.shape = config.norm == "layer", config.norm_eps, (dim,)
+        self.centre = config.norm == "layer"
+        self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(dim)) if config.norm_weight else None
-        shift = self.layer and config.bias
-        self.bias = nn.Parameter(torch.zeros(dim)) if shift else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if self.centre and config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.layer:
-            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-        if x.device.type != "cpu":
-            return F.rms_norm(x, self.shape, self.weight, self.eps)
-        x = RMSNormalise.apply(x, self.eps)
-        return x if self.weight is None else x * self.weight
+        y = x.float()  # a mean of squares loses too many digits in bfloat16
+        if self.centre:
+            y = y - y.mean(dim=-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        y = y.to(x.dtype)
+        if self.weight is not None:
+            y = y * self.weight
+        if self.bias is not None:
+            y = y + self.bias
+        return y
 
 
-def rotary_table(
-    length: int, dim: int, base: float, factor: float = 1.0, original: int = 0
-) -> Tensor:
-    """Cosines and sines of position * base^(-2i/dim): (2, length, dim). arXiv:2104.09864.
+# --- attention
 
-    With a `factor`, waves longer than the `original` context, in which they never turned once, are
-    stretched by it; those that turned four times or more stay; between, a mixture of both. Llama
-    3.1: models/llama3/reference_impl/model.py of github.com/meta-llama/llama-models.
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v, in H heads side by side (arXiv:1706.03762).
+
+    Each position asks (query), offers (key) and tells (value). How well its query fits a key says
+    how much of that position's value it takes. H heads can attend to H things at once; groups of
+    H / K of them may share keys and values, to store fewer (arXiv:2305.13245).
     """
-    # in this very form, rounded as in transformers: far out, an ulp of it is a different angle
-    frequency = 1.0 / base ** (torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim)
-    if factor != 1:
-        turns = original / (2 * math.pi / frequency)  # (dim/2,), of each pair in that context
-        keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
-        frequency = (1 - keep) * frequency / factor + keep * frequency
-    angle = torch.outer(torch.arange(length, device="cpu", dtype=torch.float32), frequency)
-    cos, sin = angle.cos(), angle.sin()  # (length, dim/2)
-    # channels i and i + dim/2 turn together: Llama's layout; the sign is that of the other channel
-    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        c = config
+        self.config = config
+        self.layer = layer
+        bias = c.bias or c.qkv_bias
+        self.wq = linear(c, c.n_embd, c.n_head * c.head_dim, bias)
+        self.wk = linear(c, c.n_embd, c.n_kv_head * c.head_dim, bias)
+        self.wv = linear(c, c.n_embd, c.n_kv_head * c.head_dim, bias)
+        self.wo = linear(c, c.n_head * c.head_dim, c.n_embd, c.bias, residual=True)
+        # norms of q and k keep |q·k| / sqrt(D) below sqrt(D), so that no head begins to stare at
+        # one position and stops to learn (arXiv:2302.05442)
+        self.q_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
+        self.k_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
+        self.drop = nn.Dropout(c.dropout)
+
+    def forward(self, x, rope, mask, cache) -> Tensor:
+        """x (B, T, C) to (B, T, C). `mask`, boolean, (T, S) or (B, 1, T, S), is True where a
+        position may look; None is causal."""
+        B, T, _ = x.shape
+        D = self.config.head_dim
+        q = self.q_norm(self.wq(x).view(B, T, -1, D))  # (B, T, H, D)
+        k = self.k_norm(self.wk(x).view(B, T, -1, D))  # (B, T, K, D)
+        v = self.wv(x).view(B, T, -1, D)  # (B, T, K, D)
+        if rope is not None:
+            q = rotate(q, rope)
+            k = rotate(k, rope)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D): all that came before, too
+        groups = q.size(1) // k.size(1)
+        k = k.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+        v = v.repeat_interleave(groups, dim=1)
+        if mask is None:
+            mask = causal_mask(T, k.size(2), x.device)
+        # a sum of D products of numbers of size 1 has size sqrt(D): divided by it, softmax begins
+        # soft; undivided, one weight would be near 1 and the gradient of all others near 0
+        scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
+        scores = scores.masked_fill(~mask, -math.inf)  # e^-inf = 0: no weight at all
+        weights = self.drop(scores.softmax(dim=-1))  # each row sums to 1
+        y = weights @ v  # (B, H, T, D)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns each pair of channels of x (B, T, H, D) by its position's angle; rope is (2, T, D)."""
-    cos, sin = rope.to(x.dtype).unsqueeze(2)  # (T, 1, D)
-    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # roll swaps the halves
+def causal_mask(T: int, S: int, device=None) -> Tensor:
+    """True where the last T of S positions may look: at themselves and what came before.
+
+    1 0 0 0
+    1 1 0 0         T = S = 4. Without it, a position could look at the very token that it
+    1 1 1 0         is to predict: the loss would fall to nothing, and the model, which has
+    1 1 1 1         nothing to look at when it writes, would have learned nothing.
+    """
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 class KVCache:
     """Keys and values of all positions so far, preallocated for `size` (0: the whole context).
 
-    `length` counts the positions stored. Writing past the end raises ValueError: see `generate` in
-    generate.py for what to do then. `at` is for inference.RecordedStep: the position of the one new
-    token, as a tensor (1,).
+    Tokens that have been read never change their keys and values, since no position looks ahead:
+    with them stored, a new token costs one row of work. Without, text of T tokens is read anew
+    for each, T (T + 1) / 2 rows in all. `length` counts the positions stored. Writing past the
+    end raises ValueError: see `generate` in generate.py for what to do then.
     """
 
     def __init__(self, config: GPTConfig, batch: int, device=None, dtype=torch.float32, size=0):
@@ -104,17 +336,13 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_kv_head, size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length, self.at = 0, None
+        self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, K, T, D) of one layer and returns all of its k and v (B, K, S, D)."""
         end = self.length + k.size(2)
         if end > self.k.size(3):
             raise ValueError(f"{end} positions do not fit in a KV cache of {self.k.size(3)}")
-        if self.at is not None:
-            self.k[layer][:, :, self.at] = k.to(self.k.dtype)
-            self.v[layer][:, :, self.at] = v.to(self.v.dtype)
-            return self.k[layer], self.v[layer]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
@@ -125,250 +353,59 @@ class KVCache:
         self.v = self.v.repeat(1, batch, 1, 1, 1)
 
 
-class Attention(nn.Module):
-    """Multi-head attention (arXiv:1706.03762) with grouped key/value heads (arXiv:2305.13245)."""
-
-    def __init__(self, config: GPTConfig, layer: int):
-        super().__init__()
-        c, self.config, self.layer = config, config, layer
-        bias = c.bias or c.qkv_bias
-        self.wq = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=bias)
-        self.wk = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=bias)
-        self.wv = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=bias)
-        self.wo = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
-        self.q_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
-        self.k_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
-        self.ready_qkv = None  # one layer instead of three, that inference.ready has made
-
-    def joined(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of queries, keys and values: one product is faster than three."""
-        linears = (self.wq, self.wk, self.wv)
-        bias = None if self.wq.bias is None else torch.cat([w.bias for w in linears])
-        return torch.cat([w.weight for w in linears]), bias
-
-    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None):
-        B, T, _ = x.shape
-        D = self.config.head_dim
-        H, K = self.config.n_head, self.config.n_kv_head
-        qkv = self.ready_qkv(x) if self.ready_qkv else F.linear(x, *self.joined())
-        q, k, v = qkv.view(B, T, -1, D).split([H, K, K], dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, H, D), (B, T, K, D)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
-        y = attend(q.to(k.dtype), k, v, mask, self.config.dropout * self.training)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))  # (B, T, C)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, K, S, D): (B, H, T, D)."""
-    (B, H, T, D), K, S = q.shape, k.size(1), k.size(2)
-    if q.device.type == "cpu" and mask is None and 1 < T == S <= 512 and not dropout:
-        # short contexts on a CPU: the fused kernel's bfloat16 gradient takes 2 to 7 times as long
-        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
-        q, k, v = (z.reshape(B * H, T, D) for z in (q, k, v))
-        future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
-        score = torch.baddbmm(future, q, k.mT, alpha=D**-0.5)  # (B*H, T, T)
-        return (score.softmax(dim=-1) @ v).view(B, H, T, D)
-    if T == 1:  # the heads that share keys become the rows of one product
-        q = q.reshape(B, K, H // K, D)
-    y = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and T > 1,  # a single new position may look at all before it
-        dropout_p=dropout,
-        enable_gqa=q.size(1) != K,
-    )
-    return y.reshape(B, H, T, D)
+# --- MLP and head
 
 
 class MLP(nn.Module):
-    """The position-wise network: GELU as in GPT-2 (tanh form), ReLU^2 (arXiv:2109.08668), or
-    SwiGLU (arXiv:2002.05202), which multiplies by a gate."""
+    """Two layers, wide in between: C to mlp_dim to C, at each position alone.
+
+    GELU as in GPT-2 (tanh form, arXiv:1606.08415), ReLU^2 (arXiv:2109.08668), or SwiGLU, which
+    multiplies by a gate (arXiv:2002.05202). Without such a bend two layers would be only one.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.kind = config.mlp
-        if self.kind == "swiglu":
-            self.gate = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
-        self.down = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
+        c = config
+        functions = {"gelu": gelu, "relu2": relu2, "swiglu": F.silu}
+        self.activation = functions[c.mlp]
+        self.gate = linear(c, c.n_embd, c.mlp_dim, c.bias) if c.mlp == "swiglu" else None
+        self.up = linear(c, c.n_embd, c.mlp_dim, c.bias)
+        self.down = linear(c, c.mlp_dim, c.n_embd, c.bias, residual=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x)  # (B, T, mlp_dim)
-        if self.kind == "swiglu":
-            h = F.silu(self.gate(x)) * h
-        elif self.kind == "gelu":
-            h = F.gelu(h, approximate="tanh")
-        else:
-            h = F.relu(h).square()
-        return self.down(h)  # (B, T, C)
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
-        super().__init__()
-        self.attn_norm = Norm(config.n_embd, config)
-        self.attn = Attention(config, layer)
-        self.mlp_norm = Norm(config.n_embd, config)
-        self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None):
-        x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache))
-        x = x + self.drop(self.mlp(self.mlp_norm(x)))
-        return x
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
-def embedding(rows: int, dim: int) -> nn.Embedding:
-    """Zeros until init_weights draws: drawing on "meta" would import torch's compiler, a second."""
-    return nn.Embedding.from_pretrained(torch.zeros(rows, dim), freeze=False)
+def relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
 
 
-class GPT(nn.Module):
-    """The whole model. Call `init_weights`, or load weights, before using it."""
+class Head(nn.Module):
+    """A score for each token of the vocabulary: how well its vector fits the hidden state.
+
+    A tied head uses the vectors of the embedding (arXiv:1608.05859). One that begins at zero finds
+    all V tokens equally likely, so the first loss is -ln(1/V) = ln V.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
-        self.wte = embedding(config.vocab_size, config.n_embd)
-        if config.position == "learned":
-            self.wpe = embedding(config.block_size, config.n_embd)
-        else:
-            c = config
-            table = rotary_table(
-                c.block_size, c.head_dim, c.rope_base, c.rope_factor, c.rope_original
-            )
-            self.register_buffer("rope", table, persistent=False)  # computed, never stored
-        self.embed_norm = Norm(config.n_embd, config) if config.embed_norm else nn.Identity()
-        self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = Norm(config.n_embd, config)
-        if not config.tied:
-            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.ready_head = None  # the head that inference.ready has made
+        c = config
+        self.cap = c.logit_cap
+        self.weight = None
+        if not c.tied:
+            self.weight = nn.Parameter(torch.zeros(c.vocab_size, c.n_embd))
+            self.std = 0.0 if c.zero_init else 0.02
 
-    @torch.no_grad()
-    def init_weights(self, seed: int, zero_init: bool | None = None) -> None:
-        """Draws all weights anew, a function of `seed` alone.
-
-        With `zero_init` the residual projections and an untied head start at zero, so each block
-        begins as the identity and the loss as ln V exactly (arXiv:2203.03466); without it, GPT-2's
-        scheme: N(0, 0.02), residual projections smaller by sqrt(2 n_layer).
-        """
-        zero_init = self.config.zero_init if zero_init is None else zero_init
-        g = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.ndim < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-            elif name.endswith(("wo.weight", "down.weight", "head.weight")) and zero_init:
-                p.zero_()
-            elif not zero_init:
-                residual = name.endswith(("wo.weight", "down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=g))
-            elif name in ("wte.weight", "wpe.weight"):
-                # a norm follows an untied embedding, so its scale sets only how fast it learns
-                std = 1.0 if self.config.embed_norm and not self.config.tied else 0.02
-                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=g))
-            else:
-                bound = math.sqrt(3 / p.size(1))  # uniform with variance 1 / fan_in
-                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=g))
-
-    def set_context(self, block_size: int, dropout: float) -> None:
-        """Sets the longest context and the dropout rate, keeping the weights.
-
-        Raises ValueError for more positions than were learned; rotary ones go on without end.
-        """
-        c = self.config
-        if c.position == "learned":
-            if block_size > c.block_size:
-                raise ValueError(
-                    f"block_size={block_size} exceeds the {c.block_size} positions that the model"
-                    f" has learned: use --block_size={c.block_size} or less"
-                )
-            self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].clone(), False)
-        else:
-            self.rope = rotary_table(
-                block_size, c.head_dim, c.rope_base, c.rope_factor, c.rope_original
-            )
-        c.block_size, c.dropout = block_size, dropout
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = dropout
-
-    def trunk(
-        self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        """All but the head: tokens (B, T) to the final hidden states (B, T, C).
-
-        `mask` is the attention policy: None is causal; a boolean (T, S) or (B, 1, T, S) is True
-        where a position may look, all ones for an encoder. With a `cache`, `tokens` continue what
-        it holds, and are appended to it.
-        """
-        T, start = tokens.size(1), cache.length if cache else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens exceed block_size={self.config.block_size}")
-        if mask is None and start and T > 1:  # several new positions behind stored ones
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
-        at = cache.at if cache and cache.at is not None else slice(start, start + T)
-        x, rope = self.wte(tokens), None  # (B, T, C)
-        if self.config.position == "learned":
-            x = x + self.wpe.weight[at]
-        else:
-            rope = self.rope[:, at]
-        device = x.device.type
-        if torch.is_autocast_enabled(device):  # the residual stream in the products' type: no casts
-            x = x.to(torch.get_autocast_dtype(device))
-        x = self.drop(self.embed_norm(x))
-        for block in self.blocks:
-            x = block(x, rope, mask, cache)
-        if cache is not None:
-            cache.length += T
-        return self.norm(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """The head: hidden states (..., C) to float32 logits (..., V)."""
-        V, cap = self.config.vocab_size, self.config.logit_cap
-        if self.ready_head is not None:
-            logits = self.ready_head(x).float()
-        else:
-            weight = self.wte.weight if self.config.tied else self.head.weight  # (V, C)
-            if x.is_cuda and x.size(-2) > 1:  # tensor cores want a multiple of 64
-                weight = F.pad(weight, (0, 0, 0, -V % 64))  # zero rows: cut off, never stored
-            logits = F.linear(x, weight)[..., :V].float()
-        # cap * tanh(logits / cap), but tanh is several times slower than sigmoid on a CPU
-        return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
-
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        reduction: str = "mean",
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V), or with `targets` (B, T) the cross-entropy in nats, mean or sum.
-
-        Targets of -100 do not count. With a `cache`, only the last position's logits: (B, 1, V).
-        """
-        x = self.trunk(tokens, mask, cache)
-        logits = self.logits(x if cache is None else x[:, -1:])
-        if targets is None:
-            return logits
-        flat = logits.view(-1, logits.size(-1))
-        return F.cross_entropy(flat, targets.view(-1), ignore_index=IGNORE, reduction=reduction)
-
-    def new_cache(self, batch: int = 1, size: int = 0) -> KVCache:
-        """An empty KV cache for `batch` sequences of up to `size` tokens (0: the whole context)."""
-        weight = self.wte.weight
-        # on a CPU attention in float32 is several times faster, its part of memory traffic small
-        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-        return KVCache(self.config, batch, weight.device, dtype, size)
-
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (..., C) and the embedding (V, C) to float32 logits (..., V)."""
+        weight = embedding if self.weight is None else self.weight
+        logits = F.linear(x, weight).float()
+        if self.cap:  # no logit can run away and take the gradient with it (arXiv:2408.00118)
+            logits = self.cap * torch.tanh(logits / self.cap)
+        return logits

@@ -47,6 +47,7 @@ class Settings:
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of the weights and of matrix products
     threads: Threads = "auto"  # of a CPU: a number, or chosen by the size of the model
+    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
 
 
 def __getattr__(name: str):
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> None:
     here = machine.pick(s.device, s.dtype, "false", rows=s.num_samples)
     model = model.eval().to(here.device, here.dtype)
     machine.use_threads(s.threads, here, model, s.num_samples)
-    model = inference.ready(model, s.quantize, s.num_samples)
+    model = inference.ready(model, s.quantize, s.num_samples, parts=s.fast)
     if s.interactive:
         converse(model, tokenizer, s)
     else:

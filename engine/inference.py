@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import fast
 from engine.machine import fast_bfloat16
 from model import GPT, KVCache
 
@@ -19,34 +20,145 @@ WIDTH = {"": 256, "int8": 128}  # columns of a block: wider reads faster, narrow
 
 
 @torch.no_grad()
-def ready(model: GPT, quantize: str = "", rows: int = 1) -> GPT:
-    """Replaces the linear layers of `model`, in place, by ones that are faster for `rows` rows.
+def ready(model: GPT, quantize: str = "", rows: int = 1, parts: bool = True) -> GPT:
+    """Makes `model`, in place, one that generates `rows` texts at once, faster.
 
-    With `quantize="int8"` by ones with weights of eight bits. The model can then generate and be
-    evaluated, but neither learn nor be saved nor moved. On a GPU queries, keys and values become
-    one layer, and that is all; int8 raises ValueError there.
+    With `quantize="int8"` its linear layers get weights of eight bits. It can then generate and be
+    evaluated, but neither learn nor be saved nor moved. `parts=False` leaves the book's own form
+    of everything but eight bits. int8 raises ValueError on other devices than a CPU.
     """
-    like = next(model.parameters())
+    like = model.wte.weight
     on_cpu = like.device.type == "cpu"
     if quantize and not on_cpu:
         raise ValueError(f"quantize={quantize!r} works with device=cpu only")
+    if parts:
+        names = fast.agreeing(model.config, like.device, like.dtype, training=False)
+        fast.install(model, names)
+        model.__class__ = FastGPT
     if quantize or (on_cpu and rows == 1):
         kind = partial(StreamedLinear, quantize=quantize)
     elif on_cpu and packable(like.dtype):
         kind = PackedLinear
     else:
-        kind = plain_linear
-    for block in model.blocks:
-        block.attn.ready_qkv = kind(*block.attn.joined())
-        del block.attn.wq, block.attn.wk, block.attn.wv
-        for part in () if kind is plain_linear else (block.attn, block.mlp):
-            for name, layer in part.named_children():
-                if isinstance(layer, nn.Linear):
-                    setattr(part, name, kind(layer.weight, layer.bias))
-    model.ready_head = kind(model.wte.weight if model.config.tied else model.head.weight, None)
-    if not model.config.tied:
-        del model.head
+        kind = PlainLinear
+    if quantize or parts:
+        for module in list(model.modules()):
+            replace_linears(module, kind, model.wte.weight)
     return model
+
+
+def replace_linears(module: nn.Module, kind, embedding: Tensor) -> None:
+    """Gives one module of a model linear layers of another kind."""
+    if type(module) is fast.FastAttention:
+        layers = (module.wq, module.wk, module.wv)
+        bias = torch.cat([w.bias for w in layers]) if module.wq.bias is not None else None
+        module.wqkv = kind(torch.cat([w.weight for w in layers]), bias)
+        del module.wq, module.wk, module.wv
+        module.__class__ = JoinedAttention
+    elif type(module) is fast.FastHead:
+        weight = embedding if module.weight is None else module.weight
+        module.weight = None
+        module.layer = kind(weight, None)
+        module.__class__ = ReadyHead
+    for name, layer in module.named_children():
+        if type(layer) is nn.Linear:  # not somebody's own
+            setattr(module, name, kind(layer.weight, layer.bias))
+
+
+class JoinedAttention(fast.FastAttention):
+    """Attention with one layer for queries, keys and values."""
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.wqkv(x)
+
+
+class ReadyHead(fast.FastHead):
+    """A head with a layer of another kind."""
+
+    def product(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.layer(x).float()
+
+
+class FastGPT(GPT):
+    """A GPT that chooses the type of its KV cache, and on a GPU records a step and replays it."""
+
+    def new_cache(self, batch: int = 1, size: int = 0) -> KVCache:
+        like = self.wte.weight
+        dtype = like.dtype
+        if like.device.type == "cpu" and isinstance(self.blocks[0].attn, fast.FastAttention):
+            dtype = torch.float32  # attention is several times faster, its memory traffic small
+        kind = RecordedCache if records(like.device) else KVCache
+        return kind(self.config, batch, like.device, dtype, size)
+
+    def forward(self, tokens: Tensor, *more, cache: KVCache | None = None, **options) -> Tensor:
+        if isinstance(cache, RecordedCache) and cache.length and tokens.size(1) == 1:
+            return cache.step(super().forward, tokens)
+        return super().forward(tokens, *more, cache=cache, **options)
+
+
+def records(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+class RecordedCache(KVCache):
+    """A KV cache whose next token can be a CUDA graph, recorded once and replayed.
+
+    A replay starts hundreds of kernels at once, which one by one take longer to start than to run.
+    Its shapes and addresses are fixed: attention spans the whole cache, and a mask hides what is
+    not there yet. A result is valid until the next call. Elsewhere than on a GPU nothing is
+    recorded, and the result is the same.
+    """
+
+    at = None  # the position of the one new token, as a tensor (1,)
+    recorded = None  # the buffers that the graph knows
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.at is None:
+            return super().append(layer, k, v)
+        self.k[layer][:, :, self.at] = k.to(self.k.dtype)
+        self.v[layer][:, :, self.at] = v.to(self.v.dtype)
+        return self.k[layer], self.v[layer]
+
+    def step(self, forward, tokens: Tensor) -> Tensor:
+        """`forward` for one new token in each row of `tokens` (B, 1): logits (B, 1, V)."""
+        if self.length == self.k.size(3):
+            raise ValueError(f"{self.length + 1} positions do not fit in a KV cache of that size")
+        if self.recorded is not self.k:  # not yet, or before `expand`
+            self.record(forward, tokens)
+        self.tokens.copy_(tokens)
+        self.place.fill_(self.length)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.logits = self.run(forward)
+        self.length += 1
+        return self.logits
+
+    def record(self, forward, tokens: Tensor) -> None:
+        device = self.k.device
+        self.recorded, self.graph = self.k, None
+        self.tokens = tokens.clone()
+        self.place = torch.full((1,), self.length, device=device)
+        self.columns = torch.arange(self.k.size(3), device=device)
+        if device.type != "cuda":
+            return
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # libraries set themselves up, which must not be recorded
+                    self.run(forward)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=side):
+                self.logits = self.run(forward)
+
+    def run(self, forward) -> Tensor:
+        length, self.at = self.length, self.place
+        mask = (self.columns <= self.place)[None]  # (1, S)
+        logits = forward(self.tokens, mask=mask, positions=self.place, cache=self)
+        self.length, self.at = length, None
+        return logits
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -58,8 +170,16 @@ def packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def plain_linear(weight: Tensor, bias: Tensor | None) -> partial:
-    return partial(F.linear, weight=weight, bias=bias)
+class PlainLinear(nn.Module):
+    """x W^T + b, as torch computes it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.matrix = weight.detach()
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix, self.bias)
 
 
 class StreamedLinear(nn.Module):
@@ -129,53 +249,3 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-def records(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-class RecordedStep:
-    """The next logits (B, V) for one new token in each row of `cache`, recorded as a CUDA graph.
-
-    A replay starts hundreds of kernels at once, which one by one take longer to start than to run.
-    Its shapes and addresses are fixed: `cache` must have its final batch size, attention spans all
-    of it, and a mask hides what is not there yet. A result is valid until the next call. Elsewhere
-    than on a GPU nothing is recorded, and the result is the same.
-    """
-
-    def __init__(self, model: GPT, cache: KVCache):
-        self.model, self.cache, self.graph = model, cache, None
-        device, rows, size = cache.k.device, cache.k.size(1), cache.k.size(3)
-        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.at = torch.full((1,), cache.length, device=device)
-        self.positions = torch.arange(size, device=device)
-        if device.type != "cuda":
-            return
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):  # libraries set themselves up, which must not be recorded
-                    self.run()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):
-                self.logits = self.run()
-
-    def run(self) -> Tensor:
-        length, self.cache.at = self.cache.length, self.at
-        mask = (self.positions <= self.at)[None]  # (1, S)
-        logits = self.model(self.tokens, mask=mask, cache=self.cache)[:, -1]
-        self.cache.length, self.cache.at = length, None
-        return logits
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        self.tokens.copy_(tokens)
-        self.at.fill_(self.cache.length)
-        if self.graph:
-            self.graph.replay()
-        else:
-            self.logits = self.run()
-        self.cache.length += 1
-        return self.logits

@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from engine import threads
 AVAILABLE = torch.get_num_threads()  # torch knows affinity, physical cores and OMP_NUM_THREADS
 BUCKET = 25_000_000  # bytes of gradients in one message, as measured in arXiv:2006.15704
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
+PR_SET_PDEATHSIG = 1  # of prctl, from linux/prctl.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,12 +61,6 @@ class Machine:
             raise problem or SystemExit(2)
         return result
 
-    def each_does(self, function):
-        """What `function` returns, in every process. The first one goes ahead, so that a mistake
-        that all would make is told once."""
-        first = self.first_does(function)
-        return first if self.rank == 0 else function()
-
     def say(self, text: str) -> None:
         """Prints: the first process speaks for all."""
         if self.rank == 0:
@@ -98,7 +94,7 @@ def pick(
     chosen = pick_device(device, world)
     kind = chosen.type
 
-    fast, reason = fast_to_generate(chosen, rows) if rows else fast_dtype(chosen)
+    fast, reason = fast_dtype(chosen, rows)
     name = fast if dtype == "auto" else dtype
     if name not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
@@ -145,29 +141,20 @@ def pick_device(device: str, world: int) -> torch.device:
     return torch.device("cuda", index)  # torch.cuda.set_device needs an index
 
 
-def fast_dtype(device: torch.device) -> tuple[str, str]:
-    """The fastest sound number type to train with on a device, and the reason."""
+def fast_dtype(device: torch.device, rows: int = 0) -> tuple[str, str]:
+    """The fastest sound number type on a device to train, or to generate `rows` texts; and why."""
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return "bfloat16", "fast on this GPU"
-        return "float16", "bfloat16 is slow on this GPU"
-    if device.type == "cpu":
-        # emulated bfloat16 is up to forty times slower than float32
-        fast = fast_bfloat16()
-        return ("bfloat16", "fast here") if fast else ("float32", "bfloat16 is slow here")
-    return "float32", "the safe choice on this device"
-
-
-def fast_to_generate(device: torch.device, rows: int) -> tuple[str, str]:
-    """The same for generating `rows` texts at once.
-
-    One row waits for the weights to arrive from memory, and half the bytes arrive sooner, even
-    where they are widened before the product: 1.6 times as fast at 124M parameters with AVX2.
-    """
-    widens = device.type == "cpu" and torch.cpu.get_capabilities().get("avx2")
-    if rows == 1 and widens and not fast_bfloat16():
-        return "bfloat16", "half the memory to read"
-    return fast_dtype(device)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        return ("bfloat16", "fast on this GPU") if fast else ("float16", "for want of bfloat16")
+    if device.type == "mps":
+        return "float32", "the safe choice there"
+    if fast_bfloat16():
+        return "bfloat16", "fast here"
+    if rows == 1 and torch.cpu.get_capabilities().get("avx2"):
+        # one row waits for the weights to come from memory. Half the bytes come sooner, even where
+        # they must be widened before the product: 1.6 times as fast, with 124M parameters
+        return "bfloat16", "half the bytes to read"
+    return "float32", "bfloat16 is slow here"  # up to forty times slower, being emulated
 
 
 def fast_bfloat16() -> bool:
@@ -179,12 +166,12 @@ def fast_bfloat16() -> bool:
 def worth_compiling(device: torch.device) -> tuple[bool, str]:
     """Whether torch.compile pays and can work, and the reason."""
     if device.type != "cuda":
-        return False, "it pays on a GPU only"
+        return False, "pays on a GPU only"
     # its kernels are written in Triton, which needs a GPU since Volta and a compiler of C
     if torch.cuda.get_device_capability(device) < (7, 0):
-        return False, "this GPU is too old for it"
+        return False, "too old a GPU"
     if not importlib.util.find_spec("triton"):
-        return False, "Triton is not installed"
+        return False, "no Triton"
     if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
         return False, "no C compiler"
     return True, "pays on a GPU"
@@ -201,10 +188,8 @@ def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before
         torch.set_num_threads(int(asked))
     elif here.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         mine = max(1, AVAILABLE // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        parameters = list(model.parameters())
-        number = threads.choose(
-            mine, tokens, model.config.n_embd, sum(p.numel() for p in parameters)
-        )
+        size = sum(p.numel() for p in model.parameters())
+        number = threads.choose(mine, tokens, model.config.n_embd, size)
         same = before and before["processes"] == here.world and before["device"] == "cpu"
         if same and before["threads"] <= mine:
             number = before["threads"]  # for the same bits
@@ -234,10 +219,18 @@ def start(here: Machine, deterministic: bool) -> None:
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             how = dict(store=dist.PrefixStore(f"attempt {attempt}", store))
             how |= dict(rank=here.rank, world_size=here.world)
+        if sys.platform == "linux":  # the end of the launcher is a request to stop
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         # the first process may have a corpus to prepare or terabytes to verify
         dist.init_process_group(backend, timeout=timedelta(hours=2), **how)
         here.sum([0])  # all are here: NCCL alone would not wait
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
+
+
+def leave() -> None:
+    """Ends the connection with the other processes; not after an error, for they might be stuck."""
+    if not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
 
 
 def compiled(model: nn.Module, here: Machine, rows: int) -> nn.Module:

@@ -16,6 +16,7 @@ import ast
 import dataclasses
 import difflib
 import errno
+import importlib.util
 import inspect
 import math
 import os
@@ -27,7 +28,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-from engine import threads
+from engine import stop, threads
 
 
 class Bound(NamedTuple):
@@ -249,11 +250,18 @@ def check(s, *rules: tuple[str, str, bool]) -> None:
             raise ValueError(f"{name}={getattr(s, name)!r} should be {want}")
 
 
-def memory() -> float:
-    """Bytes of memory that this machine has; infinity where that cannot be asked."""
+def require_package(name: str, wanted) -> None:
+    if wanted and not importlib.util.find_spec(name):
+        raise ValueError(f"{name} is not installed: pip install {name}")
+
+
+def require_memory(size: int, what: str) -> None:
+    """Raises ValueError for weights larger than all of the memory, where that is known."""
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size > there:
+            sizes = f"{size / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB"
+            raise ValueError(f"the weights of {what} take {sizes}: choose a smaller model")
 
 
 def run(main) -> None:
@@ -278,8 +286,11 @@ def run(main) -> None:
         sys.exit(141)  # as the shell reports it
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         memory = any(word in str(e) for word in ("out of memory", "can't allocate memory"))
+        lost = stop.peer_lost(e)
         if isinstance(e, MemoryError) or memory:
             e = ValueError("out of memory: use a smaller --device_batch, --block_size or model")
+        elif lost:
+            e = ValueError("another process of this run has ended, and so does this one")
         elif isinstance(e, RuntimeError):
             raise  # no user's mistake
         if sys.flags.dev_mode:
@@ -287,15 +298,14 @@ def run(main) -> None:
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             text = f"the disk is full ({text}): nothing that was there before is lost"
-        # until the processes of torchrun have met, all make the same mistake: the first tells it
-        rank, torch = os.environ.get("RANK", "0"), sys.modules.get("torch")
-        where = "" if rank == "0" else f"rank {rank}: "
-        if not where or (torch and torch.distributed.is_initialized()):
-            print(f"{Path(sys.argv[0]).name}: error: {where}{text}", file=sys.stderr)
+        who = stop.speaker(victim=lost)
+        print(f"{Path(sys.argv[0]).name}: error: {who}{text}", file=sys.stderr, flush=True)
         try:
             sys.stdout.flush()
         except (OSError, AttributeError):  # standard output is closed, or its disk is full
             forget_stdout()
+        if "LOCAL_RANK" in os.environ:
+            os._exit(2)  # to leave the other processes politely would be to wait for them
         sys.exit(2)
 
 

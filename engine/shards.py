@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.files import sha256_of
+
 HEADER_INTS = 256
 FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # token type: magic, version
 SHARD_TOKENS = 100_000_000  # as in llm.c: files of 200 MB
@@ -19,15 +21,6 @@ def split_of(name: str) -> str | None:
     retrieval_train_000000.bin, since only whole words count, the last of them most."""
     words = [word for word in re.split("[^a-z]+", name.lower()) if word in WORDS]
     return WORDS[words[-1]] if words else None
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:  # not mapped: that would count as memory of the whole file
-        # large pieces: a thread that waits for the interpreter's lock after each hardly notices
-        for block in iter(lambda: f.read(1 << 24), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def tokenizer_digest(folder: Path) -> str:

@@ -1,4 +1,7 @@
-"""Requests to stop: SIGINT, SIGTERM and SIGUSR1 are noted, and honoured where nothing is lost."""
+"""Requests to stop: SIGINT, SIGTERM and SIGUSR1 are noted, and honoured where nothing is lost.
+
+And how one of several processes ends when something is wrong: one of them must say what.
+"""
 
 import os
 import signal
@@ -6,6 +9,7 @@ import time
 from contextlib import contextmanager
 
 LAUNCHER_ECHO = 2.0  # seconds; torchrun passes on a Ctrl-C that its processes have had themselves
+GRACE = 3.0  # seconds; torchrun looks after its processes ten times a second
 
 
 class Stop:
@@ -47,3 +51,23 @@ class Stop:
                 # past Python's buffers, which the signal may have found in the middle of a print
                 os.write(1, f"\nstopped by a signal; {self.advice}\n".encode())
             os._exit(0)
+
+
+def peer_lost(error: Exception) -> bool:
+    """Whether another process has ended in the middle of a sum: its fault, and not this one's."""
+    named = type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    return named or "/gloo/" in str(error)
+
+
+def speaker(victim: bool) -> str:
+    """What a process says before its last words: nothing, or after a while its rank.
+
+    Most mistakes are made by all processes alike. The first of them says so at once and ends, and
+    torchrun ends the others within GRACE: who is still here then has made a mistake of its own, or
+    is the `victim` of a process that nobody looked after.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not victim:
+        return ""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(GRACE)
+    return f"rank {os.environ.get('RANK', 0)}: "

@@ -34,7 +34,7 @@ def choose(available: int, tokens: int, width: int, parameters: int) -> int:
     sleeping threads do no harm beside it, and equal commands should give equal bits.
     """
     worth = max(tokens * width / GRAIN, parameters / WEIGHTS)
-    return max(1, min(math.ceil(worth), available, math.ceil(quota())))
+    return max(1, math.ceil(min(worth, available, quota())))
 
 
 def quota(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> float:

@@ -19,6 +19,18 @@ TINY += ["--steps=8", "--eval_every=4", "--save_every=4", "--log_every=1", "--sa
 TINY += ["--dtype=float32"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="of all runs: cpu, or cuda if there is a GPU")
+
+
+def pytest_configure(config):
+    """Runs on the CPU even where there is a GPU: the promises of equal bits are made for it."""
+    device = config.getoption("--device")
+    TINY.append(f"--device={device}")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for scripts and subprocesses that choose, too
+
+
 def make_text(lines: int = 1500, seed: int = 0) -> str:
     """Sentences with some structure, accents, Chinese and emoji."""
     import random
@@ -47,6 +59,19 @@ def data(tmp_path_factory, text_file) -> Path:
     out = tmp_path_factory.mktemp("data") / "story"
     prepare.main([str(text_file), f"--out={out}", "--tokenizer=bytes"])
     return out
+
+
+def write_shards(folder: Path, **splits) -> Path:
+    """A folder of public shards, in the layout of llm.c: split name to token ids."""
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, tokens in splits.items():
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(tokens)
+        content = header.tobytes() + np.array(tokens, "<u2").tobytes()
+        (folder / f"toy_{split}_000000.bin").write_bytes(content)
+    return folder
 
 
 @pytest.fixture

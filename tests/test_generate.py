@@ -13,8 +13,9 @@ from tokenizer import bytes_tokenizer
 
 
 def make_model(block_size: int = 16, **more) -> GPT:
-    model = GPT(GPTConfig(vocab_size=257, block_size=block_size, n_layer=2, n_embd=32, **more))
-    model.init_weights(3, zero_init=False)
+    shape = dict(vocab_size=257, block_size=block_size, n_layer=2, n_embd=32, zero_init=False)
+    model = GPT(GPTConfig(**shape, **more))
+    model.init_weights(3)
     with torch.no_grad():
         model.head.weight.mul_(20)
     return model.eval()

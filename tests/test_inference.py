@@ -1,17 +1,14 @@
 """A model made ready to generate computes what it did before."""
 
-import copy
-
 import pytest
 import torch
 from test_model import SHAPES, make, tokens
 from torch import nn
 
-import sample
-from engine import inference
-from engine.inference import FEW, PackedLinear, RecordedStep, StreamedLinear, packable, ready
-from model import KVCache
-from sample import generate
+from engine import fast, inference
+from engine.inference import FEW, PackedLinear, RecordedCache, StreamedLinear, packable, ready
+from generate import generate
+from model import Attention
 
 KINDS = {
     "streamed": StreamedLinear,
@@ -51,17 +48,32 @@ def test_eight_bits_keep_the_weights_to_a_255th_of_their_range():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_ready_model_writes_the_same_text(shape, rows):
+@pytest.mark.parametrize("parts", [True, False])
+def test_a_ready_model_writes_the_same_text(shape, rows, parts):
     model = make(shape)
     plain = list(generate(model, [1, 2, 3], 60, temperature=0, num_samples=rows))
-    model = ready(model, rows=rows)
+    model = ready(model, rows=rows, parts=parts)
     kind = StreamedLinear if rows == 1 else PackedLinear
-    if rows == 1 or packable(torch.float32):
-        assert {type(m) for m in model.blocks.modules() if hasattr(m, "bias")} >= {kind}
+    if parts and (rows == 1 or packable(torch.float32)):
         assert not any(isinstance(m, nn.Linear) for m in model.modules())
-        assert isinstance(model.ready_head, kind)
+        assert isinstance(model.head.layer, kind)
+        assert isinstance(model.blocks[0].attn.wqkv, kind)
+    if not parts:
+        assert not any(isinstance(m, fast.FastAttention) for m in model.modules())
     assert list(generate(model, [1, 2, 3], 60, temperature=0, num_samples=rows)) == plain
     assert len({row[0] for row in plain}) > 2
+
+
+def test_a_ready_model_obeys_an_edited_book(monkeypatch):
+    """Attention that only halves its values: the fast form is off, and the text the book's."""
+    forward = Attention.forward
+    monkeypatch.setattr(Attention, "forward", lambda self, *more: forward(self, *more) / 2)
+    model = make("modern")
+    plain = list(generate(model, [1, 2, 3], 20, temperature=0))
+    model = ready(model)
+    assert not any(isinstance(m, fast.FastAttention) for m in model.modules())
+    assert isinstance(model.blocks[0].attn.wq, StreamedLinear)
+    assert list(generate(model, [1, 2, 3], 20, temperature=0)) == plain
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,42 +89,37 @@ def test_eight_bits_change_the_logits_a_little(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_step_of_fixed_shape_equals_a_growing_one(shape):
-    model, x = make(shape), tokens()
-    plain, fixed = (KVCache(model.config, batch=3) for _ in range(2))
-    for cache in (plain, fixed):
-        model(x[:, :9], cache=cache)
-    recorded = RecordedStep(model, fixed)
+def test_a_step_of_fixed_shape_equals_a_growing_one(shape, monkeypatch):
+    monkeypatch.setattr(inference, "records", lambda device: True)
+    plain, model, x = make(shape), ready(make(shape)), tokens()
+    growing, fixed = plain.new_cache(3), model.new_cache(3)
+    assert isinstance(fixed, RecordedCache)
+    plain(x[:, :9], cache=growing)
+    model(x[:, :9], cache=fixed)
     for i in range(9, 24):
-        expected = model(x[:, i : i + 1], cache=plain)[:, -1]
-        torch.testing.assert_close(recorded(x[:, i : i + 1]), expected, atol=1e-4, rtol=1e-4)
-    assert fixed.length == plain.length == 24
+        expected = plain(x[:, i : i + 1], cache=growing)
+        step = model(x[:, i : i + 1], cache=fixed)
+        torch.testing.assert_close(step, expected, atol=1e-4, rtol=1e-4)
+    assert fixed.length == growing.length == 24
+    with pytest.raises(ValueError, match="25"):
+        model(x[:, :1], cache=fixed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("length, rows", [(3, 1), (3, 3), (40, 1), (40, 3)])
+@pytest.mark.parametrize("length, rows", [(1, 3), (3, 1), (40, 3)])
 def test_generating_with_recorded_steps_changes_nothing(shape, length, rows, dtype, monkeypatch):
-    model, prompt = make(shape).to(dtype), list(range(length))
-    plain = list(generate(model, prompt, 60, 1.0, num_samples=rows))
+    prompt = list(range(length))
+    plain = list(generate(ready(make(shape).to(dtype), rows=rows), prompt, 60, num_samples=rows))
     calls = []
     monkeypatch.setattr(inference, "records", lambda device: True)
-    step = RecordedStep.__call__
-    monkeypatch.setattr(RecordedStep, "__call__", lambda *a: calls.append(1) or step(*a))
-    assert list(generate(model, prompt, 60, 1.0, num_samples=rows)) == plain
+    step = RecordedCache.step
+    monkeypatch.setattr(RecordedCache, "step", lambda *a: calls.append(1) or step(*a))
+    model = ready(make(shape).to(dtype), rows=rows)
+    assert list(generate(model, prompt, 60, num_samples=rows)) == plain
     assert len(calls) > 40  # all but the prompt and the times when the context is full
 
 
-@pytest.mark.parametrize("quantize", ["", "int8"])
-def test_sample_makes_the_model_ready_as_asked(train, quantize, monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(inference, "ready", lambda m, *more: seen.append(more) or ready(m, *more))
-    argv = ["--prompt=the ", "--max_tokens=5", "--num_samples=2", f"--quantize={quantize}"]
-    sample.main([str(train("run")), *argv])
-    assert seen == [(quantize, 2)] and "--- sample 2 of 2\nthe " in capsys.readouterr().out
-
-
 def test_int8_is_refused_on_other_devices():
-    model = copy.deepcopy(make("modern")).to("meta")
     with pytest.raises(ValueError, match="quantize='int8' works with device=cpu only"):
-        ready(model, "int8")
+        ready(make("modern").to("meta"), "int8")

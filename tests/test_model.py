@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import GPT, IGNORE, GPTConfig, KVCache
+from model import GPT, IGNORE, GPTConfig, KVCache, rotary, rotate
 
 GPT2 = dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, embed_norm=False)
 GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
@@ -13,12 +13,13 @@ LLAMA = dict(norm_weight=True, embed_norm=False, qk_norm=False, mlp="swiglu", lo
 LLAMA |= dict(n_kv_head=2)
 SHAPES = {"modern": {}, "grouped": dict(n_kv_head=2, head_dim=10), "gpt2": GPT2, "llama": LLAMA}
 SHAPES["qwen3"] = LLAMA | dict(qk_norm=True, tied=True)
+SHAPES["qwen2"] = LLAMA | dict(qkv_bias=True, rope_factor=8.0, rope_original=8)
 
 
 def make(shape: str, seed: int = 0, zero_init: bool = False, **more) -> GPT:
     config = dict(vocab_size=61, block_size=24, n_layer=3, n_head=4, n_embd=32) | SHAPES[shape]
-    model = GPT(GPTConfig(**(config | more)))
-    model.init_weights(seed, zero_init)
+    model = GPT(GPTConfig(**(config | more), zero_init=zero_init))
+    model.init_weights(seed)
     if not zero_init:  # larger than GPT-2's N(0, 0.02), so that differences would show
         with torch.no_grad():
             for p in model.parameters():
@@ -78,8 +79,8 @@ def test_the_mask_is_an_argument(shape):
 @pytest.mark.parametrize("zero_init", [True, False])
 def test_loss_at_initialisation_is_ln_V(shape, zero_init):
     config = dict(vocab_size=500, block_size=64, n_layer=3, n_head=4, n_embd=64) | SHAPES[shape]
-    model = GPT(GPTConfig(**config))
-    model.init_weights(0, zero_init)
+    model = GPT(GPTConfig(**config, zero_init=zero_init))
+    model.init_weights(0)
     x = tokens(8, 64, 500)
     exact = zero_init and not model.config.tied  # then the head is zero
     loss = model(x, x.roll(-1, 1)).item()
@@ -126,13 +127,13 @@ def test_gelu_is_gpt2s_tanh_form():
 
 
 def test_rotary_positions_are_relative():
-    from model import rotary_table, rotate
-
+    config = GPTConfig(10, head_dim=16)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    table = rotary_table(64, 16, 10000.0)
 
     def score(i: int, j: int) -> float:
-        return (rotate(q, table[:, i : i + 1]) * rotate(k, table[:, j : j + 1])).sum().item()
+        turned_q = rotate(q, rotary(torch.tensor([i]), config))
+        turned_k = rotate(k, rotary(torch.tensor([j]), config))
+        return (turned_q * turned_k).sum().item()
 
     assert score(10, 4) == pytest.approx(score(56, 50), abs=1e-4)
     assert score(10, 4) != pytest.approx(score(10, 5), abs=1e-3)
@@ -170,13 +171,32 @@ def test_an_impossible_shape_is_refused(setting):
         GPTConfig(**dict(vocab_size=10) | setting)
 
 
-def test_a_shorter_context_keeps_the_weights():
-    for shape in ("gpt2", "modern"):
-        model, x = make(shape), tokens(2, 12)
-        expected = model(x)
-        model.set_context(12, dropout=0.0)
-        torch.testing.assert_close(model(x), expected)
-        with pytest.raises(ValueError, match="block_size"):
-            model(tokens(2, 13))
-        with pytest.raises(ValueError, match="exceeds the model's 12"):
-            model.set_context(13, 0.0)
+@pytest.mark.parametrize("shape", ["gpt2", "modern"])
+def test_a_shorter_context_keeps_the_weights(shape):
+    model, x = make(shape), tokens(2, 12)
+    expected = model(x)
+    model.set_context(12, dropout=0.0)
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(ValueError, match="block_size"):
+        model(tokens(2, 13))
+
+
+def test_a_longer_context_needs_rotary_positions():
+    learned, rotary = make("gpt2"), make("modern")
+    with pytest.raises(ValueError, match="block_size=25 exceeds the 24 positions"):
+        learned.set_context(25, dropout=0.0)
+    expected = rotary(tokens())
+    rotary.set_context(48, dropout=0.0)
+    torch.testing.assert_close(rotary(tokens()), expected)
+    assert rotary(tokens(1, 48)).shape == (1, 48, 61)
+
+
+def test_positions_are_an_argument():
+    model, x = make("gpt2"), tokens(2, 6)
+    at = torch.arange(6)
+    torch.testing.assert_close(model(x, positions=at), model(x))
+    each = torch.stack((at, at + 5))  # a row that begins later
+    y = model(x, positions=each)
+    torch.testing.assert_close(y[:1], model(x[:1]))
+    torch.testing.assert_close(y[1:], model(x[1:], positions=at + 5))
+    assert not torch.allclose(y[1:], model(x[1:]))

@@ -1,0 +1,111 @@
+"""Fast parts agree with model.py, and are left out as soon as they do not."""
+
+import inspect
+import textwrap
+
+import pytest
+import torch
+from test_model import SHAPES, make, tokens
+
+import model as book
+from engine import fast
+from model import GPTConfig
+
+CPU = torch.device("cpu")
+TYPES = (torch.float32, torch.bfloat16)
+
+
+def shape(name: str) -> GPTConfig:
+    small = dict(vocab_size=61, block_size=24, n_layer=3, n_head=4, n_embd=32)
+    return GPTConfig(**small | SHAPES[name])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_parts_agree_with_the_book_as_it_is(name, dtype, training):
+    assert fast.agreeing(shape(name), CPU, dtype, training) == list(fast.PARTS)
+
+
+EDITS = {  # what a student may change: the class, the line, what becomes of it, the part
+    "no 1/sqrt(D)": ("Attention", " / math.sqrt(D)", "", "attention"),
+    "no mask": ("Attention", "scores.masked_fill(~mask, -math.inf)", "scores", "attention"),
+    "no norm of queries": ("Attention", "self.q_norm(self.wq(x).view(B, T, -1, D))",
+                           "self.wq(x).view(B, T, -1, D)", "attention"),
+    "no norm of keys": ("Attention", "self.k_norm(self.wk(x).view(B, T, -1, D))",
+                        "self.wk(x).view(B, T, -1, D)", "attention"),
+    "no rotation": ("Attention", "q = rotate(q, rope)", "pass", "attention"),
+    "a score more": ("Attention", "scores.softmax", "(scores + 0.1 * scores.tanh()).softmax",
+                     "attention"),
+    "values halved": ("Attention", "y = weights @ v", "y = weights @ v * 0.5", "attention"),
+    "another norm": ("Norm", "y.square().mean(", "y.abs().mean(", "norm"),
+    "another constant": ("Norm", "+ self.eps", "+ 10 * self.eps", "norm"),
+    "no cap": ("Head", "self.cap * torch.tanh(logits / self.cap)", "logits", "head"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("edit", EDITS)
+def test_whoever_edits_the_book_is_obeyed(edit, dtype, monkeypatch):
+    owner, old, new, part = EDITS[edit]
+    kind = getattr(book, owner)
+    source = textwrap.dedent(inspect.getsource(kind.forward))
+    assert source.count(old) == 1
+    names: dict = {}
+    exec(source.replace(old, new), vars(book), names)
+    monkeypatch.setattr(kind, "forward", names["forward"])
+    for training in (True, False):
+        agreeing = fast.agreeing(shape("modern"), CPU, dtype, training)
+        assert part not in agreeing and len(agreeing) == len(fast.PARTS) - 1
+
+
+def test_a_new_weight_of_a_student_is_obeyed(monkeypatch):
+    init, forward = book.Attention.__init__, book.Attention.forward
+
+    def with_gate(self, config, layer):
+        init(self, config, layer)
+        self.gate = torch.nn.Parameter(torch.zeros(1))
+
+    monkeypatch.setattr(book.Attention, "__init__", with_gate)
+    monkeypatch.setattr(
+        book.Attention, "forward", lambda self, *more: forward(self, *more) * (1 + self.gate)
+    )
+    assert "attention" not in fast.agreeing(shape("modern"), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_installing_keeps_the_names_and_the_function(name):
+    model, x = make(name), tokens()
+    names, logits = list(model.state_dict()), model(x)
+    fast.install(model, list(fast.PARTS))
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(x), logits, atol=1e-4, rtol=1e-4)
+    kinds = {type(module) for module in model.modules()}
+    assert kinds >= {fast.FastEmbedding, fast.FastNorm, fast.FastAttention, fast.FastHead}
+
+
+def test_layers_of_somebodys_own_are_called():
+    model, x = make("modern"), tokens()
+    fast.install(model, ["attention"])
+    before = model(x)
+    attention = model.blocks[0].attn
+    handle = attention.wq.register_forward_hook(lambda layer, given, y: y * 3)
+    assert not torch.allclose(model(x), before)
+    handle.remove()
+    torch.testing.assert_close(model(x), before)
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    attention.wv.__class__ = Doubled
+    assert not torch.allclose(model(x), before)
+
+
+def test_dropout_falls_where_the_book_says():
+    plain, quick = make("modern", dropout=0.5).train(), make("modern", dropout=0.5).train()
+    fast.install(quick, ["attention"])
+    for model in (plain, quick):
+        torch.manual_seed(3)
+        model.result = model(tokens())
+    torch.testing.assert_close(plain.result, quick.result)
