@@ -30,7 +30,7 @@ from dataset import ShardWriter
 from engine import settings
 from engine.sources import PIECE, require
 from engine.spool import SPLITS, read_chunk, spool
-from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, bytes_tokenizer, published_tokenizer
+from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, find_tokenizer
 
 try:
     import fcntl
@@ -42,7 +42,7 @@ except ImportError:  # Windows has no such lock
 class Settings:
     source: tuple = ()  # files, folders, - for standard input, or the names python and shakespeare
     out: str = ""  # folder to write; by default data/<name of the first source>
-    tokenizer: str = "bpe"  # bpe (learned here), bytes, a name in tiktoken (gpt2), or a folder
+    tokenizer: str = "bpe"  # bpe (learned here), bytes, gpt2 and the like, a run, data or model
     vocab_size: int = 4096  # of a bpe vocabulary: 256 bytes, what is learned, end-of-text
     val: float = 0.05  # fraction of the documents for validation
     test: float = 0.05  # fraction of the documents for the test split
@@ -77,12 +77,8 @@ def prepare(s: Settings) -> None:
         ("workers", "at least 0", s.workers >= 0),
     )
     tokenizer = None  # learned below; the others are known at once, and so are mistakes in them
-    if Path(s.tokenizer).is_dir():
-        tokenizer = Tokenizer.load(Path(s.tokenizer))
-    elif s.tokenizer == "bytes":
-        tokenizer = bytes_tokenizer()
-    elif s.tokenizer != "bpe":
-        tokenizer = published_tokenizer(s.tokenizer)
+    if s.tokenizer != "bpe":
+        tokenizer = find_tokenizer(s.tokenizer)
     name = "stdin" if s.source[0] == "-" else Path(s.source[0]).absolute().name.split(".")[0]
     out = Path(s.out or f"data/{name}")
     wanted = {k: v for k, v in asdict(s).items() if k not in FREE}
@@ -252,6 +248,8 @@ def learn_bpe(s: Settings, path: Path, pool, workers: int) -> Tokenizer:
     progress = Progress("learning tokens", s.vocab_size, unit=1, name="")
     tokenizer = bpe_tokenizer(words, s.vocab_size, progress)
     progress.end()
+    if tokenizer.vocab_size < s.vocab_size:
+        print(f"the text yields {tokenizer.vocab_size} tokens, fewer than {s.vocab_size}")
     return tokenizer
 
 

@@ -160,7 +160,7 @@ def train(s: Settings, stop: Stop) -> int:
     if run.step:
         model, _, state = checkpoint.load_weights(run.path)
     else:
-        model, state = new_model(s, data.tokenizer, here), NEW
+        model, state = new_model(s, data, here), NEW
     model.to(here.device)
     work = rows_in_a_pass(s.batch_tokens // s.model.block_size // here.world, s)
     machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
@@ -211,14 +211,14 @@ def train(s: Settings, stop: Stop) -> int:
     return 0
 
 
-def new_model(s: Settings, tokenizer, here):
+def new_model(s: Settings, data, here):
     """A model with random weights, or with those of the checkpoint `init_from` (fine-tuning)."""
     from engine.checkpoint import adopt
     from model import GPT
 
     if s.init_from:
-        return adopt(s.init_from, s.model, tokenizer, s.data, here.say)
-    model = GPT(replace(s.model, vocab_size=tokenizer.vocab_size))
+        return adopt(s.init_from, s.model, data, here.say)
+    model = GPT(replace(s.model, vocab_size=data.tokenizer.vocab_size))
     model.init_weights(s.seed)
     return model
 

@@ -28,6 +28,7 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:  # torch is imported where it is used: finding and verifying needs none
     from torch import Tensor
 
+    from dataset import Dataset
     from model import GPT
 
 TO_SAMPLE = ("model.safetensors", "state.json", "encoding.json", "vocab.tiktoken")
@@ -198,18 +199,13 @@ def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tupl
     return model.to(device).eval(), tokenizer
 
 
-def adopt(path: str, shape: GPTConfig, tokenizer: Tokenizer, data: str, say) -> GPT:
+def adopt(path: str, shape: GPTConfig, data: Dataset, say) -> GPT:
     """The model of another run or checkpoint, with the context and dropout of `shape`.
 
-    Raises ValueError unless it reads what `tokenizer`, that of `data`, has written.
+    Raises ValueError unless it reads the tokens of `data`.
     """
     model, theirs, _ = load_weights(find(path))
-    if theirs.digest() != tokenizer.digest():
-        raise ValueError(
-            f"init_from={path!r} reads {theirs.name} ({theirs.vocab_size} tokens), and {data} is"
-            f" written in {tokenizer.name} ({tokenizer.vocab_size} tokens): prepare the text for"
-            f" it, `python prepare.py TEXT --tokenizer={path} --out=data/NAME`"
-        )
+    data.require_tokenizer(theirs, path)
     free = ("vocab_size", "block_size", "dropout", "zero_init")
     found = asdict(model.config)
     other = [f"{k}={v}" for k, v in found.items() if v != getattr(shape, k) and k not in free]

@@ -305,8 +305,6 @@ PREPARE = [
     prepare("unknown tokenizer", ["docs", "--tokenizer=bpee"], ["'bpee'", "bytes"]),
     prepare("vocab_size too small", ["docs", "--tokenizer=bpe", "--vocab_size=256"],
             ["vocab_size=256", "257"]),
-    prepare("vocab_size too large", ["docs", "--tokenizer=bpe", "--vocab_size=50000", "--test=0"],
-            ["vocab_size=50000", "--vocab_size="]),
     prepare("bpe_bytes too small", ["docs", "--bpe_bytes=9"], "bpe_bytes=9"),
     prepare("workers below 0", ["docs", "--workers=-2"], "workers=-2"),
     prepare("seed below 0", ["docs", "--seed=-1"], "seed=-1"),

@@ -192,3 +192,12 @@ def test_the_built_in_corpus_is_the_standard_library():
     assert len(heads) > 300
     assert any("Command-line parsing library" in head for head in heads)  # argparse
     assert not any("Lib/test" in head for head in heads)
+
+
+def test_too_little_text_for_the_vocabulary_is_said_and_gives_a_smaller_one(tmp_path, capsys):
+    (tmp_path / "little.txt").write_text("few words, few words, few lines\n" * 200)
+    out = tmp_path / "out"
+    prepare.main([str(tmp_path / "little.txt"), f"--out={out}", "--vocab_size=50000", "--test=0"])
+    size = json.loads((out / "meta.json").read_text(encoding="utf-8"))["vocab_size"]
+    assert 257 < size < 50000
+    assert f"{size} tokens, fewer than 50000" in capsys.readouterr().out
