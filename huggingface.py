@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 def import_model(source: str, folder: Path, target: Path) -> None:
     """Writes the model in `folder` as checkpoint `target`. Raises ValueError if it does not fit."""
-    from engine import families, tensors
+    from engine import families, tensors, tokenizer_json
     from engine.checkpoint import sha256_of
 
     # 1. what it is, and whether it has the tensors of such a model
@@ -58,7 +58,7 @@ def import_model(source: str, folder: Path, target: Path) -> None:
         raise ValueError(f"{folder / 'config.json'} is damaged ({e})") from e
     found = tensors.find(folder, family.prefix)
     c, there = families.fit(family, c, found, source)
-    tokenizer = read_tokenizer(source, folder, theirs, c.vocab_size)
+    tokenizer = tokenizer_json.read_folder(folder, source)
 
     # 2. the checkpoint
     def weights() -> Iterator:
@@ -103,47 +103,6 @@ def locate(source: str) -> Path:
             f"{missing}, and no model of that name can be downloaded ({type(e).__name__}): check"
             " the name and the network, or put its files into a folder and name that"
         ) from e
-
-
-def read_tokenizer(source: str, folder: Path, theirs: dict, vocab_size: int):
-    """The tokenizer of a model, with an id for each row of its embedding. Raises ValueError."""
-    from engine import tokenizer_json
-    from engine.tensors import read_json
-    from tokenizer import Tokenizer, published_tokenizer
-
-    def read(name: str) -> dict:  # what need not be there
-        return read_json(folder / name) if (folder / name).exists() else {}
-
-    # 1. the vocabulary
-    path = folder / "tokenizer.json"
-    if info := read(path.name):
-        if (folder / "vocab.tiktoken").exists() and (folder / "encoding.json").exists():
-            ours = Tokenizer.load(folder)  # it was exported here; unless it was changed since,
-            if ours.vocab_size == vocab_size and tokenizer_json.to_json(ours) == info:
-                return ours
-    elif theirs["model_type"] == "gpt2" and (vocab := read("vocab.json")):  # as in 2019
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        info = dict(model=dict(vocab=vocab, merges=merges))
-        info |= dict(pre_tokenizer=dict(type="ByteLevel"))
-    elif [*folder.glob("*.model")]:
-        raise ValueError(f"the tokenizer of {source} needs SentencePiece, which this one lacks")
-    elif vocab_size == 50257:
-        return published_tokenizer("gpt2")
-    else:
-        raise ValueError(f"{source} has no tokenizer.json")
-
-    # 2. what ends a sample, in the order in which transformers looks for it; else what it is named
-    ends = read("generation_config.json").get("eos_token_id")
-    if ends is None:
-        ends = theirs.get("eos_token_id")
-    named = read("tokenizer_config.json").get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    choices = [ends if isinstance(ends, list) else [ends], [named]]
-    try:
-        return tokenizer_json.from_json(info, source, vocab_size, choices)
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ValueError(f"{path} is damaged, or of an unknown kind ({e!r})") from e
 
 
 # --- out
