@@ -10,14 +10,13 @@ more memory than the largest of them.
 
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine import settings
+from engine.files import atomic_folder, write_json, write_manifest
 
 
 @dataclass
@@ -51,7 +50,6 @@ def import_model(source: str, folder: Path, target: Path) -> None:
     from safetensors.torch import save_file
 
     from engine import families
-    from engine.checkpoint import sha256_of
     from model import GPT
 
     # 1. what it is, and whether it has the tensors of such a model
@@ -94,16 +92,13 @@ def import_model(source: str, folder: Path, target: Path) -> None:
 
     facts = dict(step=0, settings={}, model=asdict(c), data_digest=None, metrics=None)
     facts |= dict(loss_scale=None, seconds=0.0, machine=None, source=source)
-    with whole(target) as partial:
+    with atomic_folder(target) as partial:
         shapes = {n: [*state[n].shape] for ours in there.values() for n in ours}
         families.write_safetensors(partial / "model.safetensors", shapes, weights())
         save_file({}, partial / "optimizer.safetensors")
         write_json(partial / "state.json", facts)
         tokenizer.save(partial)
-        files = {
-            p.name: dict(size=p.stat().st_size, sha256=sha256_of(p)) for p in partial.iterdir()
-        }
-        write_json(partial / "manifest.json", files)
+        write_manifest(partial)
     count = sum(w.numel() for w in state.values())
     print(f"{target}: a {family.architecture} of {count:,} parameters, {c.vocab_size:,} tokens")
     print(f"next: python sample.py {target}")
@@ -204,7 +199,7 @@ def export_model(source: str, which: str, target: Path) -> None:
     words |= dict(bos_token=name, eos_token=name, pad_token=name)
     # text is text, as here: no space is tidied up, and no special token read out of it
     words |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
-    with whole(target) as partial:
+    with atomic_folder(target) as partial:
         shapes = {name: [*joined(ours).shape] for name, ours in there.items()}
         families.write_safetensors(
             partial / "model.safetensors", shapes, map(joined, there.values())
@@ -246,34 +241,6 @@ def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list
         text += f"\n```sh\npython train.py {s['config']} {' '.join(words)}\n```\n"
         text += f"\nAll settings:\n\n```json\n{json.dumps(s, indent=2)}\n```\n"
     return text
-
-
-# --- files
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `target` at the end, and disappears if there is none."""
-    from engine.checkpoint import fsync
-
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in partial.iterdir():
-            fsync(path)
-        if target.exists():
-            target.rmdir()  # empty
-        partial.rename(target)
-        fsync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 if __name__ == "__main__":

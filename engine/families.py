@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint import require_space
+from engine.files import require_space
 from model import GPTConfig
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from engine import checkpoint
+from engine.files import require_space, write_durably
 from engine.machine import Machine
 from engine.metrics import MetricsLog, start_trackers
 from tokenizer import Tokenizer
@@ -71,7 +72,7 @@ class Run:
         if self.step:
             self.check(state)
         need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
-        free = checkpoint.require_space(self.folder, need)
+        free = require_space(self.folder, need)
         if self.fresh and self.lock:
             move_aside(self.folder)
             self.lock = None
@@ -83,7 +84,7 @@ class Run:
             before = (json.dumps(state["settings"], indent=2) + "\n").encode()
             if not path.exists() or path.read_bytes() not in (settings, before):
                 print(f"{path} is not that of the checkpoint: written anew")
-        checkpoint.write_durably(path, settings)
+        write_durably(path, settings)
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder)
 
