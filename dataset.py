@@ -14,21 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.files import sha256_of
 from tokenizer import Tokenizer, bytes_tokenizer, published_tokenizer
 
 HEADER_INTS = 256
 FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # token type: magic, version
 SHARD_TOKENS = 100_000_000  # as in llm.c: files of 200 MB
 IGNORE = -100  # a target that does not count
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:  # not mapped: that would count as memory of the whole file
-        # large pieces: a thread that waits for the interpreter's lock after each hardly notices
-        for block in iter(lambda: f.read(1 << 24), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def tokenizer_digest(folder: Path) -> str:

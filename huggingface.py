@@ -9,15 +9,14 @@ more memory than the largest of them.
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
 from engine import settings
+from engine.files import atomic_folder, write_json, write_manifest
 
 
 @dataclass
@@ -48,7 +47,6 @@ def main(argv: list[str]) -> None:
 def import_model(source: str, folder: Path, target: Path) -> None:
     """Writes the model in `folder` as checkpoint `target`. Raises ValueError if it does not fit."""
     from engine import families, tensors, tokenizer_json
-    from engine.checkpoint import sha256_of
 
     # 1. what it is, and whether it has the tensors of such a model
     theirs = tensors.read_json(folder / "config.json")
@@ -68,15 +66,12 @@ def import_model(source: str, folder: Path, target: Path) -> None:
     shapes = {name: [*w.shape] for parts in there.values() for name, w in parts.items()}
     facts = dict(step=0, settings={}, model=asdict(c), data_digest=None, metrics=None)
     facts |= dict(loss_scale=None, seconds=0.0, machine=None, source=source)
-    with whole(target) as partial:
-        tensors.write_safetensors(partial / "model.safetensors", shapes, weights())
-        tensors.write_safetensors(partial / "optimizer.safetensors", {}, [])
-        write_json(partial / "state.json", facts)
-        tokenizer.save(partial)
-        files = {
-            p.name: dict(size=p.stat().st_size, sha256=sha256_of(p)) for p in partial.iterdir()
-        }
-        write_json(partial / "manifest.json", files)
+    with atomic_folder(target) as new:
+        tensors.write_safetensors(new / "model.safetensors", shapes, weights())
+        tensors.write_safetensors(new / "optimizer.safetensors", {}, [])
+        write_json(new / "state.json", facts)
+        tokenizer.save(new)
+        write_manifest(new)
     count = sum(prod(shape) for shape in shapes.values())
     print(f"{target}: a {family.architecture} of {count:,} parameters, {c.vocab_size:,} tokens")
     print(f"next: python sample.py {target}")
@@ -136,16 +131,16 @@ def export_model(source: str, which: str, target: Path) -> None:
         words[key] = tokenizer_json.text_of(tokenizer, i)
     # text is text, as here: no space is tidied up, and no special token read out of it
     words |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
-    with whole(target) as partial:
-        tensors.write_safetensors(partial / "model.safetensors", shapes, weights())
-        write_json(partial / "config.json", theirs | ids)
-        write_json(partial / "generation_config.json", ids)
-        write_json(partial / "tokenizer.json", tokenizer_json.to_json(tokenizer))
-        write_json(partial / "tokenizer_config.json", words)
-        tokenizer.save(partial)  # for the way back
+    with atomic_folder(target) as new:
+        tensors.write_safetensors(new / "model.safetensors", shapes, weights())
+        write_json(new / "config.json", theirs | ids)
+        write_json(new / "generation_config.json", ids)
+        write_json(new / "tokenizer.json", tokenizer_json.to_json(tokenizer))
+        write_json(new / "tokenizer_config.json", words)
+        tokenizer.save(new)  # for the way back
         rows = [row for row in read_metrics(path.parent) if row["step"] <= facts["step"]]
         text = card(target.name, family.architecture, model, tokenizer, facts, rows)
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        (new / "README.md").write_text(text, encoding="utf-8")
     print(f"{target}: {path} as a {family.architecture}")
     cut = (tokenizer.encoding._pat_str, tokenizer.normalizer)
     if family is families.QWEN2 and cut != (tokenizer_json.QWEN_SPLIT, "NFC"):
@@ -171,34 +166,6 @@ def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list
         record["imported_from"] = facts["source"]
     text = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
     return f"{text}# {name}\n\n```json\n{json.dumps(record, indent=2)}\n```\n"
-
-
-# --- files
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `target` at the end, and disappears if there is none."""
-    from engine.checkpoint import fsync
-
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in partial.iterdir():
-            fsync(path)
-        if target.exists():
-            target.rmdir()  # empty
-        partial.rename(target)
-        fsync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 if __name__ == "__main__":

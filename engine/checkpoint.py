@@ -11,14 +11,14 @@ stands on half of one. The manifest holds size and sha256 of every other file an
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
-from dataset import sha256_of
+from engine import files
+from engine.files import atomic_folder, require_space, write_json, write_manifest
 from engine.metrics import best_row
 from engine.settings import Setting, convert, settings_of
 from shape import GPTConfig
@@ -40,23 +40,6 @@ def name(step: int) -> str:
 # --- write
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replaces a file in one step: readers see the old content or the new, even after a crash."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
-    fsync(beside)
-    beside.replace(path)
-    fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save(
     run: Path,
     step: int,
@@ -70,40 +53,19 @@ def save(
     from safetensors.torch import save_file
 
     require_space(run, sum(t.nbytes for t in [*model.values(), *optimizer.values()]))
-    final, partial = run / name(step), run / f"{name(step)}.partial"
+    final = run / name(step)
     try:
-        partial.mkdir()
-        save_file(model, partial / "model.safetensors")
-        save_file(optimizer, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(partial)
-        manifest = {}
-        for path in sorted(partial.iterdir()):
-            shutil.copymode(
-                partial / "state.json", path
-            )  # save_file gives none to group and others
-            fsync(path)
-            manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        write_durably(partial / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-        partial.rename(final)
-        fsync(run)
+        with atomic_folder(final) as folder:
+            save_file(model, folder / "model.safetensors")
+            save_file(optimizer, folder / "optimizer.safetensors")
+            write_json(folder / "state.json", state)
+            tokenizer.save(folder)
+            write_manifest(folder)
     except (OSError, SafetensorError) as e:
-        shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(e, "strerror", None) or e
         raise OSError(
             f"{final} could not be saved ({reason}); earlier checkpoints are whole"
         ) from e
-
-
-def require_space(run: Path, size: int) -> int:
-    """The bytes left on the disk of `run`. Raises OSError if they are fewer than `size`."""
-    free = shutil.disk_usage(next(p for p in (run, *run.absolute().parents) if p.exists())).free
-    if size > free:
-        raise OSError(
-            f"the disk of {run} is too full: a checkpoint needs {size / 1e6:,.1f} MB and"
-            f" {free / 1e6:,.1f} MB are free; earlier checkpoints are whole"
-        )
-    return free
 
 
 def prune(run: Path, keep: int = 2) -> None:
@@ -125,23 +87,10 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def verify(path: Path, files: tuple[str, ...] = ()) -> int:
-    """Checks `files` of a checkpoint (default: all); returns how many. Raises ValueError."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        expected = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in FILES}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged: manifest.json is missing or broken ({e!r})") from e
-    for file in files or FILES:
-        size, sha256 = expected[file]
-        if not (path / file).is_file():
-            raise ValueError(f"{path} is damaged: {file} is missing")
-        if (path / file).stat().st_size != size:
-            found = (path / file).stat().st_size
-            raise ValueError(f"{path} is damaged: {file} has {found} bytes instead of {size}")
-        if sha256_of(path / file) != sha256:
-            raise ValueError(f"{path} is damaged: {file} is not what was written (sha256)")
-    return len(files or FILES)
+def verify(path: Path, names: tuple[str, ...] = FILES) -> int:
+    """Checks files of a checkpoint; returns how many. Raises ValueError."""
+    files.verify(path, names)
+    return len(names)
 
 
 def newest(run: Path) -> tuple[int, int]:

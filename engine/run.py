@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from engine import checkpoint, settings
+from engine.files import require_space, write_durably
 from engine.machine import Machine
 from engine.metrics import MetricsLog, since_best, start_trackers
 from engine.stop import Stop
@@ -94,7 +95,7 @@ class Run:
         if self.step:
             self.check(state, before, now)
         need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
-        free = checkpoint.require_space(self.folder, need)
+        free = require_space(self.folder, need)
         if self.fresh and self.lock:
             move_aside(self.folder)
             self.lock = None
@@ -103,7 +104,7 @@ class Run:
         path = self.folder / "config.json"
         if self.step and (not path.exists() or read(path) not in (state["settings"], now)):
             print(f"{path} is not that of the checkpoint: written anew")
-        checkpoint.write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
+        write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint import require_space
+from engine.files import require_space
 
 FLOATS = ("F32", "F16", "BF16")
 PICKLES = (".bin", ".pt", ".pth")
