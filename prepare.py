@@ -9,7 +9,6 @@
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -17,7 +16,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
@@ -28,14 +26,10 @@ import regex
 
 from dataset import ShardWriter
 from engine import settings
+from engine.files import atomic_folder
 from engine.sources import PIECE, require
 from engine.spool import SPLITS, read_chunk, spool
 from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, find_tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
 
 
 @dataclass
@@ -87,7 +81,7 @@ def prepare(s: Settings) -> None:
         return
     for source in s.source:
         require(source)
-    with locked(out.parent / (out.name + ".partial")) as partial:
+    with atomic_folder(out, replace=s.overwrite) as partial:
         if already_prepared(out, wanted, s.overwrite):  # by another process, meanwhile
             return
         start, report, progress = time.monotonic(), Counter(), Progress("reading")
@@ -117,7 +111,6 @@ def prepare(s: Settings) -> None:
                 meta["splits"][split] = facts
         text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
         (partial / "meta.json").write_text(text, encoding="utf-8")
-        publish(partial, out)
     print_table(out, meta, report, time.monotonic() - start)
 
 
@@ -140,50 +133,6 @@ def already_prepared(out: Path, settings: dict, overwrite: bool) -> bool:
             " choose another --out, or replace it with --overwrite"
         )
     return False
-
-
-@contextmanager
-def locked(folder: Path):
-    """An empty `folder` that no other process works in; removed at the end if it is still there."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY) if fcntl else None
-        if not fcntl:
-            break
-        fcntl.flock(handle, fcntl.LOCK_EX)  # waits for another process that prepares the same
-        if folder.exists() and os.path.samestat(os.stat(folder), os.fstat(handle)):
-            break
-        os.close(handle)  # the other one has finished, and has renamed the folder
-    try:
-        for leftover in folder.iterdir():
-            leftover.unlink()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if fcntl:
-            os.close(handle)
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Puts the finished folder in its place in one rename, durably."""
-    for file in partial.iterdir():
-        fsync(file)
-    fsync(partial)
-    old = out.parent / (out.name + ".old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    partial.rename(out)
-    fsync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def cores() -> int:

@@ -165,6 +165,13 @@ def test_an_added_token_that_is_not_special_is_read_in_a_text_and_stored(tmp_pat
     assert [loaded.encode(t) for t in TEXTS[:100]] == [ours.encode(t) for t in TEXTS[:100]]
 
 
+def test_a_vocabulary_takes_no_memory_because_config_json_says_so(tmp_path):
+    bpe(True).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(dict(vocab_size=2**31 - 1)))
+    with pytest.raises(ValueError, match="here needs 2147483647 ids, which this one lacks"):
+        tokenizer_json.read_folder(tmp_path, "here")
+
+
 # --- models
 
 SMALL = dict(hidden_size=72, intermediate_size=100, num_hidden_layers=2, num_attention_heads=6)

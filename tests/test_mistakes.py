@@ -780,7 +780,7 @@ def test_found_prepare_stopped_leaves_nothing(name, status, place):
     argv = [sys.executable, str(ROOT / "prepare.py"), "one.txt", "--out=new", *BYTES]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, start_new_session=True)
     for _ in range(400):  # until the workers are at it
-        if Path("new.partial/train_000000.bin").exists():
+        if Path("new.partial/new/train_000000.bin").exists():
             break
         try:
             process.wait(0.02)
