@@ -159,6 +159,11 @@ class Dataset:
                     " or missing: prepare the data again"
                 )
             self.tokenizer = Tokenizer.load(self.folder)
+            if tokenizer and find_tokenizer(tokenizer).digest() != self.tokenizer.digest():
+                raise ValueError(
+                    f"tokenizer={tokenizer!r} is not that of {folder}, which has its own: leave it"
+                    " out"
+                )
         elif (self.folder / "encoding.json").exists():
             raise ValueError(f"{meta} is missing: prepare the data again")
         else:

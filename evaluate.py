@@ -56,10 +56,12 @@ def evaluate_run(s, checkpoint: str = "best") -> int:
 
     path = find(s.out, checkpoint)
     model, tokenizer, state = load_weights(path)
-    folder = s.data or state["settings"].get("data")
+    trained_with = state["settings"]
+    folder = s.data or trained_with.get("data")
     if not folder:
         raise ValueError(f"{path} was not trained here: name the data, --data=data/NAME")
-    data = Dataset(folder, s.tokenizer or state["settings"].get("tokenizer", ""))
+    named = s.tokenizer if s.data else s.tokenizer or trained_with.get("tokenizer", "")
+    data = Dataset(folder, named)
     data.require_tokenizer(tokenizer, s.out)
     split = data.split(s.split)
     here = machine.pick(s.device, s.dtype, "false")

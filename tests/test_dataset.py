@@ -169,6 +169,21 @@ def test_public_shards_belong_to_the_split_that_their_name_says_as_a_word(tmp_pa
     }
 
 
+def test_a_tokenizer_beside_data_that_have_their_own_is_not_ignored(data):
+    Dataset(str(data), "bytes")
+    Dataset(str(data), str(data))
+    with pytest.raises(ValueError, match="unknown tokenizer 'gpt5x'"):
+        Dataset(str(data), "gpt5x")
+
+
+def test_another_tokenizer_beside_data_that_have_their_own_is_refused(data, tmp_path):
+    from tokenizer import bpe_tokenizer
+
+    bpe_tokenizer({"low": 5, "lower": 2}, 260).save(tmp_path)
+    with pytest.raises(ValueError, match="has its own: leave it out"):
+        Dataset(str(data), str(tmp_path))
+
+
 def test_a_data_folder_reads_no_file_outside_of_it(data, tmp_path):
     import shutil
 
