@@ -41,6 +41,7 @@ class Settings:
     device_batch: Count = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of matrix products
+    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 def evaluate_run(s, checkpoint: str = "best") -> int:
     """Prints the loss of the run `s.out` on `s.split` of `s.data`, and changes nothing."""
-    from engine import machine
+    from engine import fast, machine
     from engine.checkpoint import find, load_weights
 
     path = find(s.out, checkpoint)
@@ -67,6 +68,7 @@ def evaluate_run(s, checkpoint: str = "best") -> int:
     here = machine.pick(s.device, s.dtype, "false")
     machine.start(here, s.deterministic)
     model.to(here.device)
+    fast.use(model, here, s.fast)
     loss, bpb = evaluate(model, split, here, None, s.device_batch, s.eval_tokens)
     bits = f", {bpb:.4f} bits per byte" if bpb else ""
     here.say(f"{path} on the {s.split} split of {folder}: {loss:.4f} nats a token{bits}")

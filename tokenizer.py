@@ -174,10 +174,9 @@ def find_tokenizer(name: str) -> Tokenizer:
     if name in tiktoken.list_encoding_names() or not folder.is_dir():
         return published_tokenizer(name)
     if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
-        from engine.tensors import read_json
-        from huggingface import read_tokenizer
+        from engine import tokenizer_json
 
-        return read_tokenizer(name, folder, read_json(folder / "config.json"))
+        return tokenizer_json.read_folder(folder, name)
     if any(folder.glob("step-*/encoding.json")):
         from engine.checkpoint import find
 
