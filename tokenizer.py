@@ -171,6 +171,13 @@ def published_tokenizer(name: str) -> Tokenizer:
     return Tokenizer("tiktoken", encoding)
 
 
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `name` means. Raises ValueError."""
+    if Path(name).is_dir():
+        return Tokenizer.load(Path(name))
+    return bytes_tokenizer() if name == "bytes" else published_tokenizer(name)
+
+
 def bpe_tokenizer(words: Counter, vocab_size: int, progress=lambda done: None) -> Tokenizer:
     """Byte-pair encoding learned from `words`, a count of the words that SPLIT cuts text into.
 

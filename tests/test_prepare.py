@@ -12,7 +12,7 @@ from conftest import make_text
 
 import prepare
 from dataset import Dataset
-from engine import sources, spool
+from engine import pipeline, sources, spool
 
 
 def read(folder) -> dict[str, list[str]]:
@@ -133,7 +133,7 @@ def test_a_long_document_goes_through_in_pieces(tmp_path, monkeypatch):
     """Small pieces: characters, line ends and words lie across every kind of border."""
     for module in (prepare, sources, spool):
         monkeypatch.setattr(module, "PIECE", 1000)
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", InProcess)  # so that it holds for workers
+    monkeypatch.setattr(pipeline, "ProcessPoolExecutor", InProcess)  # so that it holds for workers
     text = make_text(400, seed=5) + "文" * 3000 + "\n" + "x" * 3000 + "\n　　缩进。\n" * 400
     path = tmp_path / "long.txt"
     path.write_bytes(text.replace("\n", "\r\n").encode())
