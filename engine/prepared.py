@@ -36,14 +36,11 @@ def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
         )
     new = meta.get("text", text)
     if any(new[k] != value for k, value in text.items()):
-        before, now = (
-            " and ".join(f"{t[k]:,} {k}" for k in ("documents", "bytes") if k in t)
-            for t in (text, new)
+        then, now = (
+            ", ".join(f"{facts[k]:,} {k}" for k in ("documents", "bytes") if k in text)
+            for facts in (text, new)
         )
-        raise ValueError(
-            f"{out} was made from another text: {before} then, {now} now, and not the same:"
-            f" {remedy}"
-        )
+        raise ValueError(f"{out} was made from another text ({then} then, {now} now): {remedy}")
     (out / MARK).unlink(missing_ok=True)  # a process was killed when all was done but this
     return True
 
