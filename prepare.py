@@ -27,7 +27,7 @@ from engine.files import atomic_folder
 from engine.pipeline import Progress, clean_up_when_told_to_end, processes
 from engine.prepared import AlreadyPrepared, made_like, print_table
 from engine.settings import BelowOne, Count
-from engine.sources import PIECE, Complaints, Unreadable, documents, require
+from engine.sources import PIECE, Complaints, documents, require
 from engine.spool import SPLITS, Document, Spool, chunks, read_chunk
 from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, find_tokenizer
 
@@ -111,17 +111,13 @@ def read(s: Settings, spool: Spool, report: Counter) -> None:
     with Progress("reading") as progress:
         for source in s.source:
             for document in documents(source, s.pattern, s.field, s.encoding):
-                report["documents read"] += 1
-                try:
+                with bad.noted():
                     report[spool.add(clean(document, report, progress))] += 1
-                except Unreadable as e:
-                    bad.add(e)
-    report["unreadable documents"] = bad.count
     if bad.count and not s.skip_bad:
-        rest = "; --skip_bad leaves them out" if bad.count > 1 else " (or leave it out: --skip_bad)"
-        raise ValueError(f"{bad}{rest}")
+        raise ValueError(f"{bad}; --skip_bad leaves out what cannot be read")
     if not spool.size:
         raise ValueError(f"no text left to train on in {', '.join(s.source)}")
+    report["unreadable documents"] = bad.count
 
 
 # --- 2. clean
@@ -189,10 +185,9 @@ def split(s: Settings, spool: Spool) -> None:
             spool.put(name, document.start, document.start + document.size)
     for name, fraction in (("val", s.val), ("test", s.test)):
         if fraction and not spool.bytes[name]:
-            documents = "document" if spool.count == 1 else f"{spool.count} documents"
             raise ValueError(
-                f"nothing of the {documents} fell into the {name} split: use a larger --{name},"
-                f" more text, or --{name}=0"
+                f"nothing fell into the {name} split ({spool.count} documents, {spool.size} bytes):"
+                f" use a larger --{name}, more text, or --{name}=0"
             )
 
 
@@ -206,13 +201,9 @@ def learn(s: Settings, path: Path) -> Tokenizer:
     keep = min(total, s.bpe_bytes // PIECE)
     evenly = [i * total // keep for i in range(keep)]
     words: Counter = Counter()
-    with (
-        processes(s.workers) as in_order,
-        Progress("counting words", keep * PIECE) as progress,
-    ):
-        for i, counted in enumerate(in_order(count_words, evenly, path), start=1):
+    with processes(s.workers) as each_chunk:
+        for counted in each_chunk("counting words", count_words, path, evenly):
             words.update(counted)
-            progress(i * PIECE)
     with Progress("learning tokens", s.vocab_size, unit=1, name="") as progress:
         tokenizer = bpe_tokenizer(words, s.vocab_size, progress)
     found = tokenizer.vocab_size
@@ -234,20 +225,16 @@ def count_words(path: Path, number: int) -> Counter:
 def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
     """Writes the shards of every split, in order; returns what meta.json tells of them."""
     splits = {}
-    with processes(s.workers, use_tokenizer, spool.folder) as in_order:
+    with processes(s.workers, use_tokenizer, spool.folder) as each_chunk:
         for name in SPLITS:
             path = spool.folder / f"spool_{name}"
-            size = path.stat().st_size
             writer = ShardWriter(spool.folder, name, tokenizer.vocab_size)
-            with Progress(f"encoding {name}", size) as progress:
-                encoded = in_order(encode_chunk, range(chunks(path)), path)
-                for i, tokens in enumerate(encoded, start=1):
-                    writer.write(tokens)
-                    progress(min(size, i * PIECE))
+            for tokens in each_chunk(f"encoding {name}", encode_chunk, path):
+                writer.write(tokens)
             writer.close()
             path.unlink()
-            facts = dict(shards=writer.shards, tokens=sum(s["tokens"] for s in writer.shards))
-            splits[name] = facts | spool.written(name)
+            tokens = sum(shard["tokens"] for shard in writer.shards)
+            splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written(name)
     return splits
 
 

@@ -6,11 +6,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+from engine.sources import PIECE
+from engine.spool import chunks
 
 
 def clean_up_when_told_to_end() -> None:
@@ -26,24 +30,26 @@ def cores() -> int:
 
 @contextmanager
 def processes(count: int, prepare: Callable | None = None, *arguments):
-    """A function like `map`, done by `count` processes (0: all cores) that run `prepare` first.
+    """A function that has chunks of a spool file worked on by `count` processes (0: all cores).
 
-    It yields the results in order, and never works far ahead of who takes them.
+    Each process calls `prepare(*arguments)` first.
     """
     count = count or cores()
     start = dict(initializer=start_process, initargs=(prepare, arguments))
     with ProcessPoolExecutor(count, get_context("spawn"), **start) as pool:
 
-        def in_order(function: Callable, items: Iterable, *constant) -> Iterator:
-            items, waiting = iter(items), deque()
-            while True:
-                some = islice(items, 2 * count - len(waiting))
-                waiting.extend(pool.submit(function, *constant, item) for item in some)
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
+        def each_chunk(what: str, function: Callable, path: Path, numbers=None) -> Iterator:
+            """function(path, number) of all chunks, or those, in order; never far ahead."""
+            numbers = range(chunks(path)) if numbers is None else numbers
+            left, waiting = iter(numbers), deque()
+            with Progress(what, len(numbers) * PIECE) as progress:
+                for done in range(len(numbers)):
+                    some = islice(left, 2 * count - len(waiting))
+                    waiting.extend(pool.submit(function, path, number) for number in some)
+                    yield waiting.popleft().result()
+                    progress((done + 1) * PIECE)
 
-        yield in_order
+        yield each_chunk
 
 
 def start_process(prepare: Callable | None, arguments: tuple) -> None:

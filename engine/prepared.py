@@ -48,7 +48,8 @@ def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
 def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
     kinds = ("empty documents", "repeated documents", "unreadable documents")
     removed = [f"{report[k]:,} {k}" for k in kinds if report[k]]
-    print(f"read     {report['documents read']:,} documents, {report['bytes read']:,} bytes")
+    documents = meta["text"]["documents"] + sum(report[k] for k in kinds)
+    print(f"read     {documents:,} documents, {report['bytes read']:,} bytes")
     print(f"removed  {', '.join(removed) or 'no documents'}")
     cleaned = [k for k in ("control characters removed", "pieces brought to NFC") if report[k]]
     print(f"cleaned  {', '.join(f'{report[k]:,} {k}' for k in cleaned) or 'nothing'}")

@@ -15,6 +15,7 @@ import sysconfig
 import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -45,10 +46,15 @@ class Complaints:
         self.count = 0
         self.places: dict[str, list[str]] = {}  # reason: where, NAMED at most in all
 
-    def add(self, error: Unreadable) -> None:
-        self.count += 1
-        if self.count <= NAMED:
-            self.places.setdefault(error.why, []).append(str(error.where))
+    @contextmanager
+    def noted(self):
+        """Within, a document that cannot be read is noted, and no more."""
+        try:
+            yield
+        except Unreadable as e:
+            self.count += 1
+            if self.count <= NAMED:
+                self.places.setdefault(e.why, []).append(str(e.where))
 
     def __str__(self) -> str:
         text = "; ".join(f"{', '.join(where)}: {why}" for why, where in self.places.items())
