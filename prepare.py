@@ -15,7 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -152,36 +152,31 @@ def split(s: Settings, spool: Spool) -> None:
     to one split whole, and a hash of its content decides: the same one whatever else is there.
 
     But among a few novels chance would leave a split empty, or make it one novel. So a document
-    larger than a tenth of the smallest split's share is cut in order at line ends, train | val |
-    test; so is a single document of any size. Shorter ones than a page stay whole; where nothing
-    is drawn for a split, it gets the document that came nearest.
+    larger than a split's share of the text is cut in order at line ends, train | val | test; so is
+    a single document of any size. Shorter ones than a page stay whole; where nothing is drawn for a
+    split, it gets the document that came nearest.
     """
-    large = spool.size * min((f for f in (s.val, s.test) if f), default=1) / 10
+    share = spool.size * min((f for f in (s.val, s.test) if f), default=1)
 
     def is_cut(document: Document) -> bool:
-        return document.size > large and (document.size >= PAGE or spool.count == 1)
+        return spool.count == 1 or document.size > max(share, PAGE)
 
-    def draw(document: Document) -> float:
-        """Uniform in [0, 1)."""
-        hashed = hashlib.blake2b(b"%d " % s.seed + document.digest, digest_size=8).digest()
-        return int.from_bytes(hashed, "big") / 2**64
+    def draws() -> Iterator[float]:
+        return (draw(document, s.seed) for document in spool if not is_cut(document))
 
-    whole, val_end, test_start = 0, 1.0, 0.0
-    for document in spool:
-        if not is_cut(document):
-            u = draw(document)
-            whole, val_end, test_start = whole + 1, min(val_end, u), max(test_start, u)
-    few = whole < 3  # with these, train would be empty
-    val_end = (s.val if few else max(s.val, val_end)) if s.val else -1
-    test_start = (1 - s.test if few else min(1 - s.test, test_start)) if s.test else 1
+    val_end, test_end = s.val, s.val + s.test
+    if len(list(islice(draws(), 3))) == 3:  # with fewer, nothing would be left to train on
+        val_end = max(val_end, min(draws())) if s.val else 0.0
+        nearest = min((u for u in draws() if u > val_end), default=1.0)
+        test_end = max(test_end, nearest) if s.test else val_end
     with Progress("splitting", spool.size) as progress:
         for document in spool:
             progress(document.start)
             if is_cut(document):
                 spool.put_in_order(document, s.val, s.test)
                 continue
-            u = draw(document)
-            name = "val" if u <= val_end else "test" if u >= test_start else "train"
+            u = draw(document, s.seed)
+            name = "val" if s.val and u <= val_end else "test" if u <= test_end else "train"
             spool.put(name, document.start, document.start + document.size)
     for name, fraction in (("val", s.val), ("test", s.test)):
         if fraction and not spool.bytes[name]:
@@ -191,12 +186,21 @@ def split(s: Settings, spool: Spool) -> None:
             )
 
 
+def draw(document: Document, seed: int) -> float:
+    """Uniform in [0, 1), and the same for equal documents."""
+    hashed = hashlib.blake2b(b"%d " % seed + document.digest, digest_size=8).digest()
+    return int.from_bytes(hashed, "big") / 2**64
+
+
 # --- 4. learn
 
 
 def learn(s: Settings, path: Path) -> Tokenizer:
-    """A byte-pair encoding of the training text: what validation is made of must be unknown here,
-    too, or the vocabulary would have words for it."""
+    """A byte-pair encoding of the training text alone, evenly spread over it.
+
+    A vocabulary that has seen the validation text, too, has tokens for its rare words, and makes it
+    look easier than a new text is.
+    """
     total = chunks(path)
     keep = min(total, s.bpe_bytes // PIECE)
     evenly = [i * total // keep for i in range(keep)]

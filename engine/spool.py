@@ -47,6 +47,7 @@ class Spool:
         return self
 
     def __exit__(self, *error) -> None:
+        self.seen.clear()
         for file in (self.text, self.index, *self.splits.values()):
             file.close()
         for name in ("spool", "spool_index"):

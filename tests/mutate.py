@@ -58,6 +58,7 @@ NEAR = {
     "engine/metrics.py": ("kept", "train", "interruptions"),
     "engine/run.py": ("kept", "train", "interruptions"),
     "engine/settings.py": ("settings", "mistakes"),
+    "engine/encodings.py": ("encodings", "prepare"),
     "engine/sources.py": ("prepare", "mistakes"),
     "engine/spool.py": ("prepare", "splits"),
     "engine/stop.py": ("train", "interruptions"),

@@ -207,7 +207,7 @@ def test_the_built_in_corpus_is_the_standard_library():
 
 
 def novel(seed: int) -> str:
-    return make_text(100 + 10 * seed, seed)
+    return make_text(100 + seed, seed)
 
 
 def folder_of(folder, texts) -> list[str]:
