@@ -1,108 +1,135 @@
-"""Cleaned text on its way from the sources to the tokenizer: one file on disk for each split.
+"""Cleaned text on its way from the sources to the tokenizer, on disk.
 
-A spool file holds the documents of a split one after the other, each ended by a zero byte, which no
-cleaned text contains. It is read in chunks of about a megabyte that are cut where no token would go
-across, each a function of its number alone: so several processes can share the work in any order.
+First all documents in one file, with an index of them; then one file for each split, in which each
+document is ended by a zero byte, which no cleaned text contains. That is read in chunks of about a
+megabyte that are cut where no token would go across, each a function of its number alone: so
+several processes can share the work in any order.
 """
 
 import hashlib
-import io
 import re
-import sys
-import tempfile
-import unicodedata
-from collections import Counter
-from itertools import chain
+import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from engine.sources import PIECE, documents
+from engine.sources import PIECE
 
 SPLITS = ("train", "val", "test")
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
+ENTRY = struct.Struct("<Q16s")  # of the index: size and digest of a document
 INSIDE = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
 # A place where text may be cut without changing its tokens: no published split pattern joins a
 # newline with a letter behind it, if a visible character stands before. \0 ends a document.
 SAFE_CUT = re.compile(r"\0|(?<=\S)\n(?=[^\W\d_])")
 
 
-def spool(s, folder: Path, report: Counter, progress) -> None:
-    """Cleans the documents of all sources of settings `s`; writes folder/spool_train and so on.
-
-    `report` counts documents and bytes, read, removed and written; `progress` is told the bytes.
-    """
-    files = {split: open(folder / f"spool_{split}", "wb") for split in SPLITS}
-    seen: set[bytes] = set()  # all that grows with the input: one digest for each document
-    for source in s.source:
-        cleaned = clean(documents(source, s.pattern, s.field), folder, report, seen, progress)
-        first, second = next(cleaned, None), next(cleaned, None)
-        if first and not second:  # a source of one document is cut in three
-            cut_in_order(first[0], files, s, report)
-            continue
-        for text, digest in chain(filter(None, (first, second)), cleaned):
-            draw = hashlib.blake2b(b"%d " % s.seed + digest, digest_size=8).digest()
-            u = int.from_bytes(draw, "big") / 2**64  # uniform in [0, 1)
-            split = "val" if u < s.val else "test" if u < s.val + s.test else "train"
-            append(text, files[split], split, report)
-    for file in files.values():
-        file.close()
+class Document(NamedTuple):
+    start: int  # its place in the spool, in bytes
+    size: int  # bytes of UTF-8
+    digest: bytes  # of its content
 
 
-def clean(docs, folder: Path, report: Counter, seen: set[bytes], progress):
-    """Yields (file of cleaned text, digest) for each document that is not empty and not seen."""
-    for doc in docs:
-        # a long document waits on disk, since its digest, and so its fate, is known at its end only
-        text = tempfile.SpooledTemporaryFile(max_size=8 * PIECE, dir=folder)
-        digest, empty = hashlib.blake2b(digest_size=16), True
-        for piece in doc:
-            if not piece.isascii() and not unicodedata.is_normalized("NFC", piece):
-                piece = unicodedata.normalize("NFC", piece)
-                report["pieces brought to NFC"] += 1
-            piece, removed = CONTROL.subn("", piece)
-            report["control characters removed"] += removed
-            empty = empty and not piece.strip()
+class Spool:
+    """The cleaned documents of all sources in `folder`, none empty and no two alike."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.text = open(folder / "spool", "w+b")
+        self.index = open(folder / "spool_index", "w+b")
+        self.splits = {name: open(folder / f"spool_{name}", "wb") for name in SPLITS}
+        self.size = self.count = 0  # bytes, documents
+        self.seen: set[bytes] = set()  # all that grows with the input: one digest for each document
+        self.digest = hashlib.sha256()  # of the whole
+        self.bytes = dict.fromkeys(SPLITS, 0)
+        self.documents = dict.fromkeys(SPLITS, 0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.seen.clear()
+        for file in (self.text, self.index, *self.splits.values()):
+            file.close()
+        for name in ("spool", "spool_index"):
+            (self.folder / name).unlink()
+
+    def add(self, pieces: Iterable[str]) -> str:
+        """Takes one document, unless it is empty or has come before; returns which it was.
+
+        It is written at once, since its digest, and so its fate, is known at its end only.
+        """
+        self.text.seek(self.size)  # where one that was not taken is written over
+        digest, size, empty = hashlib.blake2b(digest_size=16), 0, True
+        for piece in pieces:
             data = piece.encode(errors="replace")  # half a surrogate pair becomes a question mark
             digest.update(data)
-            text.write(data)
-            report["bytes read"] += len(data)
-            progress(report["bytes read"])
-        report["documents read"] += 1
-        if empty or digest.digest() in seen:
-            report["empty documents" if empty else "repeated documents"] += 1
-            continue
-        seen.add(digest.digest())
-        text.seek(0)
-        yield text, digest.digest()
+            self.text.write(data)
+            size += len(data)
+            empty = empty and not piece.strip()
+        if empty:
+            return "empty documents"
+        if digest.digest() in self.seen:
+            return "repeated documents"
+        self.seen.add(digest.digest())
+        entry = ENTRY.pack(size, digest.digest())
+        self.index.write(entry)
+        self.digest.update(entry)
+        self.size += size
+        self.count += 1
+        return "documents taken"
+
+    def describe(self) -> dict:
+        """Equal for equal text in equal order."""
+        return dict(documents=self.count, bytes=self.size, sha256=self.digest.hexdigest())
+
+    def __iter__(self) -> Iterator[Document]:
+        self.index.seek(0)
+        start = 0
+        for block in iter(lambda: self.index.read(4096 * ENTRY.size), b""):
+            for size, digest in ENTRY.iter_unpack(block):
+                yield Document(start, size, digest)
+                start += size
+
+    def written(self, split: str) -> dict:
+        return dict(bytes=self.bytes[split], documents=self.documents[split])
+
+    def put(self, split: str, start: int, end: int) -> None:
+        """Copies the bytes from `start` to `end` to a split, as one document, if there are any."""
+        if start == end:
+            return
+        self.bytes[split] += end - start
+        self.documents[split] += 1
+        self.text.seek(start)
+        while start < end:
+            start += self.splits[split].write(self.text.read(min(PIECE, end - start)))
+        self.splits[split].write(b"\0")
+
+    def put_in_order(self, document: Document, val: float, test: float) -> None:
+        """train | val | test: each ends after the first line end behind its fraction of the bytes.
+
+        Where that would leave nothing to the next one, it ends after a space or a character.
+        """
+        fractions = {"train": 1 - val - test, "val": val, "test": test}
+        wanted = [split for split, fraction in fractions.items() if fraction > 0]
+        ends = [sum(fractions[split] for split in wanted[: i + 1]) for i in range(len(wanted))]
+        ends = [document.start + round(end * document.size) for end in ends]
+        start = document.start
+        for split, end, limit in zip(wanted, ends, [*ends[1:], 0], strict=True):
+            cut = self.line_end(end, limit) if limit else document.start + document.size
+            self.put(split, start, cut)
+            start = cut
+
+    def line_end(self, position: int, limit: int) -> int:
+        self.text.seek(position)
+        window = self.text.read(min(PIECE, limit - position))
+        inside = len(window) - len(window.lstrip(INSIDE))
+        near = window[:-1]
+        return position + (near.find(b"\n") + 1 or near.find(b" ") + 1 or inside)
 
 
-def append(text, file, split: str, report: Counter, count: int = sys.maxsize) -> None:
-    """Copies up to `count` bytes of `text` to a spool file, as one document."""
-    while count and (block := text.read(min(PIECE, count))):
-        file.write(block)
-        report[split, "bytes"] += len(block)
-        count -= len(block)
-    file.write(b"\0")
-    report[split, "documents"] += 1
-
-
-def cut_in_order(text, files: dict, s, report: Counter) -> None:
-    """train | val | test: each ends after the first line end behind its fraction of the bytes."""
-    size = text.seek(0, io.SEEK_END)
-
-    def line_end(fraction: float, start: int) -> int:
-        text.seek(max(start, round(fraction * size)))
-        line = text.readline(PIECE)
-        if not line.endswith(b"\n"):  # none near: after a space, or at least after a character
-            text.seek(-len(line), io.SEEK_CUR)
-            text.readline(line.find(b" ") + 1 or len(line) - len(line.lstrip(INSIDE)))
-        return text.tell()
-
-    first = line_end(1 - s.val - s.test, 0) if s.val + s.test else size
-    second = line_end(1 - s.test, first) if s.val and s.test else size if s.val else first
-    cuts = [0, first, second, size]
-    for split, start, end in zip(SPLITS, cuts, cuts[1:], strict=False):
-        if end > start:
-            text.seek(start)
-            append(text, files[split], split, report, end - start)
+def chunks(path: Path) -> int:
+    """The number of chunks of a spool file."""
+    return -(-path.stat().st_size // PIECE)
 
 
 def read_chunk(path: Path, number: int) -> str:

@@ -57,6 +57,7 @@ NEAR = {
     "engine/metrics.py": ("kept", "train", "interruptions"),
     "engine/run.py": ("kept", "train", "interruptions"),
     "engine/settings.py": ("mistakes",),
+    "engine/encodings.py": ("encodings", "prepare"),
     "engine/sources.py": ("prepare", "mistakes"),
     "engine/spool.py": ("prepare", "splits"),
     "engine/stop.py": ("train", "interruptions"),

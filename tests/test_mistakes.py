@@ -276,7 +276,8 @@ PREPARE = [
     prepare("too short to split", ["e.txt"], "val", write("e.txt", "hi")),
     prepare("two documents for three splits", ["two"], "=0", write("two/a.txt", "hello")),
     prepare("latin-1", ["l.txt"], ["l.txt", "UTF-8"], write("l.txt", b"caf\xe9 au lait\n")),
-    prepare("utf-16", ["u.txt"], ["u.txt", "UTF-8"], write("u.txt", "hello".encode("utf-16"))),
+    prepare("utf-16", ["u.txt"], ["u.txt", "--encoding=utf-16-le"],
+            write("u.txt", "hello".encode("utf-16-le"))),
     prepare("cut character", ["c.txt"], ["c.txt", "UTF-8"], write("c.txt", "é".encode()[:1])),
     prepare("pattern without files", ["docs", "--pattern=*.tex"], ["docs", "--pattern=*.tex"]),
     prepare("jsonl without the field", ["r.jsonl"], ["r.jsonl, line 1", "body", "--field"],
@@ -316,7 +317,6 @@ PREPARE = [
     prepare("out is a run", ["docs", "--out=run"], ["run", "--out"]),
     prepare("made with other settings", ["docs", "--out=data"], ["data", "val", "--overwrite"]),
     prepare("made from another source", ["one.txt", "--out=data"], ["data", "source", "0.2"]),
-    prepare("no network", ["shakespeare"], "tiny Shakespeare"),
 ]  # fmt: skip
 
 CONFIG = [

@@ -4,15 +4,19 @@ import gzip
 import hashlib
 import io
 import json
+import subprocess
 import sys
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
-from conftest import make_text
+from conftest import ROOT, make_text
 
 import prepare
 from dataset import Dataset
-from engine import sources, spool
+from engine import pipeline, sources, spool
+from engine.files import MARK
+from tokenizer import bpe_tokenizer
 
 
 def read(folder) -> dict[str, list[str]]:
@@ -118,13 +122,18 @@ def test_every_kind_of_source_gives_the_same_documents(tmp_path, monkeypatch):
     assert everything(tmp_path / "stdin") == ["".join(rows)]
 
 
-def test_same_input_same_bytes_whatever_the_workers(tmp_path, text_file):
+def test_same_input_same_bytes_whatever_the_workers(tmp_path):
+    lines = make_text(1000).splitlines()
+    path = tmp_path / "long.txt"
+    with open(path, "w", encoding="utf-8") as f:
+        for i in range(100):  # no two alike, as far as words go
+            f.writelines(f"{line} {i}{chr(97 + i % 26)}\n" for line in lines)
     made = []
-    for workers in (1, 2):
+    for workers in (1, 3):
         out = tmp_path / f"workers{workers}"
-        argv = [str(text_file), f"--out={out}", "--vocab_size=300", f"--workers={workers}"]
-        prepare.main(argv)
+        prepare.main([str(path), f"--out={out}", "--vocab_size=300", f"--workers={workers}"])
         made.append(files_of(out))
+    assert path.stat().st_size > 3 * sources.PIECE, "several chunks"
     assert made[0] == made[1]
     assert not list(tmp_path.glob("*.partial"))
 
@@ -133,7 +142,7 @@ def test_a_long_document_goes_through_in_pieces(tmp_path, monkeypatch):
     """Small pieces: characters, line ends and words lie across every kind of border."""
     for module in (prepare, sources, spool):
         monkeypatch.setattr(module, "PIECE", 1000)
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", InProcess)  # so that it holds for workers
+    monkeypatch.setattr(pipeline, "ProcessPoolExecutor", InProcess)  # so that it holds for workers
     text = make_text(400, seed=5) + "文" * 3000 + "\n" + "x" * 3000 + "\n　　缩进。\n" * 400
     path = tmp_path / "long.txt"
     path.write_bytes(text.replace("\n", "\r\n").encode())
@@ -194,10 +203,269 @@ def test_the_built_in_corpus_is_the_standard_library():
     assert not any("Lib/test" in head for head in heads)
 
 
-def test_too_little_text_for_the_vocabulary_is_said_and_gives_a_smaller_one(tmp_path, capsys):
-    (tmp_path / "little.txt").write_text("few words, few words, few lines\n" * 200)
+# --- splits
+
+
+def novel(seed: int) -> str:
+    return make_text(100 + seed, seed)
+
+
+def folder_of(folder, texts) -> list[str]:
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+def shares(splits: dict[str, list[str]]) -> list[float]:
+    sizes = [sum(len(text.encode()) for text in splits[name]) for name in ("train", "val", "test")]
+    return [size / sum(sizes) for size in sizes]
+
+
+def test_a_folder_of_novels_is_split_as_its_files_listed(tmp_path):
+    files = folder_of(tmp_path / "novels", map(novel, range(17)))
+    for name, source in (("folder", [str(tmp_path / "novels")]), ("listed", files)):
+        prepare.main([*source, f"--out={tmp_path / name}.out", "--tokenizer=bytes"])
+    folder, listed = read(tmp_path / "folder.out"), read(tmp_path / "listed.out")
+    assert folder == listed
+    assert shares(folder) == pytest.approx([0.9, 0.05, 0.05], abs=0.01)
+    parts = zip(folder["train"], folder["val"], folder["test"], strict=True)
+    assert ["".join(part) for part in parts] == list(map(novel, range(17)))
+    assert all(text.endswith("\n") for texts in folder.values() for text in texts)
+
+
+def test_no_document_is_more_than_its_share_of_a_split(tmp_path):
+    """One novel among many short texts; were it drawn, it could be all of a split."""
+    long, short = make_text(3000, 1), [make_text(10, seed) for seed in range(2, 300)]
+    for seed in range(2):
+        folder_of(tmp_path / f"{seed}", [long + f"{seed}\n", *short])
+        out = tmp_path / f"{seed}.out"
+        prepare.main([str(tmp_path / f"{seed}"), f"--out={out}", "--tokenizer=bytes"])
+        splits = read(out)
+        assert shares(splits) == pytest.approx([0.9, 0.05, 0.05], abs=0.03)
+        for name, share in (("train", 0.9), ("val", 0.05), ("test", 0.05)):
+            parts = [text for text in splits[name] if text in long + f"{seed}\n"]
+            assert len(parts) == 1 and len(parts[0]) <= (share + 0.002) * len(long)
+        assert set(short) <= {text for texts in splits.values() for text in texts}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_split_of_a_few_short_rows_is_empty(tmp_path, seed):
+    rows = [f"row number {i}" for i in range(7)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": r}) + "\n" for r in rows))
+    argv = [str(tmp_path / "rows.jsonl"), f"--out={tmp_path / 'out'}", "--tokenizer=bytes"]
+    prepare.main([*argv, f"--seed={seed}"])
+    splits = read(tmp_path / "out")
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [5, 1, 1]
+    assert everything(tmp_path / "out") == sorted(rows)
+
+
+def test_paragraphs_longer_than_a_split_do_not_empty_it(tmp_path):
+    line = "words and words " * 100
+    (tmp_path / "essay.txt").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    prepare.main([str(tmp_path / "essay.txt"), f"--out={tmp_path / 'out'}", "--tokenizer=bytes"])
+    splits = read(tmp_path / "out")
+    assert "".join(splits["train"] + splits["val"] + splits["test"]) == f"{line}\n{line}\n"
+    assert shares(splits) == pytest.approx([0.9, 0.05, 0.05], abs=0.01)
+
+
+# --- what cannot be read
+
+
+GBK = "他说这是一本好书，我们都来读。\n" * 40
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of good files and bad ones."""
+    folder = tmp_path / "mixed"
+    folder_of(folder, [make_text(40, seed) for seed in range(5)])
+    (folder / "a.txt").write_bytes(GBK.encode("gbk"))
+    (folder / "b.txt").write_bytes(GBK[:-5].encode("gbk"))
+    (folder / "c.txt").write_bytes(bytes(range(256)) * 10)
+    (folder / "d.jsonl").write_bytes(b'{"text": "fine\\n"}\n{"text": oops\n{"body": 1}\n')
+    (folder / "e.txt").write_text(GBK[5:], encoding="utf-16")
+    return folder
+
+
+def test_everything_that_cannot_be_read_is_named_in_one_message(mixed, tmp_path):
+    with pytest.raises(ValueError) as refusal:
+        prepare.main([str(mixed), f"--out={tmp_path / 'out'}", "--tokenizer=bytes"])
+    said = str(refusal.value)
+    for name in ("a.txt", "b.txt", "c.txt", "d.jsonl, line 2", "d.jsonl, line 3"):
+        assert said.count(name) == 1, said
+    assert "e.txt" not in said and "--encoding=gb18030" in said and "binary" in said
+    assert "--skip_bad" in said and "iconv" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_unreadable_files_are_counted(tmp_path):
+    files = folder_of(tmp_path / "many", ["x"] * 25)
+    for file in files:
+        Path(file).write_bytes(b"\xff\xff\xff")
+    with pytest.raises(ValueError, match=r"000\.txt.*009\.txt.*and 15 more"):
+        prepare.main([str(tmp_path / "many"), f"--out={tmp_path / 'out'}"])
+
+
+def test_skip_bad_leaves_them_out_and_counts_them(mixed, tmp_path, capsys):
     out = tmp_path / "out"
-    prepare.main([str(tmp_path / "little.txt"), f"--out={out}", "--vocab_size=50000", "--test=0"])
-    size = json.loads((out / "meta.json").read_text(encoding="utf-8"))["vocab_size"]
-    assert 257 < size < 50000
-    assert f"{size} tokens, fewer than 50000" in capsys.readouterr().out
+    prepare.main([str(mixed), f"--out={out}", "--tokenizer=bytes", "--skip_bad"])
+    assert "5 unreadable documents" in capsys.readouterr().out
+    text = "".join(everything(out))
+    assert len(text.encode()) == json.loads((out / "meta.json").read_text())["text"]["bytes"]
+    assert sorted(text) == sorted("".join(make_text(40, i) for i in range(5)) + GBK[5:] + "fine\n")
+
+
+def test_encoding_is_that_of_files_that_are_not_utf8(mixed, tmp_path):
+    out = tmp_path / "out"
+    argv = [str(mixed), f"--out={out}", "--tokenizer=bytes", "--encoding=GB18030", "--skip_bad"]
+    prepare.main(argv)
+    wanted = [make_text(40, i) for i in range(5)] + [GBK, GBK[:-5], GBK[5:], "fine\n"]
+    assert sorted("".join(everything(out))) == sorted("".join(wanted))
+
+
+@pytest.mark.parametrize("name", ["utf-16-le", "utf-32-be", "cp1252", "utf-8-sig", "utf-16"])
+def test_text_in_any_encoding_arrives(tmp_path, name, monkeypatch):
+    text = "déjà vu “là-bas”, plain words\n" * 50
+    encoded = text.replace("\n", "\r\n").encode(name)
+    (tmp_path / "a.txt").write_bytes(encoded)
+    argv = ["--tokenizer=bytes", "--val=0", "--test=0", f"--encoding={name}"]
+    prepare.main([str(tmp_path / "a.txt"), f"--out={tmp_path / 'a'}", *argv])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(encoded)))
+    prepare.main(["-", f"--out={tmp_path / 'b'}", *argv])
+    assert everything(tmp_path / "a") == everything(tmp_path / "b") == [text]
+
+
+def test_rows_in_another_encoding(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes('{"text": "café"}\n'.encode("cp1252") + '{"text": "là"}\n'.encode())
+    argv = [str(path), f"--out={tmp_path / 'out'}", "--tokenizer=bytes", "--val=0", "--test=0"]
+    with pytest.raises(ValueError, match="line 1: .*CP1252: add --encoding=cp1252"):
+        prepare.main(argv)
+    prepare.main([*argv, "--encoding=cp1252"])
+    assert everything(tmp_path / "out") == ["café", "là"]
+
+
+# --- what is there already
+
+
+def test_an_edited_source_is_noticed(tmp_path):
+    path, out = tmp_path / "text.txt", tmp_path / "out"
+    argv = [str(path), f"--out={out}", "--tokenizer=bytes"]
+    path.write_text(make_text())
+    prepare.main(argv)
+    before = files_of(out)
+    path.write_text(make_text().replace("nobody", "n0body"))
+    with pytest.raises(ValueError, match="made from another text.*--overwrite"):
+        prepare.main(argv)
+    assert files_of(out) == before
+    prepare.main([*argv, "--overwrite"])
+    assert "n0body" in everything(out)[0]
+
+
+def test_other_standard_input_is_noticed(tmp_path, monkeypatch, capsys):
+    argv = ["-", f"--out={tmp_path / 'out'}", "--tokenizer=bytes"]
+    for text, seen in ((make_text(50), False), (make_text(50), True)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        prepare.main(argv)
+        assert ("already prepared" in capsys.readouterr().out) == seen
+    text = make_text(60).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    with pytest.raises(
+        ValueError, match=f"another text .1 documents, 1,332 bytes then, 1 documents, {len(text):,}"
+    ):
+        prepare.main(argv)
+
+
+def test_a_set_from_before_its_text_was_recorded_is_found(tmp_path, text_file, capsys):
+    out = tmp_path / "out"
+    argv = [str(text_file), f"--out={out}", "--tokenizer=bytes"]
+    prepare.main(argv)
+    meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+    del meta["text"], meta["settings"]["encoding"], meta["settings"]["skip_bad"]
+    (out / "meta.json").write_text(json.dumps(meta))
+    before = files_of(out)
+    (out / MARK).touch()  # as a process that was killed at its very end leaves it
+    prepare.main(argv)
+    assert "already prepared" in capsys.readouterr().out
+    assert files_of(out) == before
+
+
+def test_folders_of_others_are_not_touched(tmp_path, text_file):
+    out = tmp_path / "out"
+    argv = [str(text_file), f"--out={out}", "--tokenizer=bytes"]
+    prepare.main(argv)
+    for name in ("out.old", "new.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    prepare.main([*argv, "--val=0.1", "--overwrite"])
+    with pytest.raises(ValueError, match=r"new\.partial is in the way"):
+        prepare.main([str(text_file), f"--out={tmp_path / 'new'}", "--tokenizer=bytes"])
+    for name in ("out.old", "new.partial"):
+        assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
+
+
+def test_two_at_once_prepare_one_set(tmp_path, text_file):
+    command = [sys.executable, str(ROOT / "prepare.py"), str(text_file), f"--out={tmp_path / 'x'}"]
+    command += ["--tokenizer=bytes", "--workers=1"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted("already prepared" in text for text in said) == [False, True]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+# --- the rest
+
+
+def test_a_text_too_small_for_the_vocabulary_gives_a_smaller_one_aloud(
+    tmp_path, text_file, monkeypatch, capsys
+):
+    def smaller(words, vocab_size, progress):
+        return bpe_tokenizer(words, vocab_size - 10, progress)
+
+    monkeypatch.setattr(prepare, "bpe_tokenizer", smaller)
+    prepare.main([str(text_file), f"--out={tmp_path / 'out'}", "--vocab_size=300"])
+    assert "yields only 290 tokens, fewer than --vocab_size=300" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["vocab_size"] == 290
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """network(content): what any address gives, bytes or an exception."""
+
+    def give(content) -> None:
+        def urlopen(url, timeout):
+            if isinstance(content, Exception):
+                raise content
+            return io.BytesIO(content)
+
+        monkeypatch.setattr("urllib.request.urlopen", urlopen)
+
+    return give
+
+
+def test_tiny_shakespeare_is_checked(tmp_path, network, monkeypatch, capsys):
+    argv = ["shakespeare", f"--out={tmp_path / 'out'}", "--tokenizer=bytes"]
+    network(OSError("no route"))
+    with pytest.raises(ValueError, match="tiny Shakespeare cannot be downloaded.*no route"):
+        prepare.main(argv)
+    play = make_text(100).encode()
+    network(play)
+    with pytest.raises(ValueError, match="is not tiny Shakespeare"):
+        prepare.main(argv)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(play).hexdigest())
+    prepare.main(argv)
+    network(OSError("no route"))
+    prepare.main(argv)  # what never changes need not be asked for again
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_progress_says_what_is_under_way(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pipeline.Progress("counting words", 8_000_000) as progress:
+        progress.last -= 1
+        progress(2_000_000)
+    said = capsys.readouterr().err
+    assert said.index("counting words") < said.index("counting words: 2 of 8 MB")
