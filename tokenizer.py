@@ -257,13 +257,6 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 
-def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `name` means. Raises ValueError."""
-    if Path(name).is_dir():
-        return Tokenizer.load(Path(name))
-    return bytes_tokenizer() if name == "bytes" else published_tokenizer(name)
-
-
 def bpe_tokenizer(words: Counter, vocab_size: int, progress=lambda done: None) -> Tokenizer:
     """Byte-pair encoding learned from a count of the words that SPLIT cuts text into.
 
