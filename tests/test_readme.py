@@ -28,10 +28,6 @@ def place(tmp_path_factory, data):
     (folder / "data").mkdir()
     for name in ("python", "shakespeare"):
         (folder / "data" / name).symlink_to(data)
-    for name in ("shakespeare", "nanogpt_cpu"):  # runs that README's results tell of
-        (folder / "out" / name).mkdir(parents=True)
-        row = '{"step": 1, "loss": 2.0, "tokens": 8, "seconds": 1.0}\n'
-        (folder / "out" / name / "metrics.jsonl").write_text(row)
     (folder / "my_text.txt").write_text((ROOT / "README.md").read_text() * 20)
     (folder / "some_file.py").write_text("import os\n")
     return folder
