@@ -49,6 +49,7 @@ class Settings:
     vocab_size: Positive = 50257  # of that shape
     rows: Positive = 4  # train: sequences in a step
     length: Positive = 256  # train: tokens of a sequence
+    fast: bool = True  # train, decode: false measures model.py itself
     tokens: Positive = 64  # decode: tokens to generate
     seconds: NotNegative = 4.0  # decode: how long a variant is measured
     tokenizer: str = "gpt2"  # prepare: the vocabulary
@@ -133,8 +134,9 @@ def dimensions(s: Settings) -> dict:
 def our_model(s: Settings):
     from model import GPT, GPTConfig
 
-    model = GPT(GPTConfig(**dimensions(s), **(GPT2 if s.shape == "gpt2" else {})))
-    model.init_weights(0, zero_init=False)
+    more = GPT2 if s.shape == "gpt2" else {}
+    model = GPT(GPTConfig(**dimensions(s), **more, zero_init=False))
+    model.init_weights(0)
     return model
 
 
@@ -166,13 +168,15 @@ def train(s: Settings, dtype: str, peer: bool = False) -> dict:
     import torch
     import torch.nn.functional as F
 
-    from engine import machine
+    from engine import fast, machine
 
     here = machine_for(dtype)
     machine.start(here, deterministic=False)
     model = peers.transformers_gpt2(**dimensions(s)) if peer else our_model(s)
     model = model.train().to(here.device)
     machine.use_threads("auto", here, model, s.rows * s.length)
+    if not peer:
+        fast.use(model, here, s.fast)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True)
     gradients = machine.GradientSum(parameters) if here.world > 1 else None
@@ -221,7 +225,7 @@ def decode(s: Settings, dtype: str, samples: int = 1, context: int = 1, quantize
     here = machine_for(dtype, products=samples > 1)
     model = our_model(s).eval().to(here.device, here.dtype)
     machine.use_threads("auto", here, model, samples)
-    model = ready(model, quantize, samples)
+    model = ready(model, quantize, samples, parts=s.fast)
     prompt = torch.randint(s.vocab_size, (context,)).tolist()
     steps = generate(model, prompt, 10**9, temperature=0, num_samples=samples)
     next(steps)  # the prompt is read

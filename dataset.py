@@ -1,87 +1,53 @@
-"""The shard format, and batches as a pure function of (seed, step), shared out to the ranks.
+"""Batches as a pure function of (seed, step), shared out to the ranks.
 
     data/<name>/   train_000000.bin ...  val_000000.bin ... meta.json  encoding.json  vocab.tiktoken
 
-A shard is a header of 256 int32 (magic, version, number of tokens), then the tokens, all
-little-endian: the layout of github.com/karpathy/llm.c and its descendants.
+The tokens of a split are one long strip, in files that engine/shards.py opens. A model learns from
+windows of block_size + 1 tokens. Twenty tokens in windows for a block_size of 4:
+
+    tokens             0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15 16 17 18 19
+    epoch 0, phase 2         |-----A-----|-----B-----|-----C-----|-----D-----|
+    epoch 1, phase 0   |-----A-----|-----B-----|-----C-----|-----D-----|
+
+    (seed 5: first A D B C, then C A B D)
+
+The first window to be learned from is 2 3 4 5 6. Its inputs are 2 3 4 5 and its targets, moved by
+one, 3 4 5 6: after 2 comes 3, after 2 3 comes 4, and so on: four exercises in one pass.
+
+Neighbours share their border token: it is the last target of one and the first input of the next,
+so every token is a target once. Each epoch begins at another random phase, so that the cuts fall
+elsewhere, and takes its windows in another random order. Without replacement: drawn at random each
+time, after as many windows as there are a third (1/e) would not have been seen at all.
+
+Nothing of this is state to be saved. The update of step 1000 with 32 rows learns from windows
+999 * 32 = 31,968 to 31,999 of the endless sequence of epochs (999 updates came before). If an epoch
+has 9,000, that is epoch 31,968 // 9,000 = 3, positions 31,968 - 3 * 9,000 = 4,968 to 4,999 in the
+order that (seed, 3) gives. Rank 1 of 4 takes the second eight. `--show_batch=1000` prints them.
 """
 
 import hashlib
 import json
-import os
+import shlex
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from engine.files import sha256_of
-from tokenizer import Tokenizer, bytes_tokenizer, published_tokenizer
+from engine.shards import ShardWriter, open_shard, split_of, tokenizer_digest
+from tokenizer import Tokenizer, find_tokenizer
 
-HEADER_INTS = 256
-FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # token type: magic, version
-SHARD_TOKENS = 100_000_000  # as in llm.c: files of 200 MB
+__all__ = ["Dataset", "ShardWriter", "Split"]
 IGNORE = -100  # a target that does not count
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """What `Tokenizer.digest` gives for the tokenizer stored in `folder`, without parsing it."""
-    files = [folder / "encoding.json", folder / "vocab.tiktoken"]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.exists())).hexdigest()
-
-
-class ShardWriter:
-    """Writes the tokens of one split, starting a new shard every SHARD_TOKENS."""
-
-    def __init__(self, folder: Path, split: str, vocab_size: int):
-        self.folder, self.split = folder, split
-        self.dtype = "<u2" if vocab_size <= 2**16 else "<u4"
-        self.shards: list[dict] = []  # file, tokens, sha256 of each finished shard
-        self.file, self.room = None, 0
-
-    def write(self, tokens: np.ndarray) -> None:
-        while len(tokens):
-            if not self.room:
-                self.close()
-                name = f"{self.split}_{len(self.shards):06d}.bin"
-                self.file, self.room = open(self.folder / name, "wb"), SHARD_TOKENS
-                self.file.write(bytes(4 * HEADER_INTS))
-            part, tokens = tokens[: self.room], tokens[self.room :]
-            self.file.write(part.astype(self.dtype).tobytes())
-            self.room -= len(part)
-
-    def close(self) -> None:
-        """Completes the header of the open shard, now that its number of tokens is known."""
-        if self.file is None:
-            return
-        count = SHARD_TOKENS - self.room
-        self.file.seek(0)
-        self.file.write(np.array([*FORMATS[self.dtype], count], "<i4").tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        path = Path(self.file.name)
-        self.shards.append(dict(file=path.name, tokens=count, sha256=sha256_of(path)))
-        self.file, self.room = None, 0
-
-
-def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped. Raises ValueError if it is not whole."""
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", count=3)
-    for dtype, signature in FORMATS.items():
-        if len(header) == 3 and tuple(header[:2]) == signature and header[2] > 0:
-            expected = 4 * HEADER_INTS + int(header[2]) * np.dtype(dtype).itemsize
-            if size != expected:
-                raise ValueError(f"{path} is damaged: {size} bytes instead of {expected}")
-            return np.memmap(path, dtype, mode="r", offset=4 * HEADER_INTS)
-    raise ValueError(f"{path} is damaged or no shard: its header has no known magic and version")
 
 
 class Split:
     """All tokens of one split as if they were one array."""
 
-    def __init__(self, paths: list[Path], text_bytes: int | None):
-        self.paths, self.text_bytes = paths, text_bytes
+    def __init__(
+        self, paths: list[Path], text_bytes: int | None, tokenizer: Tokenizer | None = None
+    ):
+        self.paths, self.text_bytes, self.tokenizer = paths, text_bytes, tokenizer
         self.shards = [open_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.tokens = int(self.ends[-1])
@@ -103,6 +69,11 @@ class Split:
                 parts.append(shard[max(0, start - first) : start + count - first])
         return np.concatenate(parts).astype(np.int64)
 
+    def bytes_of(self, tokens: np.ndarray) -> int:
+        """How many bytes of text some of its tokens stand for; an end-of-text has none."""
+        text = tokens[tokens != self.tokenizer.end_of_text]
+        return len(self.tokenizer.decode_bytes(text.tolist()))
+
     def batch(
         self, step: int, rows: int, block_size: int, seed: int, rank: int = 0, world: int = 1
     ):
@@ -120,13 +91,17 @@ class Split:
         window = np.stack(windows)
         return window[:, :-1], window[:, 1:]
 
-    def in_order(self, rows: int, block_size: int, rank: int = 0, world: int = 1):
+    def in_order(self, rows: int, block_size: int, rank: int = 0, world: int = 1, most: int = 0):
         """Yields inputs and targets that cover the split once, every token but the first a target.
 
         Consecutive windows, dealt out to the ranks in turn, at most `rows` to each at a time. The
         last ones are filled up with targets that do not count, so that all ranks get equally many.
+        `most` targets, if above 0, are enough: then windows are left out, evenly.
         """
         starts = range(0, self.tokens - 1, block_size)
+        if 0 < most < self.tokens - 1:
+            kept = max(1, most // block_size)
+            starts = [starts[i * len(starts) // kept] for i in range(kept)]
         for i in range(0, len(starts), rows * world):
             some = starts[i : i + rows * world]
             height = -(-len(some) // world)
@@ -166,14 +141,16 @@ class Dataset:
             raise ValueError(f"there is no data in {folder}: {remedy}")
         self.sha256: dict[str, str] = {}  # of each shard, where it was recorded
         self.text_bytes: dict[str, int] = {}  # of each split, likewise
+        self.sources = ["TEXT"]  # what it was prepared from
         if meta.exists():
             try:
                 info = json.loads(meta.read_text(encoding="utf-8"))
                 expected, self.files = info["tokenizer_sha256"], {}
                 for name, split in info["splits"].items():
-                    self.files[name] = [str(shard["file"]) for shard in split["shards"]]
+                    self.files[name] = [Path(shard["file"]).name for shard in split["shards"]]
                     self.text_bytes[name] = int(split["bytes"])
                     self.sha256 |= {shard["file"]: shard["sha256"] for shard in split["shards"]}
+                self.sources = [str(source) for source in info["settings"]["source"]]
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise ValueError(f"{meta} is damaged ({e!r}): prepare the data again") from e
             if tokenizer_digest(self.folder) != expected:
@@ -182,20 +159,38 @@ class Dataset:
                     " or missing: prepare the data again"
                 )
             self.tokenizer = Tokenizer.load(self.folder)
+            if tokenizer and find_tokenizer(tokenizer).digest() != self.tokenizer.digest():
+                raise ValueError(
+                    f"tokenizer={tokenizer!r} is not that of {folder}, which has its own: leave it"
+                    " out"
+                )
         elif (self.folder / "encoding.json").exists():
             raise ValueError(f"{meta} is missing: prepare the data again")
         else:
             names = sorted(path.name for path in self.folder.glob("*.bin"))
-            self.files = {s: [n for n in names if s in n] for s in ("train", "val", "test")}
+            splits = ("train", "val", "test")
+            self.files = {s: [n for n in names if split_of(n) == s] for s in splits}
             if not self.files["train"]:
-                raise ValueError(f"{folder} has neither meta.json nor *train*.bin: {remedy}")
+                raise ValueError(f"{folder} has neither meta.json nor *_train_*.bin: {remedy}")
             if not tokenizer:
                 raise ValueError(
                     f"{folder} has no meta.json: name the vocabulary of its shards, as in"
                     " --tokenizer=gpt2"
                 )
-            of_bytes = tokenizer == "bytes"
-            self.tokenizer = bytes_tokenizer() if of_bytes else published_tokenizer(tokenizer)
+            self.tokenizer = find_tokenizer(tokenizer)
+
+    def require_tokenizer(self, tokenizer: Tokenizer, run: str) -> None:
+        """Raises ValueError, with the command that mends it, if the model `run` reads other ids."""
+        ours = self.tokenizer
+        if ours.digest() == tokenizer.digest():
+            return
+        out = f"{self.folder}-{Path(run).name}"
+        command = [*self.sources, f"--tokenizer={run}", f"--out={out}"]
+        raise ValueError(
+            f"{run} reads {tokenizer.name} ({tokenizer.vocab_size} tokens), but {self.folder} is"
+            f" written in {ours.name} ({ours.vocab_size} tokens). For data in the model's own,"
+            f" `python prepare.py {shlex.join(command)}`, then --data={out}"
+        )
 
     def split(self, name: str) -> Split:
         """The split called `name`; the sizes of its shards are checked, their content is not."""
@@ -205,7 +200,7 @@ class Dataset:
         for path in paths:
             if not path.exists():
                 raise ValueError(f"{path} is missing: prepare the data again")
-        split = Split(paths, self.text_bytes.get(name))
+        split = Split(paths, self.text_bytes.get(name), self.tokenizer)
         split.require(1)  # one token to read, one to predict
         return split
 

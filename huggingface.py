@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 
 from engine import settings
-from engine.files import atomic_folder, write_manifest
+from engine.files import atomic_folder, write_json, write_manifest
 
 
 @dataclass
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 def import_model(source: str, folder: Path, target: Path) -> None:
     """Writes the model in `folder` as checkpoint `target`. Raises ValueError if it does not fit."""
-    from engine import families, tensors
+    from engine import families, tensors, tokenizer_json
 
     # 1. what it is, and whether it has the tensors of such a model
     theirs = tensors.read_json(folder / "config.json")
@@ -56,7 +56,7 @@ def import_model(source: str, folder: Path, target: Path) -> None:
         raise ValueError(f"{folder / 'config.json'} is damaged ({e})") from e
     found = tensors.find(folder, family.prefix)
     c, there = families.fit(family, c, found, source)
-    tokenizer = read_tokenizer(source, folder, theirs)
+    tokenizer = tokenizer_json.read_folder(folder, source)
 
     # 2. the checkpoint
     def weights() -> Iterator:
@@ -66,12 +66,12 @@ def import_model(source: str, folder: Path, target: Path) -> None:
     shapes = {name: [*w.shape] for parts in there.values() for name, w in parts.items()}
     facts = dict(step=0, settings={}, model=asdict(c), data_digest=None, metrics=None)
     facts |= dict(loss_scale=None, seconds=0.0, machine=None, source=source)
-    with atomic_folder(target) as partial:
-        tensors.write_safetensors(partial / "model.safetensors", shapes, weights())
-        tensors.write_safetensors(partial / "optimizer.safetensors", {}, [])
-        write_json(partial / "state.json", facts)
-        tokenizer.save(partial)
-        write_manifest(partial)
+    with atomic_folder(target) as new:
+        tensors.write_safetensors(new / "model.safetensors", shapes, weights())
+        tensors.write_safetensors(new / "optimizer.safetensors", {}, [])
+        write_json(new / "state.json", facts)
+        tokenizer.save(new)
+        write_manifest(new)
     count = sum(prod(shape) for shape in shapes.values())
     print(f"{target}: a {family.architecture} of {count:,} parameters, {c.vocab_size:,} tokens")
     print(f"next: python sample.py {target}")
@@ -98,47 +98,6 @@ def locate(source: str) -> Path:
             f"{missing}, and no model of that name can be downloaded ({type(e).__name__}): check"
             " the name and the network, or put its files into a folder and name that"
         ) from e
-
-
-def read_tokenizer(source: str, folder: Path, theirs: dict):
-    """The tokenizer of a model, with an id for each row of its embedding. Raises ValueError."""
-    from engine import tokenizer_json
-    from engine.tensors import read_json
-    from tokenizer import Tokenizer, published_tokenizer
-
-    def read(name: str) -> dict:  # what need not be there
-        return read_json(folder / name) if (folder / name).exists() else {}
-
-    def text(token: dict | str | None) -> str | None:
-        return token["content"] if isinstance(token, dict) else token
-
-    # 1. the vocabulary
-    path, vocab_size = folder / "tokenizer.json", theirs["vocab_size"]
-    if info := read(path.name):
-        if (folder / "vocab.tiktoken").exists() and (folder / "encoding.json").exists():
-            ours = Tokenizer.load(folder)  # it was exported here; unless it was changed since,
-            if ours.vocab_size == vocab_size and tokenizer_json.to_json(ours) == info:
-                return ours
-    elif theirs["model_type"] == "gpt2" and (vocab := read("vocab.json")):  # as in 2019
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        info = dict(model=dict(vocab=vocab, merges=merges))
-        info |= dict(pre_tokenizer=dict(type="ByteLevel"))
-    elif [*folder.glob("*.model")]:
-        raise ValueError(f"the tokenizer of {source} needs SentencePiece, which this one lacks")
-    elif vocab_size == 50257:
-        return published_tokenizer("gpt2")
-    else:
-        raise ValueError(f"{source} has no tokenizer.json")
-
-    # 2. what ends a sample: here in the order in which transformers looks for it
-    words, ends = read("tokenizer_config.json"), read("generation_config.json").get("eos_token_id")
-    ends = theirs.get("eos_token_id") if ends is None else ends
-    choices = [ends if isinstance(ends, list) else [ends], [text(words.get("eos_token"))]]
-    try:
-        return tokenizer_json.from_json(info, source, vocab_size, choices)
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ValueError(f"{path} is damaged, or of an unknown kind ({e!r})") from e
 
 
 # --- out
@@ -172,16 +131,16 @@ def export_model(source: str, which: str, target: Path) -> None:
         words[key] = tokenizer_json.text_of(tokenizer, i)
     # text is text, as here: no space is tidied up, and no special token read out of it
     words |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
-    with atomic_folder(target) as partial:
-        tensors.write_safetensors(partial / "model.safetensors", shapes, weights())
-        write_json(partial / "config.json", theirs | ids)
-        write_json(partial / "generation_config.json", ids)
-        write_json(partial / "tokenizer.json", tokenizer_json.to_json(tokenizer))
-        write_json(partial / "tokenizer_config.json", words)
-        tokenizer.save(partial)  # for the way back
+    with atomic_folder(target) as new:
+        tensors.write_safetensors(new / "model.safetensors", shapes, weights())
+        write_json(new / "config.json", theirs | ids)
+        write_json(new / "generation_config.json", ids)
+        write_json(new / "tokenizer.json", tokenizer_json.to_json(tokenizer))
+        write_json(new / "tokenizer_config.json", words)
+        tokenizer.save(new)  # for the way back
         rows = [row for row in read_metrics(path.parent) if row["step"] <= facts["step"]]
         text = card(target.name, family.architecture, model, tokenizer, facts, rows)
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        (new / "README.md").write_text(text, encoding="utf-8")
     print(f"{target}: {path} as a {family.architecture}")
     cut = (tokenizer.encoding._pat_str, tokenizer.normalizer)
     if family is families.QWEN2 and cut != (tokenizer_json.QWEN_SPLIT, "NFC"):
@@ -194,32 +153,19 @@ def export_model(source: str, which: str, target: Path) -> None:
 
 def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list[dict]) -> str:
     """A model card: what is on record about model and training, and nothing else."""
+    record = dict(architecture=architecture, parameters=model.num_parameters())
+    record |= dict(context=model.config.block_size, vocabulary=tokenizer.vocab_size)
     s, step = facts["settings"], facts["step"]
-    table = dict(architecture=architecture, parameters=f"{model.num_parameters():,}")
-    table["context"] = f"{model.config.block_size:,} tokens"
-    table["vocabulary"] = f"{tokenizer.vocab_size:,} tokens ({tokenizer.name})"
-    if not s:
-        table["imported from"] = facts["source"]
-    else:
-        table |= {"data": s["data"], "digest of the data": facts["data_digest"]}
-        table |= {"updates": f"{step:,}", "tokens seen": f"{step * s['batch_tokens']:,}"}
-        units = dict(loss="nats a token", val_loss="nats a token", val_bpb="bits a byte of text")
-        for key, unit in units.items():
-            for row in [row for row in rows if row.get(key) is not None][-1:]:
-                table[key] = f"{row[key]:.4f} {unit} (step {row['step']:,})"
-        table["time"] = f"{facts['seconds']:,.0f} seconds, torch {facts['machine']['torch']}"
-    text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
-    text += "| | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in table.items())
     if s:
-        text += f"\nThe settings of train.py:\n\n```json\n{json.dumps(s, indent=2)}\n```\n"
-    return text
-
-
-# --- files
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        record |= dict(updates=step, tokens_seen=step * s["batch_tokens"])
+        for key in ("loss", "val_loss", "val_bpb"):  # nats a token, and bits a byte of text
+            known = [row[key] for row in rows if row.get(key) is not None]
+            record[key] = known[-1] if known else None
+        record |= {key: facts[key] for key in ("seconds", "machine", "data_digest", "settings")}
+    else:
+        record["imported_from"] = facts["source"]
+    text = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+    return f"{text}# {name}\n\n```json\n{json.dumps(record, indent=2)}\n```\n"
 
 
 if __name__ == "__main__":

@@ -48,6 +48,15 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float, final: flo
     return final + (1 - final) * left
 
 
+def set_rates(optimizers: list, step: int, s) -> float:
+    """Sets all rates for the update that makes it `step`; returns that of the matrices."""
+    factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+    return s.lr * factor
+
+
 def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """The nearest orthogonal matrix, roughly, to each matrix of g (N, rows, columns), in `dtype`.
 

@@ -72,11 +72,9 @@ def main(argv: list[str]) -> None:
         ("prompt_file", "left out in interactive mode", not (s.prompt_file and s.interactive)),
     )
     prompt = s.prompt
-    if s.prompt_file == "-":
-        prompt = sys.stdin.buffer.read().decode(errors="replace")
-    elif s.prompt_file:
-        with open(s.prompt_file, encoding="utf-8", errors="replace") as f:
-            prompt = f.read()
+    if s.prompt_file:
+        file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")
+        prompt = file.read().decode(errors="replace").replace("\r\n", "\n")
 
     from engine.checkpoint import find, load_weights
 
@@ -110,7 +108,7 @@ def write_samples(model, tokenizer, prompt: str, s: Settings, echo: bool = True)
         num_samples=s.num_samples,
         seed=s.seed,
         repetition_penalty=s.repetition_penalty,
-        unused=getattr(tokenizer, "unused", ()),
+        unused=tokenizer.unused,
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,

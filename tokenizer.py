@@ -1,5 +1,11 @@
 """Text to token ids and back: bytes, a published vocabulary, or byte-pair encoding learned here.
 
+Why bytes: 256 of them spell every text there is, so nothing is ever unknown, no character of any
+script and no damaged file. Why not bytes alone: text is then four times as long as it need be, and
+a model reads a limited number of tokens. So frequent strings of bytes become tokens of their own.
+
+    "newest 文" ── SPLIT ──▶ "newest", " 文" ── merges ──▶ n e w est, " " 文 ──▶ [110, 101, ...]
+
 Every kind ends as a tiktoken `Encoding`, which does the work in compiled code, and is stored in the
 same two files: `encoding.json` (how to split, which tokens are special) and `vocab.tiktoken` (a
 line a token: its bytes in base64, its rank).
@@ -18,28 +24,36 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from engine import vocabulary
+
+# Ends every document. Without it a model would take the end of one text and the beginning of the
+# next for one text, and would never learn to stop.
 END_OF_TEXT = "<|endoftext|>"
 
-# How text is cut into words before pairs are merged; no token reaches across a cut. In order:
-# letters with at most one other character before them, a space mostly; up to three digits;
-# punctuation with at most one space before it, and the line ends and indentation behind it; line
-# ends with the indentation behind them; spaces; other white space. Close to the pattern of
-# cl100k_base (github.com/openai/tiktoken), but indentation sticks to the line end: 7% fewer tokens
-# for source code.
+# How text is cut into words before pairs are merged; no token reaches across a cut. Without a cut
+# the vocabulary fills up with "dog.", "dog!", "dog?" (GPT-2, section 2.2), and each is a row
+# of the model. In order: letters with at most one other character before them, a space mostly;
+# up to three digits; punctuation with at most one space before it, and the line ends and
+# indentation behind it; line ends with the indentation behind them; spaces; other white space.
+# Close to the pattern of cl100k_base (github.com/openai/tiktoken), but indentation sticks to the
+# line end: 7% fewer tokens for source code.
 SPLIT = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?"
     r"|[\r\n]+[ \t]*|[ \t]+|\s"
 )
+
+LONGEST = 256  # characters of a word that bpe_tokenizer takes whole: longer ones are no words
 
 
 class Tokenizer:
     """A tiktoken `Encoding` that treats all text as text and can be saved beside a model.
 
     `kind` is "bytes", "bpe" or "tiktoken"; `normalizer` is None or a Unicode form such as "NFC";
-    `vocab_size` counts everything; `end_of_text` is the id that ends every document, by default
-    that of <|endoftext|>, and `ends` are all ids that end a sample. `begin` are the ids that every
-    prompt begins with, as Llama's do. Special tokens in `literal` are the exception: they may stand
-    in text.
+    `vocab_size` counts everything, also the ids in `unused`, which no text leads to and which must
+    not be sampled; `end_of_text` is the id that ends every document, by default that of
+    <|endoftext|>, and `ends` are all ids that end a sample. `begin` are the ids that every prompt
+    begins with, as Llama's do. Special tokens in `literal` are the exception: they may stand in
+    text.
     """
 
     def __init__(
@@ -58,6 +72,9 @@ class Tokenizer:
         self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
         self.begin = begin or []
         self.ends = ends or [self.end_of_text]
+        used = {i for text, i in self.special.items() if text != f"<|unused_{i}|>"}
+        used.update(encoding._mergeable_ranks.values())
+        self.unused = [i for i in range(self.vocab_size) if i not in used]
         longest_first = sorted(map(re.escape, self.literal), key=len, reverse=True)
         self.literals = re.compile(f"({'|'.join(longest_first)})") if literal else None
 
@@ -87,8 +104,16 @@ class Tokenizer:
         return self.begin + self.encode(text) or [self.end_of_text]
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The exact bytes of `ids`; they may begin or end inside a character."""
-        return self.encoding.decode_bytes(ids)
+        """The exact bytes of `ids`, which may begin or end inside a character. An unused id is
+        U+FFFD."""
+        try:
+            return self.encoding.decode_bytes(ids)
+        except KeyError:  # tiktoken knows nothing of an id without a token
+            unused = set(self.unused)
+            parts = [
+                b"\xef\xbf\xbd" if i in unused else self.encoding.decode_bytes([i]) for i in ids
+            ]
+            return b"".join(parts)
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -123,23 +148,59 @@ class Tokenizer:
     @staticmethod
     def load(folder: Path) -> "Tokenizer":
         """The tokenizer stored in `folder`. Raises ValueError if its files are damaged."""
-        folder = Path(folder)
+        info, ranks = vocabulary.read(Path(folder))
         try:
-            info = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
-            lines = (folder / "vocab.tiktoken").read_bytes().splitlines()
-            pairs = [line.split() for line in lines]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             encoding = tiktoken.Encoding(
                 info["name"],
                 pat_str=info["pattern"],
                 mergeable_ranks=ranks,
                 special_tokens=info["special_tokens"],
             )
-            optional = ("end_of_text", "literal", "begin", "ends")
-            more = {key: info.get(key) for key in optional}
-            return Tokenizer(info["kind"], encoding, info["normalizer"], **more)
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"the tokenizer files in {folder} are damaged: {e!r}") from e
+        except ValueError as e:  # of the pattern
+            raise vocabulary.damaged(folder, e) from e
+        optional = {key: info.get(key) for key in vocabulary.OPTIONAL}
+        return Tokenizer(info["kind"], encoding, info["normalizer"], **optional)
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """bytes, a vocabulary that tiktoken knows by name, or that of a folder: a run, a checkpoint,
+    prepared data, or a model in the layout of Hugging Face.
+
+    Raises ValueError if there is none, or if it has to be downloaded and can't be.
+    """
+    folder = Path(name)
+    if name == "bytes":
+        return bytes_tokenizer()
+    if name in tiktoken.list_encoding_names() or not folder.is_dir():
+        return published_tokenizer(name)
+    if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
+        from engine import tokenizer_json
+
+        return tokenizer_json.read_folder(folder, name)
+    if any(folder.glob("step-*/encoding.json")):
+        from engine.checkpoint import find
+
+        folder = find(name)
+    return Tokenizer.load(folder)
+
+
+def published_tokenizer(name: str) -> Tokenizer:
+    """A vocabulary that tiktoken knows by name, downloaded to its cache at first use."""
+    if name not in tiktoken.list_encoding_names():
+        choices = ", ".join(["bpe", "bytes", *tiktoken.list_encoding_names()])
+        raise ValueError(
+            f"unknown tokenizer {name!r}: choose one of {choices}, or the folder of a run, a"
+            " checkpoint, prepared data or a Hugging Face model"
+        )
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as e:  # requests has many; every one of them means that there is no file
+        raise ValueError(
+            f"the vocabulary of {name!r} cannot be downloaded here ({type(e).__name__}): use"
+            " --tokenizer=bpe or --tokenizer=bytes, which need no network, or set"
+            " TIKTOKEN_CACHE_DIR to a folder that holds it"
+        ) from e
+    return Tokenizer("tiktoken", encoding)
 
 
 def bytes_tokenizer() -> Tokenizer:
@@ -152,101 +213,119 @@ def bytes_tokenizer() -> Tokenizer:
     return Tokenizer("bytes", encoding)
 
 
-def published_tokenizer(name: str) -> Tokenizer:
-    """A vocabulary that tiktoken knows by name, downloaded to its cache at first use.
-
-    Raises ValueError for an unknown name or if the vocabulary can't be downloaded.
-    """
-    if name not in tiktoken.list_encoding_names():
-        choices = ", ".join(["bpe", "bytes", *tiktoken.list_encoding_names()])
-        raise ValueError(f"unknown tokenizer {name!r}: choose one of {choices}")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except Exception as e:  # requests has many; every one of them means that there is no file
-        raise ValueError(
-            f"the vocabulary of {name!r} cannot be downloaded here ({type(e).__name__}): use"
-            " --tokenizer=bpe or --tokenizer=bytes, which need no network, or set"
-            " TIKTOKEN_CACHE_DIR to a folder that holds it"
-        ) from e
-    return Tokenizer("tiktoken", encoding)
+# --- byte-pair encoding. The most frequent pair of neighbouring tokens becomes a new token, again
+# and again (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2). By hand, for a text with
+# low 5 times, lower twice, newest 6 times and widest 3 times:
+#
+#     pairs: es 6 + 3 = 9   st 6 + 3 = 9   we 2 + 6 = 8   lo 5 + 2 = 7   ow 7   ne 6   ew 6   ...
+#     1. e s -> es     9 times; st has 9 too, but of equals the one with the smaller ids is first
+#     2. es t -> est   9 times; s t is gone, and w e has only lower's 2: in newest w es stands now
+#     3. l o -> lo     7 times
+#     4. lo w -> low   7 times; so lower is low e r now, and newest n e w est
+#
+# To encode a text is to make the same merges in the same order.
 
 
-def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `name` means. Raises ValueError."""
-    if Path(name).is_dir():
-        return Tokenizer.load(Path(name))
-    return bytes_tokenizer() if name == "bytes" else published_tokenizer(name)
+def slow_bpe(words: Counter, vocab_size: int) -> list[bytes]:
+    """The tokens by id, without end-of-text, learned from a count of words: the paper's loop."""
+    tokens = [bytes([i]) for i in range(256)]
+    texts = {word: list(word.encode()) for word in words}  # each word as ids
+    while len(tokens) < vocab_size - 1:
+        pairs: Counter = Counter()
+        for word, ids in texts.items():
+            for pair in pairwise(ids):
+                pairs[pair] += words[word]
+        pair = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if pairs[pair] < 2:
+            break  # what occurs once tells nothing about other texts
+        merged = tokens[pair[0]] + tokens[pair[1]]
+        if merged not in tokens:  # two pairs may spell the same bytes: one token serves both
+            tokens.append(merged)
+        new = tokens.index(merged)
+        texts = {word: merge(ids, pair, new) for word, ids in texts.items()}
+    return tokens
+
+
+def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """`ids` with `new` wherever `pair` stood, from left to right."""
+    merged: list[int] = []
+    for i in ids:
+        if merged and (merged[-1], i) == pair:
+            merged[-1] = new
+        else:
+            merged.append(i)
+    return merged
 
 
 def bpe_tokenizer(words: Counter, vocab_size: int, progress=lambda done: None) -> Tokenizer:
-    """Byte-pair encoding learned from `words`, a count of the words that SPLIT cuts text into.
+    """Byte-pair encoding learned from a count of the words that SPLIT cuts text into.
 
-    The most frequent pair of neighbouring tokens becomes a new token, until there are `vocab_size`
-    with end-of-text, the last id. Sennrich et al. 2016 (arXiv:1508.07909), on bytes as in GPT-2.
-    Raises ValueError if the text has too few pairs that occur twice.
+    Learns what slow_bpe learns (a test compares them), but does not count all pairs anew for each
+    merge: only words that have the pair change, and which they are is remembered. End-of-text is
+    the last id. Text with too few pairs that occur twice gives less than `vocab_size`.
     """
-    ranks = {bytes([i]): i for i in range(256)}
-    texts = [bytes([i]) for i in range(256)]  # id -> bytes
-    # sorted, so that the result depends on the counts alone and never on the order of counting
-    items = sorted(words.items())
-    tokens = [list(word.encode()) for word, _ in items]  # each word as token ids
-    counts = [count for _, count in items]
+    # cut, since each merge reads a word as a whole; sorted, so that the result depends on the
+    # counts alone and never on the order of counting
+    counts: Counter = Counter()
+    for word, count in words.items():
+        for i in range(0, len(word), LONGEST):
+            counts[word[i : i + LONGEST]] += count
+    texts = [(list(word.encode()), count) for word, count in sorted(counts.items())]
+    tokens = [bytes([i]) for i in range(256)]
+    ranks = {token: i for i, token in enumerate(tokens)}
 
     # 1. count every pair, and remember which words it occurs in
-    pair_count: Counter = Counter()
-    pair_words: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
-    for w, ids in enumerate(tokens):
+    pairs: Counter = Counter()
+    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for w, (ids, count) in enumerate(texts):
         for pair in pairwise(ids):
-            pair_count[pair] += counts[w]
-            pair_words[pair].add(w)
-    # a heap with the most frequent pair on top, ties by the smaller ids; its counts may be stale
-    heap = [(-count, pair) for pair, count in pair_count.items() if count > 1]
+            pairs[pair] += count
+            where[pair].add(w)
+    # 2. a heap is a list that yields its smallest entry in log(n) steps: here the most frequent
+    # pair, of equals the one with the smaller ids. It cannot change an entry inside: when a count
+    # falls, the old entry stays and is stale, which shows when it comes to the top
+    heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
 
-    while len(ranks) < vocab_size - 1:
-        # 2. take the most frequent pair; a stale entry goes back with its true count
-        while heap:
-            count, pair = heapq.heappop(heap)
-            if -count == pair_count[pair]:
-                break
-            if pair_count[pair] > 1:
-                heapq.heappush(heap, (-pair_count[pair], pair))
-        else:
-            raise ValueError(
-                f"the training text yields only {len(ranks) + 1} tokens, fewer than"
-                f" vocab_size={vocab_size}: use --vocab_size={len(ranks) + 1} or more text"
-            )
-        # 3. the pair becomes a token (if two pairs spell the same bytes, one token serves both)
-        merged = texts[pair[0]] + texts[pair[1]]
+    while len(tokens) < vocab_size - 1 and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:  # stale: back with its true count
+            if pairs[pair] > 1:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        if -count < 2:
+            break
+        # 3. the pair becomes a token
+        merged = tokens[pair[0]] + tokens[pair[1]]
         if merged not in ranks:
-            ranks[merged] = len(texts)
-            texts.append(merged)
-            progress(len(ranks))
+            ranks[merged] = len(tokens)
+            tokens.append(merged)
+            progress(len(tokens))
         new = ranks[merged]
         # 4. merge it in the words that have it; only the pairs around it change
         changed = set()
-        for w in pair_words.pop(pair):
-            ids, count, i = tokens[w], counts[w], 0
+        for w in where.pop(pair):
+            ids, count = texts[w]
+            i = 0
             while i < len(ids) - 1:
                 if (ids[i], ids[i + 1]) != pair:
                     i += 1
                     continue
                 if i > 0:
-                    pair_count[ids[i - 1], ids[i]] -= count
-                    pair_count[ids[i - 1], new] += count
-                    pair_words[ids[i - 1], new].add(w)
+                    pairs[ids[i - 1], ids[i]] -= count
+                    pairs[ids[i - 1], new] += count
+                    where[ids[i - 1], new].add(w)
                     changed.add((ids[i - 1], new))
                 if i + 2 < len(ids):
-                    pair_count[ids[i + 1], ids[i + 2]] -= count
-                    pair_count[new, ids[i + 2]] += count
-                    pair_words[new, ids[i + 2]].add(w)
+                    pairs[ids[i + 1], ids[i + 2]] -= count
+                    pairs[new, ids[i + 2]] += count
+                    where[new, ids[i + 2]].add(w)
                     changed.add((new, ids[i + 2]))
                 ids[i : i + 2] = [new]
                 i += 1
-        pair_count[pair] = 0
+        pairs[pair] = 0
         for p in changed:
-            if pair_count[p] > 1:
-                heapq.heappush(heap, (-pair_count[p], p))
+            heapq.heappush(heap, (-pairs[p], p))
 
     special = {END_OF_TEXT: len(ranks)}
     encoding = tiktoken.Encoding(

@@ -8,7 +8,6 @@ Interrupted, it continues where its newest checkpoint stands, when the same comm
 The file reads downwards: the settings; `update`, which is how a model learns; `train`, the run.
 """
 
-import importlib.util
 import math
 import os
 import shlex
@@ -142,45 +141,41 @@ def train(s: Settings, stop: Stop) -> int:
     from dataset import Dataset
     from engine import checkpoint, fast, machine
     from engine.run import NEW, Run
-    from optim import LossScale, make_optimizers
+    from optim import LossScale, make_optimizers, set_rates
 
     # 1. the machine, the data, the folder of the run
     here = machine.pick(s.device, s.dtype, s.compile)
+    here.say(f"machine: {here.why}")
     machine.start(here, s.deterministic)
     stop.at_once = here.world == 1 or here.compile  # otherwise all processes stop after a step
-    here.say(f"machine: {here.why}")
-    data = here.each_does(lambda: Dataset(s.data, s.tokenizer))
+    data = Dataset(s.data, s.tokenizer)
     digest = here.first_does(data.verify)
-    train_split = data.split("train")
-    val_split = data.split("val")
-    train_split.require(s.model.block_size)
-    sizes = f"{train_split.tokens:,} tokens to train on, {val_split.tokens:,} to validate"
+    learned, held_out = data.split("train"), data.split("val")
+    learned.require(s.model.block_size)
+    sizes = f"{learned.tokens:,} tokens to train on, {held_out.tokens:,} to validate"
     here.say(f"data: {s.data}, {sizes}, vocabulary {data.tokenizer.vocab_size:,}")
-    run = Run(s, here, START)
+    run = Run(s, here, stop, START)
 
     # 2. the model and its optimizers: new, or as the newest checkpoint of the run has them
     if run.step:
         model, _, state = checkpoint.load_weights(run.path)
     else:
-        model, state = here.each_does(lambda: new_model(s, data.tokenizer, here)), NEW
+        model, state = new_model(s, data, here), NEW
     model.to(here.device)
-    rows = s.batch_tokens // s.model.block_size  # of a batch, over all processes
-    work = rows_in_a_pass(rows // here.world, s)
-    used = machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
+    work = rows_in_a_pass(s.batch_tokens // s.model.block_size // here.world, s)
+    machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
     fast.use(model, here, s.fast, state["machine"])
     optimizers = make_optimizers(model, s, here.dtype)
     if run.step:
         checkpoint.load_optimizers(run.path, model, optimizers)
     scale = LossScale(here.dtype, state["loss_scale"])
-    run.begin(state, digest, model, stop)
-    count = sum(p.numel() for p in model.parameters())
-    here.say(f"model: {count:,} parameters, {s.batch_tokens:,} tokens a step, {used}")
+    run.begin(state, digest, model)
 
-    # 3. what an interruption has left undone, or nothing
+    # 3. what an interruption has left undone, and whether anything else is to do
     if run.evaluation_missing():
-        here.say(f"the evaluation of step {run.step} is made again")  # its row is gone
-        if not validate(model, val_split, run.step, s, here, run, stop):
-            return run.stopped(run.step, stop)
+        evaluated = validate(model, held_out, run.step, s, here, run)
+        if not evaluated:
+            return run.stopped(run.step)
     if run.finished():
         return 0
 
@@ -191,45 +186,48 @@ def train(s: Settings, stop: Stop) -> int:
         for step in range(run.step + 1, s.steps + 1):  # the update that makes it `step`
             with run.timed():
                 lr = set_rates(optimizers, step, s)
-                # windows of text, a function of the seed and the step alone: see dataset.py
-                x, y = train_split.batch(
-                    step - 1, rows, s.model.block_size, s.seed, here.rank, here.world
-                )
+                x, y = next_batch(learned, step, s, here)
                 try:
                     loss, norm = update(runner, optimizers, scale, gradients, x, y, step, s, here)
                 except FloatingPointError as e:
                     return run.not_finite(step, e)
-            if run.due(step, s.log_every):
+            if run.logs(step):
                 run.report(step, loss, lr, norm)
             stopping = here.any(stop.asked)
-            evaluating = run.due(step, s.eval_every)
-            if not (stopping or evaluating or run.due(step, s.save_every)):
-                continue
-            run.save(step, model, optimizers, scale.state(), data.tokenizer)
+            if stopping or run.saves(step):
+                run.save(step, model, optimizers, scale.state(), data.tokenizer)
             if stopping:
-                return run.stopped(step, stop)
-            if evaluating and not validate(model, val_split, step, s, here, run, stop):
-                return run.stopped(step, stop)
-            run.prune()
-            if evaluating and run.out_of_patience():
-                here.say(f"stopped early: no better evaluation in the last {s.patience}")
+                return run.stopped(step)
+            if run.evaluates(step):
+                evaluated = validate(model, held_out, step, s, here, run)
+                if not evaluated:  # a stop was asked for meanwhile
+                    return run.stopped(step)
+            if run.saves(step):
+                run.prune()
+            if run.evaluates(step) and run.out_of_patience():
                 break
-    stop.at_once = True
-    run.close()
     if here.rank == 0:
         show_result(model, data, s, run)
     return 0
 
 
-def set_rates(optimizers: list, step: int, s: Settings) -> float:
-    """Sets the learning rates for the update that makes it `step`; returns that of the matrices."""
-    from optim import learning_rate
+def new_model(s: Settings, data, here):
+    """A model with random weights, or with those of the checkpoint `init_from` (fine-tuning)."""
+    from engine.checkpoint import adopt
+    from model import GPT
 
-    factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-    return s.lr * factor
+    if s.init_from:
+        return adopt(s.init_from, s.model, data, here.say)
+    model = GPT(replace(s.model, vocab_size=data.tokenizer.vocab_size))
+    model.init_weights(s.seed)
+    return model
+
+
+def next_batch(split, step: int, s: Settings, here) -> tuple:
+    """Inputs and targets for the update that makes it `step`, a function of it and the seed alone:
+    step 1000 needs no memory of those before it. dataset.py has how."""
+    T = s.model.block_size
+    return split.batch(step - 1, s.batch_tokens // T, T, s.seed, here.rank, here.world)
 
 
 def rows_in_a_pass(share: int, s: Settings) -> int:
@@ -238,46 +236,18 @@ def rows_in_a_pass(share: int, s: Settings) -> int:
     return next(n for n in range(most, 0, -1) if share % n == 0)
 
 
-def validate(model, split, step: int, s: Settings, here, run, stop) -> bool:
-    """Records the loss on text that is not trained on; false if a stop was asked for meanwhile."""
+def validate(model, split, step: int, s: Settings, here, run) -> bool:
+    """Records the loss on text that is not learned from; false if a stop was asked for meanwhile.
+
+    Without it, nobody could tell learning from learning by heart.
+    """
     from evaluate import evaluate
 
-    with stop.honoured(at_once=here.world == 1):  # the weights of this step are saved
-        result = evaluate(model, split, here, stop, s.device_batch, s.eval_tokens)
-    if result is None:
-        return False
-    loss, bpb = result
-    if not math.isfinite(loss):
-        loss = bpb = None  # JSON has no such number, and it is never the best
-    bits = f", {bpb:.4f} bits per byte" if bpb else ""
-    here.say(f"step {step}: validation loss {loss or math.nan:.4f}{bits}")
-    run.evaluated(step, loss, bpb)
-    return True
-
-
-def new_model(s: Settings, tokenizer, here):
-    """A model with random weights, or with those of the checkpoint `init_from`."""
-    from engine.checkpoint import find, load_weights
-    from model import GPT
-
-    if not s.init_from:
-        model = GPT(replace(s.model, vocab_size=tokenizer.vocab_size))
-        model.init_weights(s.seed)
-        return model
-    model, theirs, _ = load_weights(find(s.init_from))
-    if theirs.digest() != tokenizer.digest():
-        raise ValueError(
-            f"init_from={s.init_from!r} reads {theirs.name} ({theirs.vocab_size} tokens), and"
-            f" {s.data} is written in {tokenizer.name} ({tokenizer.vocab_size} tokens): prepare the"
-            f" text for it, `python prepare.py TEXT --tokenizer={s.init_from} --out=data/NAME`"
-        )
-    shape, asked = vars(model.config), vars(s.model)
-    free = ("vocab_size", "block_size", "dropout", "zero_init")
-    other = [f"{k}={shape[k]}" for k in shape if shape[k] != asked[k] and k not in free]
-    if other:
-        here.say(f"the shape is that of {s.init_from}, not of the settings: {', '.join(other)}")
-    model.set_context(s.model.block_size, s.model.dropout)
-    return model
+    with run.stop.honoured(at_once=here.world == 1):  # the weights of this step are saved
+        result = evaluate(model, split, here, run.stop, s.device_batch, s.eval_tokens)
+    if result:
+        run.evaluated(step, *result)
+    return result is not None
 
 
 def show_result(model, data, s: Settings, run) -> None:
@@ -285,17 +255,11 @@ def show_result(model, data, s: Settings, run) -> None:
     import torch
 
     import sample
-    from engine.metrics import best_row
     from evaluate import compressors
 
-    best = best_row(run.folder)
-    if best:
-        loss = f"{best['val_loss']:.4f} nats a token"
-        print(f"\nbest validation loss: {loss}, at step {best['step']}")
-    if best and best["val_bpb"]:
-        others = compressors(data.split("val"), data.tokenizer)
-        others = f" ({others})" if others else ""
-        print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
+    run.stop.at_once = True  # all is saved
+    run.close()
+    run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
     if s.sample_tokens:
         print("\na sample:\n")
         torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
@@ -309,9 +273,9 @@ def show_batch(s: Settings) -> int:
     from dataset import Dataset
 
     data = Dataset(s.data, s.tokenizer)
-    rows = s.batch_tokens // s.model.block_size
     split = data.split("train")
     split.require(s.model.block_size)
+    rows = s.batch_tokens // s.model.block_size
     x, y = split.batch(s.show_batch - 1, rows, s.model.block_size, s.seed)
     for i, (inputs, targets) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
         text = data.tokenizer.decode([*inputs, targets[-1]])
@@ -337,15 +301,11 @@ def check(s: Settings) -> None:
         ("init_from", f"another run than out={s.out!r}: choose another --out", not itself),
         ("tokenizer", f"left out: {s.data} has its own", public or not s.tokenizer),
     )
-    for package in ("tensorboard", "wandb"):
-        if getattr(s, package) and not importlib.util.find_spec(package):
-            raise ValueError(f"{package} is not installed: pip install {package}")
-    size, there = 4 * s.model.parameters(), settings.memory()
-    if size > there:
-        raise ValueError(
-            f"the weights of n_layer={s.model.n_layer} and n_embd={s.model.n_embd} take"
-            f" {size / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB: make it smaller"
-        )
+    settings.require_package("tensorboard", s.tensorboard)
+    settings.require_package("wandb", s.wandb)
+    settings.require_memory(
+        4 * s.model.parameters(), f"{s.model.n_layer} layers of {s.model.n_embd}"
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:  # torch is imported where it is used: finding and verifying needs none
     from torch import Tensor
 
+    from dataset import Dataset
     from model import GPT
 
 TO_SAMPLE = ("model.safetensors", "state.json", "encoding.json", "vocab.tiktoken")
@@ -60,8 +62,6 @@ def save(
             save_file(optimizer, partial / "optimizer.safetensors")
             text = json.dumps(state, indent=2) + "\n"
             (partial / "state.json").write_text(text, encoding="utf-8")
-            for file in partial.glob("*.safetensors"):  # save_file lets nobody else read them
-                shutil.copymode(partial / "state.json", file)
             tokenizer.save(partial)
             write_manifest(partial)
     except (OSError, SafetensorError) as e:
@@ -92,7 +92,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 def verify(path: Path, names: tuple[str, ...] = FILES) -> int:
     """Checks files of a checkpoint (default: all); returns how many. Raises ValueError."""
-    return files.verify(path, names)
+    files.verify(path, names)
+    return len(names)
 
 
 def newest(run: Path) -> tuple[int, int]:
@@ -196,6 +197,22 @@ def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tupl
     """
     model, tokenizer, _ = load_weights(find(path, checkpoint))
     return model.to(device).eval(), tokenizer
+
+
+def adopt(path: str, shape: GPTConfig, data: Dataset, say) -> GPT:
+    """The model of another run or checkpoint, with the context and dropout of `shape`.
+
+    Raises ValueError unless it reads the tokens of `data`.
+    """
+    model, theirs, _ = load_weights(find(path))
+    data.require_tokenizer(theirs, path)
+    free = ("vocab_size", "block_size", "dropout", "zero_init")
+    found = asdict(model.config)
+    other = [f"{k}={v}" for k, v in found.items() if v != getattr(shape, k) and k not in free]
+    if other:
+        say(f"the shape is that of {path}, not of the settings: {', '.join(other)}")
+    model.set_context(shape.block_size, shape.dropout)
+    return model
 
 
 # --- optimizers as named tensors

@@ -23,6 +23,8 @@ def lines() -> Iterator[str]:
     Meanwhile a Ctrl-C raises KeyboardInterrupt where a line is answered; at the marker it takes
     back what was typed.
     """
+    if not sys.stdin:  # closed from the beginning
+        return
     marker = ""  # a pipe wants none
     if sys.stdin.isatty() and sys.stdout.isatty():
         marker = MARKER

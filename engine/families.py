@@ -174,8 +174,9 @@ def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
     for key, known in (family.needs | dict(quantization_config=(None,))).items():
         value = theirs.get(key, known[0])
         if key == "sliding_window":
-            value = theirs.get(key, 4096)
-            value = None if value and value >= values["block_size"] else value  # it never bites
+            value = theirs.get(key, 4096)  # MistralConfig's default
+            if value and value >= values["block_size"]:
+                value = None  # a window that holds the whole context is none
         if value not in known:
             raise lacking(source, f"{key}={value}")
     kinds = {"full_attention", *(theirs.get("layer_types") or ())}

@@ -1,20 +1,32 @@
-"""Folders that are whole or not there, and files whose content can be checked. Needs no torch."""
+"""Files and folders that are whole or not there: written beside their place, flushed, renamed.
+
+While data/python is being written, everything lies in a folder that says whose it is:
+
+    data/python.partial/   being-written  (a note, and the lock)
+                           python/        (the new folder; it leaves by one rename)
+                           python.old/    (the one it replaces, until the new one is there)
+
+Only folders with that note, or empty ones, are ever emptied or removed: nothing of the user's is.
+"""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has no such lock
+except ImportError:  # Windows
+    import msvcrt
+
     fcntl = None
 
 WINDOWS = os.name == "nt"
-MARK = "lock"  # a file that stands in folders which are being written, and is locked meanwhile
+NOTE = "being-written"
+TEXT = "The folder beside this note is not finished. If no process is at work, both can go.\n"
 
 
 def sha256_of(path: Path) -> str:
@@ -27,10 +39,11 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file or a folder is on the disk, and not only on its way."""
-    if WINDOWS and path.is_dir():
-        return  # Windows opens no folders, and keeps their entries by itself
-    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
+    """Flushes a file, or the names in a folder, to the disk."""
+    folder = path.is_dir()
+    if folder and WINDOWS:  # cannot open folders; NTFS keeps a journal of its names
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes writers only
     try:
         os.fsync(handle)
     finally:
@@ -46,113 +59,125 @@ def write_durably(path: Path, content: bytes) -> None:
     fsync(path.parent)
 
 
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_space(folder: Path, size: int) -> int:
+    """The bytes left on the disk of `folder`. Raises OSError if they are fewer than `size`."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise OSError(
+            f"the disk of {folder} is too full: this needs {size / 1e6:,.1f} MB and"
+            f" {free / 1e6:,.1f} MB are free; what was saved before is whole"
+        )
+    return free
+
+
+def lock_file(path: Path, wait: bool = True):
+    """A handle that holds `path` for this process until it is closed; else BlockingIOError.
+
+    The kernel lets go when the process dies, however it dies.
+    """
+    handle = open(path, "a")
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return handle
+        while True:
+            try:
+                msvcrt.locking(handle.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+                return handle
+            except OSError as e:  # LK_LOCK gives up after ten seconds
+                if not wait:
+                    raise BlockingIOError(e.errno, e.strerror) from e
+    except BaseException:
+        handle.close()
+        raise
+
+
 @contextmanager
 def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
-    """An empty folder to write in, which becomes `target` at the end in one rename, durably.
+    """A folder to write in, which becomes `target` at the end, durably; after an error nothing is.
 
-    It is called `<target>.partial` until then, and holds a locked file MARK. If the work inside
-    fails, it is removed; one that a killed process has left is emptied and used again; a process
-    that writes the same target is waited for. `replace` puts it in the place of an older target.
-    Raises ValueError if something of that name has no MARK, for then somebody else has made it.
+    Left empty, it becomes nothing. Waits for another process that makes the same. A `target` with
+    something in it makes way if `replace` is set. Raises ValueError if a folder of the user's
+    stands where the work should be done.
     """
+    target = Path(os.path.abspath(target))
     partial = target.with_name(f"{target.name}.partial")
-    lock = take(partial)
+    folder, old, note = partial / target.name, partial / f"{target.name}.old", partial / NOTE
+    handle = claim(partial, note)
     try:
-        for leftover in partial.iterdir():
-            if leftover.name != MARK:
-                remove(leftover)
-        yield partial
-        for path in partial.iterdir():
-            fsync(path)
-        fsync(partial)
-        aside = None
-        if target.exists() and any(target.iterdir()):
-            if not replace:
-                raise ValueError(f"{target} has been written meanwhile: choose another name")
-            aside = free_name(target.with_name(f"{target.name}.old"))
-            target.rename(aside)
-        elif target.exists():
-            target.rmdir()
-        if WINDOWS:
-            lock.close()  # nothing in a folder may be open when it is renamed
-        partial.rename(target)
-        fsync(target.parent)
-        (target / MARK).unlink(missing_ok=True)
-        if aside:
-            shutil.rmtree(aside)
-    except BaseException:
-        lock.close()
-        if (partial / MARK).exists():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    lock.close()
+        clean_up(folder, old, target)  # after another process, which died
+        folder.mkdir()
+        yield folder
+        if any(folder.iterdir()):
+            for path in folder.iterdir():
+                shutil.copymode(note, path)  # some writers make their files for the owner only
+                fsync(path)
+            fsync(folder)
+            if target.is_dir() and not any(target.iterdir()):
+                target.rmdir()
+            elif replace and target.exists():
+                target.rename(old)
+            folder.rename(target)
+            fsync(target.parent)
+    finally:
+        with suppress(OSError):  # what is in the way now will be so next time, too
+            clean_up(folder, old, target)
+            if WINDOWS:  # cannot delete open files
+                handle.close()
+            note.unlink()  # the last: what is left without it is an empty folder
+            partial.rmdir()
+        handle.close()
 
 
-def take(partial: Path):
-    """Makes `partial`, or takes it over when nobody works in it; returns its open, locked MARK."""
+def claim(partial: Path, note: Path):
+    """Makes `partial` with its note, or takes over one whose owner is dead; returns the lock."""
     while True:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists() and not is_ours(partial):
-            raise ValueError(f"{partial} is in the way: it is none of ours, so rename or remove it")
-        partial.mkdir(exist_ok=True)
-        try:
-            lock = open(partial / MARK, "a")
-        except FileNotFoundError:  # it has just been renamed
-            continue
-        if not fcntl:
-            return lock
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process
-        if (partial / MARK).exists() and same_file(partial / MARK, lock):
-            return lock
-        lock.close()  # the other one has finished, and has renamed the folder
+        with suppress(FileNotFoundError):  # another process has just finished, and removed it
+            empty = partial.is_dir() and not any(partial.iterdir())
+            if os.path.lexists(partial) and not note.exists() and not empty:
+                raise ValueError(
+                    f"{partial} is in the way and was not made here: rename it, or write to"
+                    " another place"
+                )
+            partial.mkdir(parents=True, exist_ok=True)
+            handle = lock_file(note)
+            if note.exists() and os.path.samestat(note.stat(), os.fstat(handle.fileno())):
+                note.write_text(TEXT, encoding="utf-8")
+                return handle
+            handle.close()
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether a folder is one that `take` has made: it has a MARK, or nothing at all yet."""
-    return folder.is_dir() and ((folder / MARK).exists() or not any(folder.iterdir()))
+def clean_up(folder: Path, old: Path, target: Path) -> None:
+    """Removes what was begun; if it stopped between two renames, what was there comes back."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for path in (folder, old):
+        if path.exists():
+            shutil.rmtree(path)
 
 
-def same_file(path: Path, handle) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or the first of `path`.1, .2, ... that does not exist."""
-    number = 0
-    found = path
-    while found.exists():
-        number += 1
-        found = path.with_name(f"{path.name}.{number}")
-    return found
-
-
-# --- what a folder should hold
+# --- manifests: size and sha256 of every file of a folder, written last
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes manifest.json, last: size and sha256 of each file in the folder."""
     files = {
         path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
-        if path.name != MARK
     }
-    text = json.dumps(files, indent=2) + "\n"
-    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    write_json(folder / "manifest.json", files)
 
 
-def verify(folder: Path, names: tuple[str, ...]) -> int:
-    """Holds the files `names` against manifest.json; returns how many. Raises ValueError."""
+def verify(folder: Path, names: Iterable[str]) -> None:
+    """Compares files with the manifest of `folder`. Raises ValueError, naming the damaged one."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         expected = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{folder} is damaged: manifest.json is missing or broken ({e!r})") from e
     for name, (size, sha256) in expected.items():
         path = folder / name
@@ -163,16 +188,3 @@ def verify(folder: Path, names: tuple[str, ...]) -> int:
             raise ValueError(f"{folder} is damaged: {name} has {found} bytes instead of {size}")
         if sha256_of(path) != sha256:
             raise ValueError(f"{folder} is damaged: {name} is not what was written (sha256)")
-    return len(expected)
-
-
-def require_space(folder: Path, size: int) -> int:
-    """The bytes left on the disk of `folder`. Raises OSError if they are fewer than `size`."""
-    exists = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(exists).free
-    if size > free:
-        raise OSError(
-            f"the disk of {folder} is too full: {size / 1e6:,.1f} MB are needed and"
-            f" {free / 1e6:,.1f} MB are free; earlier checkpoints are whole"
-        )
-    return free

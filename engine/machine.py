@@ -61,12 +61,6 @@ class Machine:
             raise problem or SystemExit(2)
         return result
 
-    def each_does(self, function):
-        """What `function` returns, in every process. The first one goes ahead, so that a mistake
-        that all would make is told once."""
-        first = self.first_does(function)
-        return first if self.rank == 0 else function()
-
     def say(self, text: str) -> None:
         """Prints: the first process speaks for all."""
         if self.rank == 0:
@@ -230,13 +224,8 @@ def start(here: Machine, deterministic: bool) -> None:
         # the first process may have a corpus to prepare or terabytes to verify
         dist.init_process_group(backend, timeout=timedelta(hours=2), **how)
         here.sum([0])  # all are here: NCCL alone would not wait
-        atexit.register(leave)
-
-
-def leave() -> None:
-    """Ends the connection with the other processes; not after an error, for they might be stuck."""
-    if not hasattr(sys, "last_value"):
-        dist.destroy_process_group()
+        # after a traceback nobody waits for the others, which may be stuck
+        atexit.register(lambda: hasattr(sys, "last_value") or dist.destroy_process_group())
 
 
 def compiled(model: nn.Module, here: Machine, rows: int) -> nn.Module:

@@ -4,8 +4,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from engine.files import MARK
-
 
 class AlreadyPrepared(Exception):
     """There is nothing to do: what has just been read is in the folder already."""
@@ -41,7 +39,6 @@ def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
             for facts in (text, new)
         )
         raise ValueError(f"{out} was made from another text ({then} then, {now} now): {remedy}")
-    (out / MARK).unlink(missing_ok=True)  # a process was killed when all was done but this
     return True
 
 

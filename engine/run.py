@@ -17,15 +17,10 @@ import torch
 from torch import nn
 
 from engine import checkpoint, fast, settings
-from engine.files import require_space, write_durably
+from engine.files import WINDOWS, lock_file, require_space, write_durably
 from engine.machine import Machine
-from engine.metrics import MetricsLog, since_best, start_trackers
+from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
 
 # What may differ when a run is resumed; anything else would make it another run. First where things
 # are and what is shown, then where and how it is computed: the data and the mathematics stay.
@@ -44,8 +39,8 @@ class Run:
     another process works there.
     """
 
-    def __init__(self, s, here: Machine, start: float):
-        self.s, self.here, self.start = s, here, start
+    def __init__(self, s, here: Machine, stop: Stop, start: float):
+        self.s, self.here, self.stop, self.start = s, here, stop, start
         self.folder, self.lock, self.files = Path(s.out), None, 0
         # what torchrun restarts must not begin anew once more
         self.fresh = s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -68,7 +63,7 @@ class Run:
         step, self.files = checkpoint.newest(self.folder)
         return step
 
-    def begin(self, state: dict, digest: str | None, model: nn.Module, stop: Stop) -> None:
+    def begin(self, state: dict, digest: str | None, model: nn.Module) -> None:
         """Opens the log where `state` ends; `digest` is that of the data.
 
         Raises ValueError if the checkpoint belongs to other settings or other data, OSError if the
@@ -87,8 +82,12 @@ class Run:
             device_batch=self.s.device_batch,
         )
         self.here.first_does(lambda: self.open_log(state, model))
+        count, number = sum(p.numel() for p in model.parameters()), torch.get_num_threads()
+        threads = f"{number} thread{'s' if number > 1 else ''}"
+        batch = f"{self.s.batch_tokens:,} tokens a step"
+        self.here.say(f"model: {count:,} parameters, {batch}, {threads}")
         if self.s.fresh:  # would begin anew once more
-            stop.advice = "the same command without --fresh continues"
+            self.stop.advice = "the same command without --fresh continues"
 
     def open_log(self, state: dict, model: nn.Module) -> None:
         now = settings.flat(self.s)
@@ -98,14 +97,17 @@ class Run:
         need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
         free = require_space(self.folder, need)
         if self.fresh and self.lock:
+            if WINDOWS:  # where nothing in a folder may be open when it is renamed
+                self.lock.close()
             move_aside(self.folder)
             self.lock = None
         self.lock = self.lock or lock(self.folder)
         self.log = MetricsLog(self.folder, self.step, state["metrics"])
         path = self.folder / "config.json"
-        if self.step and (not path.exists() or read(path) not in (state["settings"], now)):
+        sound = (as_file(state["settings"]), as_file(now)) if self.step else ()
+        if self.step and (not path.exists() or path.read_bytes() not in sound):
             print(f"{path} is not that of the checkpoint: written anew")
-        write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
+        write_durably(path, as_file(now))
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder)
 
@@ -136,13 +138,26 @@ class Run:
             if was != value:
                 print(f"{name} was {was}, is {value}: the same data, but not the same bits")
 
-    def evaluation_missing(self) -> bool:
-        """Whether the newest checkpoint was to be evaluated, and there is no row that says how."""
-        missing = self.here.rank == 0 and self.step and not self.log.evaluated
-        return self.due(self.step, self.s.eval_every) and bool(self.here.from_first(bool(missing)))
-
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.s.steps
+
+    def logs(self, step: int) -> bool:
+        return self.due(step, self.s.log_every)
+
+    def evaluates(self, step: int) -> bool:
+        return self.due(step, self.s.eval_every)
+
+    def saves(self, step: int) -> bool:
+        """What is evaluated is saved before: an evaluation that fails costs nothing else."""
+        return self.due(step, self.s.save_every) or self.evaluates(step)
+
+    def evaluation_missing(self) -> bool:
+        """Whether the newest checkpoint was to be evaluated, and no row tells how good it is."""
+        missing = self.here.rank == 0 and self.step and not self.log.evaluated
+        missing = self.evaluates(self.step) and self.here.from_first(bool(missing)) > 0
+        if missing:
+            self.here.say(f"the evaluation of step {self.step} is made again")
+        return missing
 
     @contextmanager
     def timed(self):
@@ -173,10 +188,26 @@ class Run:
             for track in self.trackers:
                 track(row)
 
-    def evaluated(self, step: int, loss: float | None, bpb: float | None) -> None:
+    def evaluated(self, step: int, loss: float, bpb: float | None) -> None:
+        """Says and records how good the weights after `step` updates are."""
+        bits = f", {bpb:.4f} bits per byte" if bpb else ""
+        self.here.say(f"step {step}: validation loss {loss:.4f}{bits}")
+        if not math.isfinite(loss):
+            loss = bpb = None  # JSON has no such number, and it is never the best
         self.record(step=step, val_loss=loss, val_bpb=bpb, tokens=step * self.s.batch_tokens)
         if self.here.rank == 0:
             self.log.mark()
+
+    def tell_best(self, compressors) -> None:
+        """Prints the best evaluation, beside what `compressors()` has to say of the same text."""
+        best = best_row(self.folder)
+        if best:
+            loss = f"{best['val_loss']:.4f} nats a token"
+            print(f"\nbest validation loss: {loss}, at step {best['step']}")
+        if best and best["val_bpb"]:
+            others = compressors()
+            others = f" ({others})" if others else ""
+            print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
 
     def elapsed(self) -> float:
         return self.seconds_before + time.monotonic() - self.start
@@ -201,21 +232,21 @@ class Run:
 
     def out_of_patience(self) -> bool:
         waited = since_best(self.folder) if self.here.rank == 0 else 0
-        return 0 < self.s.patience <= self.here.from_first(waited)
+        out = 0 < self.s.patience <= self.here.from_first(waited)
+        if out:
+            self.here.say(f"stopped early: no better evaluation in the last {self.s.patience}")
+        return out
 
     def finished(self) -> bool:
         """Whether there is nothing to do, which it says."""
-        waited = self.out_of_patience()
-        if self.step < self.s.steps and not waited:
-            return False
-        why = f" and {self.s.patience} evaluations without a better one" if waited else ""
-        reached = f"{self.s.out} has reached step {self.step} of {self.s.steps}"
-        self.here.say(f"nothing to do: {reached}{why}")
-        return True
+        done = self.step >= self.s.steps or self.out_of_patience()
+        if done:
+            self.here.say(f"nothing to do: {self.s.out} has reached step {self.step}")
+        return done
 
-    def stopped(self, step: int, stop: Stop) -> int:
+    def stopped(self, step: int) -> int:
         self.close()
-        self.here.say(f"stopped by a signal after step {step}, which is saved; {stop.advice}")
+        self.here.say(f"stopped by a signal after step {step}, which is saved; {self.stop.advice}")
         return 0
 
     def not_finite(self, step: int, what: Exception) -> int:
@@ -234,11 +265,8 @@ class Run:
             track(None)
 
 
-def read(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
+def as_file(values: dict) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def lock(folder: Path):
@@ -247,13 +275,10 @@ def lock(folder: Path):
     if parts and "lock" not in parts:
         raise ValueError(f"{folder} holds something else than a run: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    handle = open(folder / "lock", "w")
-    if fcntl:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(f"another process works in {folder}: choose another --out") from e
-    return handle
+    try:
+        return lock_file(folder / "lock", wait=False)
+    except BlockingIOError as e:
+        raise ValueError(f"another process works in {folder}: choose another --out") from e
 
 
 def move_aside(folder: Path) -> None:

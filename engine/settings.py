@@ -16,6 +16,7 @@ import ast
 import dataclasses
 import difflib
 import errno
+import importlib.util
 import inspect
 import math
 import os
@@ -249,11 +250,18 @@ def check(s, *rules: tuple[str, str, bool]) -> None:
             raise ValueError(f"{name}={getattr(s, name)!r} should be {want}")
 
 
-def memory() -> float:
-    """Bytes of memory that this machine has; infinity where that cannot be asked."""
+def require_package(name: str, wanted) -> None:
+    if wanted and not importlib.util.find_spec(name):
+        raise ValueError(f"{name} is not installed: pip install {name}")
+
+
+def require_memory(size: int, what: str) -> None:
+    """Raises ValueError for weights larger than all of the memory, where that is known."""
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size > there:
+            sizes = f"{size / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB"
+            raise ValueError(f"the weights of {what} take {sizes}: choose a smaller model")
 
 
 def run(main) -> None:

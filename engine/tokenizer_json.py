@@ -8,11 +8,13 @@ published vocabularies they do, one becomes the other; the rest is refused.
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_SPLIT
 
-from tokenizer import END_OF_TEXT, Tokenizer
+from engine.tensors import read_json
+from tokenizer import END_OF_TEXT, Tokenizer, published_tokenizer
 
 # tokenizer.json spells bytes as printable characters: Latin-1 where that is printable, the other
 # bytes in order from U+0100 on. As in encoder.py of github.com/openai/gpt-2.
@@ -31,6 +33,8 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+LARGEST = 2**20  # ids: four times the largest vocabulary that is published
 
 
 def spell(token: bytes) -> str:
@@ -55,6 +59,48 @@ def last_merge(token: bytes, rank: Callable) -> tuple[bytes, bytes] | None:
         pair = parts[i], parts[i + 1]
         parts[i : i + 2] = [pair[0] + pair[1]]
     return pair
+
+
+def read_folder(folder: Path, name: str) -> Tokenizer:
+    """The tokenizer of a model in `folder`, with an id for each row of its embedding.
+
+    Raises ValueError, with the `name` of the model, if it has none that could be ours.
+    """
+
+    def read(file: str) -> dict:  # what need not be there
+        return read_json(folder / file) if (folder / file).exists() else {}
+
+    # 1. the vocabulary
+    config, info = read_json(folder / "config.json"), read("tokenizer.json")
+    kind, vocab_size = config.get("model_type"), config.get("vocab_size")
+    if info and (folder / "vocab.tiktoken").exists() and (folder / "encoding.json").exists():
+        ours = Tokenizer.load(folder)  # it was exported here; unless it was changed since,
+        if ours.vocab_size == vocab_size and to_json(ours) == info:
+            return ours
+    if not info and kind == "gpt2" and (vocab := read("vocab.json")):  # as in 2019
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        info = dict(model=dict(vocab=vocab, merges=merges), pre_tokenizer=dict(type="ByteLevel"))
+    if not info and [*folder.glob("*.model")]:
+        raise ValueError(f"the tokenizer of {name} needs SentencePiece, which this one lacks")
+    if not info and vocab_size == 50257:
+        return published_tokenizer("gpt2")
+    if not info:
+        raise ValueError(f"{name} has no tokenizer.json")
+
+    # 2. what ends a sample, in the order in which transformers looks for it; else what it is named
+    ends = read("generation_config.json").get("eos_token_id")
+    if ends is None:
+        ends = config.get("eos_token_id")
+    named = read("tokenizer_config.json").get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    choices = [ends if isinstance(ends, list) else [ends], [named]]
+    try:
+        return from_json(info, name, vocab_size, choices)
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} is damaged, or of an unknown kind ({e!r})"
+        ) from e
 
 
 def from_json(info: dict, name: str, vocab_size: int, ends: Sequence[list] = ()) -> Tokenizer:
@@ -85,6 +131,7 @@ def from_json(info: dict, name: str, vocab_size: int, ends: Sequence[list] = ())
     used = {*ranks.values(), *special.values()}
     if max(used) >= vocab_size:
         raise ValueError(f"the tokenizer of {name} has id {max(used)}, its model only {vocab_size}")
+    require(vocab_size <= LARGEST, f"{vocab_size} ids")
     special |= {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
     known = special | {i: i for i in special.values()}
     found = ([known[end] for end in choice if end in known] for choice in [*ends, [END_OF_TEXT]])

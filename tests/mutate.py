@@ -38,26 +38,25 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 1800  # seconds; a bug that makes the tests wait for ever is noticed, too
 
-# the tests most likely to notice a bug in a file, the quickest first; tests/test_<name>.py
+# beside tests/test_<its name>.py, the tests most likely to notice a bug in a file, quickest first
 NEAR = {
-    "model.py": ("model", "dropout", "updates", "inference", "huggingface"),
-    "optim.py": ("optim", "updates", "train"),
+    "model.py": ("dropout", "updates", "inference", "huggingface"),
+    "optim.py": ("updates", "train"),
     "train.py": ("updates", "kept", "train"),
-    "dataset.py": ("dataset", "splits", "train"),
-    "tokenizer.py": ("tokenizer", "prepare", "huggingface"),
+    "dataset.py": ("splits", "train"),
+    "tokenizer.py": ("prepare", "huggingface"),
     "evaluate.py": ("splits", "updates", "train"),
     "generate.py": ("sample", "endings"),
-    "sample.py": ("sample", "endings"),
-    "prepare.py": ("prepare", "splits", "kept", "mistakes"),
-    "huggingface.py": ("huggingface",),
-    "engine/checkpoint.py": ("kept", "endings", "train", "interruptions"),
+    "sample.py": ("endings",),
+    "prepare.py": ("splits", "kept", "mistakes"),
+    "engine/checkpoint.py": ("kept", "sample", "endings", "train", "interruptions"),
     "engine/families.py": ("huggingface",),
     "engine/files.py": ("kept", "prepare", "interruptions"),
-    "engine/inference.py": ("inference", "sample"),
+    "engine/inference.py": ("sample",),
     "engine/machine.py": ("updates", "train"),
     "engine/metrics.py": ("kept", "train", "interruptions"),
     "engine/run.py": ("kept", "train", "interruptions"),
-    "engine/settings.py": ("settings", "mistakes"),
+    "engine/settings.py": ("mistakes",),
     "engine/encodings.py": ("encodings", "prepare"),
     "engine/sources.py": ("prepare", "mistakes"),
     "engine/spool.py": ("prepare", "splits"),
@@ -123,8 +122,10 @@ def fits(m: Mutant) -> bool:
 
 def near(m: Mutant) -> list[str]:
     """The test files most likely to notice a bug in this file."""
-    names = [f"tests/test_{name}.py" for name in NEAR.get(m.file, ())]
-    return [name for name in names if (ROOT / name).exists()]
+    own, others = Path(m.file).stem, NEAR.get(m.file, ())
+    names = others if own in others else (own, *others)
+    paths = [f"tests/test_{name}.py" for name in names]
+    return [path for path in paths if (ROOT / path).exists()]
 
 
 def try_all(fitting: list, folder: Path, s: argparse.Namespace) -> list:
@@ -171,7 +172,7 @@ def attempt(copy: Path, m: Mutant, quick: bool) -> str:
     path.write_text(sound.replace(m.old, m.new), encoding="utf-8")
     try:
         first = near(m)
-        noticed = failing(copy, first)
+        noticed = failing(copy, first) if first else ""
         if not noticed and not quick:
             noticed = failing(copy, [f"--ignore={name}" for name in first])
     finally:

@@ -21,7 +21,7 @@ SHAPE = dict(vocab_size=300, block_size=1024, n_layer=2, n_head=2, n_embd=32)
 
 def measure(capsys, what: str, variant: str, *argv: str) -> dict:
     bench.main([what, *TINY, *argv, f"--only={variant}"])
-    result = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["value"] > 0
     return result
 

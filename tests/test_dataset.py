@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-import dataset
-from dataset import IGNORE, Dataset, ShardWriter, Split, epoch_order, open_shard, windows_per_epoch
+from dataset import IGNORE, Dataset, Split, epoch_order, windows_per_epoch
+from engine import shards
+from engine.shards import ShardWriter, open_shard
 
 
 def write_split(folder, tokens, vocab_size=1000, name="train") -> Split:
@@ -27,7 +28,7 @@ def test_shards_have_the_layout_of_llm_c(tmp_path, vocab_size, width):
 
 
 def test_several_shards_read_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "SHARD_TOKENS", 10)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 10)
     split = write_split(tmp_path, np.arange(47))
     assert len(split.shards) == 5 and split.tokens == 47
     for start in range(47):
@@ -91,6 +92,27 @@ def test_ranks_share_one_global_batch(tmp_path, world):
     assert (np.concatenate(shares) == whole).all()
 
 
+@pytest.mark.parametrize("most", [1, 16, 50, 160, 998, 999, 5000])
+@pytest.mark.parametrize("world", [1, 3])
+def test_part_of_an_evaluation_is_spread_evenly_whatever_the_number_of_processes(
+    tmp_path, most, world
+):
+    split = write_split(tmp_path, np.arange(1000))
+    found = []
+    for rank in range(world):
+        for _, y in split.in_order(2, 16, rank, world, most):
+            found += y[y != IGNORE].tolist()
+    firsts = sorted(i for i in found if i % 16 == 1)  # of the windows, which are 63
+    alone = [y[y != IGNORE].tolist() for _, y in split.in_order(99, 16, most=most)]
+    assert sorted(found) == sorted(i for some in alone for i in some)
+    if most >= 999:
+        assert sorted(found) == list(range(1, 1000))
+    else:
+        assert len(firsts) == max(1, most // 16) and len(found) <= max(16, most)
+        gaps = np.diff([*firsts, 1001 + 16 - 1001 % 16 - 15])
+        assert max(gaps) - min(gaps) <= 2 * 16
+
+
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
 @pytest.mark.parametrize("world", [1, 3])
 def test_evaluation_predicts_every_token_but_the_first_once(tmp_path, n, world):
@@ -110,23 +132,86 @@ def test_the_smallest_data_set_is_one_window(tmp_path):
     assert split.batch(0, 3, 16, seed=0)[0].tolist() == [list(range(16))] * 3
 
 
-def test_public_shards_train_with_a_named_vocabulary(tmp_path, monkeypatch):
-    from tokenizer import bytes_tokenizer
+def write_public(folder, name, tokens=range(200)) -> None:
+    write_split(folder, tokens, name=name)
+    (folder / f"{name}_000000.bin").rename(folder / f"{name}.bin")
 
-    monkeypatch.setattr(dataset, "published_tokenizer", lambda name: bytes_tokenizer())
+
+def test_public_shards_train_with_a_named_vocabulary(tmp_path):
     for name in ("fineweb_train_000001", "fineweb_val_000000"):
-        write_split(tmp_path, range(200), name=name)
-        (tmp_path / f"{name}_000000.bin").rename(tmp_path / f"{name}.bin")
-    data = Dataset(str(tmp_path), "gpt2")
+        write_public(tmp_path, name)
+    data = Dataset(str(tmp_path), "bytes")
     assert data.split("train").tokens == data.split("val").tokens == 200
     assert data.split("val").text_bytes is None
-    digest = data.verify()
-    write_split(tmp_path, [0, 300], name="fineweb_val_000001")
-    with pytest.raises(ValueError, match="holds token 300"):
-        Dataset(str(tmp_path), "gpt2").verify()
-    assert len(digest) == 64
+    assert len(data.verify()) == 64
     with pytest.raises(ValueError, match="--tokenizer=gpt2"):
         Dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("token", [257, 300])  # the first id that the vocabulary lacks, and more
+def test_a_token_beyond_the_vocabulary_is_named(tmp_path, token):
+    write_public(tmp_path, "fineweb_train_000001", [0, 256])
+    Dataset(str(tmp_path), "bytes").verify()
+    write_public(tmp_path, "fineweb_train_000001", [0, token])
+    with pytest.raises(ValueError, match=f"holds token {token}"):
+        Dataset(str(tmp_path), "bytes").verify()
+
+
+def test_public_shards_belong_to_the_split_that_their_name_says_as_a_word(tmp_path):
+    names = dict(train=["contest_train_000001", "retrieval_train_000000"], test=["latest-test1"])
+    names |= dict(val=["TinyStories_val", "train_set_validation"])
+    for name in sum(names.values(), ["interval_000000"]):
+        write_public(tmp_path, name)
+    expected = {split: [f"{name}.bin" for name in some] for split, some in names.items()}
+    found = Dataset(str(tmp_path), "bytes").files
+    assert {split: sorted(some) for split, some in found.items()} == {
+        split: sorted(some) for split, some in expected.items()
+    }
+
+
+def test_a_tokenizer_beside_data_that_have_their_own_is_not_ignored(data):
+    Dataset(str(data), "bytes")
+    Dataset(str(data), str(data))
+    with pytest.raises(ValueError, match="unknown tokenizer 'gpt5x'"):
+        Dataset(str(data), "gpt5x")
+
+
+def test_another_tokenizer_beside_data_that_have_their_own_is_refused(data, tmp_path):
+    from tokenizer import bpe_tokenizer
+
+    bpe_tokenizer({"low": 5, "lower": 2}, 260).save(tmp_path)
+    with pytest.raises(ValueError, match="has its own: leave it out"):
+        Dataset(str(data), str(tmp_path))
+
+
+def test_a_data_folder_reads_no_file_outside_of_it(data, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    text = (copy / "meta.json").read_text(encoding="utf-8")
+    (copy / "meta.json").write_text(text.replace("val_000000.bin", "../../val_000000.bin"))
+    (tmp_path.parent / "val_000000.bin").write_bytes((data / "val_000000.bin").read_bytes())
+    assert Dataset(str(copy)).split("val").paths == [copy / "val_000000.bin"]
+
+
+def test_the_message_about_another_tokenizer_has_the_command_that_prepares_anew(data, tmp_path):
+    import shlex
+
+    import prepare
+    from tokenizer import bpe_tokenizer
+
+    other = bpe_tokenizer({"low": 5, "lower": 2}, 260)
+    run = tmp_path / "a run"
+    run.mkdir()
+    other.save(run)
+    with pytest.raises(ValueError, match="260 tokens.*257 tokens") as e:
+        Dataset(str(data)).require_tokenizer(other, str(run))
+    python, script, *argv = shlex.split(str(e.value).split("`")[1])
+    assert (python, script) == ("python", "prepare.py")
+    prepare.main(argv)
+    out = next(word[6:] for word in argv if word.startswith("--out="))
+    Dataset(out).require_tokenizer(other, str(run))
 
 
 def test_every_flipped_bit_is_noticed(data, tmp_path):

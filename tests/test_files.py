@@ -1,167 +1,233 @@
-"""A folder is whole or not there, and nothing that somebody else has made is touched."""
+"""engine/files.py: a folder is whole or not there, and nothing that is not ours is touched."""
 
 import os
 import shutil
+import stat
+import sys
 import threading
-import time
+import types
+from pathlib import Path
 
 import pytest
 
 from engine import files
-from engine.files import MARK, atomic_folder, fsync, verify, write_manifest
+from engine.files import atomic_folder
 
 
-def names(folder) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+def tree(folder: Path) -> dict:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }
 
 
-def write(target, text: str = "new", **options) -> None:
-    with atomic_folder(target, **options) as partial:
-        (partial / "a.txt").write_text(text)
+def make(target: Path, content: str, **options) -> None:
+    with atomic_folder(target, **options) as folder:
+        (folder / "a.txt").write_text(content)
 
 
-def test_a_folder_appears_whole(tmp_path):
-    with atomic_folder(tmp_path / "made") as partial:
-        (partial / "a.txt").write_text("a")
-        assert names(tmp_path) == {"made.partial"}
-    assert names(tmp_path) == {"made"} and names(tmp_path / "made") == {"a.txt"}
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "new") as folder:
+        (folder / "a.txt").write_text("half")
+        assert not (tmp_path / "new").exists()
+        raise ZeroDivisionError
+    assert tree(tmp_path) == {}
+    make(tmp_path / "new", "whole")
+    assert tree(tmp_path) == {"new": None, "new/a.txt": b"whole"}
 
 
-def test_who_fails_leaves_nothing(tmp_path):
-    with pytest.raises(KeyError), atomic_folder(tmp_path / "made") as partial:
-        (partial / "a.txt").write_text("a")
-        raise KeyError
-    assert names(tmp_path) == set()
+def test_an_empty_folder_becomes_nothing_and_replaces_nothing(tmp_path):
+    make(tmp_path / "new", "first")
+    with atomic_folder(tmp_path / "new", replace=True):
+        pass
+    assert tree(tmp_path) == {"new": None, "new/a.txt": b"first"}
 
 
-def test_what_a_killed_process_has_left_is_used_again(tmp_path):
-    left = tmp_path / "made.partial"
-    left.mkdir()
-    (left / MARK).touch()
-    (left / "half").write_text("x")
-    write(tmp_path / "made")
-    assert names(tmp_path) == {"made"} and names(tmp_path / "made") == {"a.txt"}
+def test_what_stands_there_makes_way_only_if_asked(tmp_path):
+    make(tmp_path / "new", "first")
+    with pytest.raises(OSError):
+        make(tmp_path / "new", "second")
+    assert (tmp_path / "new/a.txt").read_text() == "first"
+    make(tmp_path / "new", "third", replace=True)
+    assert tree(tmp_path) == {"new": None, "new/a.txt": b"third"}
 
 
-def test_a_folder_of_somebody_else_is_never_touched(tmp_path):
-    (tmp_path / "made.partial").mkdir()
-    (tmp_path / "made.partial" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"made\.partial is in the way"):
-        write(tmp_path / "made")
-    assert (tmp_path / "made.partial" / "thesis.txt").read_text() == "mine"
-    assert names(tmp_path) == {"made.partial"}
+@pytest.mark.parametrize("name", ["new.partial", "new.old", "new.partial/new"])
+def test_a_folder_of_the_users_beside_the_output_is_not_touched(tmp_path, name):
+    make(tmp_path / "new", "first")
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    before = tree(tmp_path)
+    if "partial" in name:
+        with pytest.raises(ValueError, match="new.partial is in the way"):
+            make(tmp_path / "new", "second", replace=True)
+        assert tree(tmp_path) == before
+    else:
+        make(tmp_path / "new", "second", replace=True)
+        assert tree(tmp_path) == before | {"new/a.txt": b"second"}
 
 
-def test_replacing_touches_no_older_copy(tmp_path):
-    write(tmp_path / "made", "first")
-    (tmp_path / "made.old").mkdir()
-    (tmp_path / "made.old" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="made has been written"):
-        write(tmp_path / "made", "second")
-    assert (tmp_path / "made" / "a.txt").read_text() == "first"
-    write(tmp_path / "made", "second", replace=True)
-    assert (tmp_path / "made" / "a.txt").read_text() == "second"
-    assert names(tmp_path) == {"made", "made.old"}
-    assert (tmp_path / "made.old" / "thesis.txt").read_text() == "mine"
+class Killed(BaseException):
+    pass
 
 
-def test_a_second_writer_waits_for_the_first(tmp_path):
-    pytest.importorskip("fcntl", reason="Windows has no such lock")
+def test_killed_at_any_moment_the_old_folder_or_the_new_one_is_there(tmp_path, monkeypatch):
+    """Every call that changes the disk dies in turn, and all after it, as in a killed process."""
+    left = None
+
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal left
+            if left is not None:
+                left -= 1
+                if left < 0:
+                    raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("rename", "mkdir", "rmdir", "unlink", "write_text"):
+        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+    monkeypatch.setattr(files, "lock_file", counted(files.lock_file))
+    deaths = 0
+    for left_at in range(100):
+        folder = tmp_path / str(left_at)
+        left = None
+        make(folder / "new", "first")
+        left = left_at
+        died = False
+        try:
+            make(folder / "new", "second", replace=True)
+        except Killed:
+            died = True
+        left = None
+        if not died:
+            break
+        deaths += 1
+        place = folder / "new"
+        if not place.exists():  # between the two renames: it comes back
+            with atomic_folder(place):
+                pass
+        assert tree(place)["a.txt"] in (b"first", b"second")
+        make(place, "third", replace=True)
+        assert tree(folder) == {"new": None, "new/a.txt": b"third"}
+    assert deaths > 10
+
+
+def test_everything_is_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(files, "fsync", lambda path: calls.append(("flush", path.name)))
+    rename = Path.rename
+    monkeypatch.setattr(
+        Path, "rename", lambda a, b: calls.append(("rename", b.name)) or rename(a, b)
+    )
+    with atomic_folder(tmp_path / "new") as folder:
+        (folder / "a").write_text("a")
+        (folder / "b").write_text("b")
+    assert sorted(calls[:2]) == [("flush", "a"), ("flush", "b")]
+    assert calls[2:] == [("flush", "new"), ("rename", "new"), ("flush", tmp_path.name)]
+
+
+def test_a_second_process_waits_for_the_first(tmp_path):
     order = []
 
     def second():
-        with pytest.raises(ValueError, match="written meanwhile"), atomic_folder(tmp_path / "made"):
-            order.append("second is inside")
+        with atomic_folder(tmp_path / "new", replace=True) as folder:
+            order.append("second")
+            (folder / "a.txt").write_text("second")
 
-    with atomic_folder(tmp_path / "made") as partial:
-        thread = threading.Thread(target=second)
+    thread = threading.Thread(target=second)
+    with atomic_folder(tmp_path / "new") as folder:
         thread.start()
-        time.sleep(0.2)
-        (partial / "a.txt").write_text("a")
-        order.append("first is done")
+        thread.join(0.3)
+        order.append("first")
+        (folder / "a.txt").write_text("first")
     thread.join()
-    assert order == ["first is done", "second is inside"]
-    assert names(tmp_path) == {"made"}
+    assert order == ["first", "second"]
+    assert tree(tmp_path) == {"new": None, "new/a.txt": b"second"}
 
 
-def test_all_is_on_disk_before_the_rename(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(files, "fsync", lambda path: calls.append(path.name))
-    rename = files.Path.rename
-    monkeypatch.setattr(
-        files.Path, "rename", lambda a, b: calls.append(f"{a.name} > {b.name}") or rename(a, b)
-    )
-    with atomic_folder(tmp_path / "made") as partial:
-        (partial / "a.txt").write_text("a")
-        (partial / "b.txt").write_text("b")
-    flushed = calls[: calls.index("made.partial > made")]
-    assert {"a.txt", "b.txt"} <= set(flushed) and flushed[-1] == "made.partial"
-    assert calls[-1] == tmp_path.name
+def test_files_are_as_readable_as_any_other(tmp_path):
+    with atomic_folder(tmp_path / "new") as folder:
+        (folder / "a").write_text("a")
+        (folder / "a").chmod(0o600)
+    (tmp_path / "b").write_text("b")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new/a", "b")]
+    assert modes[0] == modes[1]
 
 
-def test_windows_opens_no_folders_and_writes_what_it_flushes(tmp_path, monkeypatch):
-    """Stubs of what Windows refuses: opening a folder, flushing what is open for reading only, and
-    renaming a folder in which a file is open."""
-    opened, flags, real_open, real_fsync = {}, os.O_RDWR, os.open, os.fsync
+def test_windows_flushes_files_that_it_may_write_and_no_folders(tmp_path, monkeypatch):
+    """There, a folder cannot be opened, a file opened for reading cannot be flushed, an open file
+    cannot be deleted, and locks are another module's: stubs refuse what Windows refuses."""
+    opened, locked = {}, []
+    real_open, real_fsync, real_unlink = os.open, os.fsync, Path.unlink
+    path_class = type(tmp_path)
 
-    def windows_open(path, how, *more, **options):
-        if os.path.isdir(path) and not options:  # shutil.rmtree has a way of its own there
+    def open_(path, flags, *more, **options):
+        if os.path.isdir(path):
             raise PermissionError(13, "Permission denied", str(path))
-        handle = real_open(path, how, *more, **options)
-        opened[handle] = how
+        handle = real_open(path, flags, *more, **options)
+        opened[handle] = flags
         return handle
 
-    def windows_fsync(handle):
-        if opened.get(handle, flags) & 3 != flags:
+    def fsync(handle):
+        if not opened[handle] & (os.O_RDWR | os.O_WRONLY):
             raise OSError(9, "Bad file descriptor")
         real_fsync(handle)
 
-    locks = []
-    take, rename = files.take, files.Path.rename
+    def locking(handle, mode, size):
+        locked.append(handle)
 
-    def windows_rename(path, target):
-        inside = [lock for lock in locks if os.path.dirname(lock.name) == str(path)]
-        assert all(lock.closed for lock in inside), "a file in it is open"
-        return rename(path, target)
+    def unlink(path, *arguments, **options):
+        assert path.name != files.NOTE or all(closed(handle) for handle in locked)
+        real_unlink(path, *arguments, **options)
 
-    monkeypatch.setattr(files, "take", lambda p: locks.append(take(p)) or locks[-1])
-    monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(files.Path, "rename", windows_rename)
+    def closed(handle) -> bool:
+        try:
+            os.fstat(handle)
+        except OSError:
+            return True
+        return False
+
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "open", windows_open)
-        patch.setattr(files.os, "fsync", windows_fsync)
-        with pytest.raises(OSError):
-            fsync(tmp_path)  # the stubs do refuse
         patch.setattr(files, "WINDOWS", True)
-        write(tmp_path / "made")
-        write(tmp_path / "made", replace=True)
-    assert names(tmp_path / "made") == {"a.txt"}
+        patch.setattr(files, "fcntl", None)
+        stub = types.SimpleNamespace(locking=locking, LK_LOCK=1, LK_NBLCK=2)
+        patch.setattr(files, "msvcrt", stub, raising=False)
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(path_class, "unlink", unlink)
+        patch.setattr(os, "open", open_)
+        patch.setattr(shutil, "_use_fd_functions", False)  # as on Windows
+        make(tmp_path / "new", "first")
+        make(tmp_path / "new", "second", replace=True)
+        files.write_durably(tmp_path / "one.json", b"{}")
+    assert len(locked) == 2
+    assert tree(tmp_path) == {"new": None, "new/a.txt": b"second", "one.json": b"{}"}
 
 
-@pytest.mark.parametrize("damage", ["short", "changed", "missing", "no manifest", "other manifest"])
-def test_damage_is_noticed_and_named(tmp_path, damage):
-    write(tmp_path / "made", "content")
-    write_manifest(tmp_path / "made")
-    assert verify(tmp_path / "made", ("a.txt",)) == 1
-    path = tmp_path / "made" / "a.txt"
-    manifest = tmp_path / "made" / "manifest.json"
-    if damage == "short":
-        path.write_text("conten")
-    elif damage == "changed":
-        path.write_text("c0ntent")
-    elif damage == "missing":
+@pytest.mark.parametrize("damage", ["cut", "flipped", "deleted", "not listed"])
+def test_a_manifest_notices_every_damage(tmp_path, damage):
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    files.write_manifest(tmp_path)
+    files.verify(tmp_path, ["a.bin", "b.bin"])
+    path = tmp_path / "b.bin"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-1])
+    elif damage == "flipped":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "deleted":
         path.unlink()
-    elif damage == "no manifest":
-        manifest.unlink()
-    else:
-        manifest.write_text("[1]")
-    with pytest.raises(ValueError, match="damaged: (a.txt|manifest)"):
-        verify(tmp_path / "made", ("a.txt",))
+    wanted = "c.bin" if damage == "not listed" else "b.bin"
+    with pytest.raises(ValueError, match=wanted):
+        files.verify(tmp_path, ["a.bin", wanted])
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert files.require_space(tmp_path / "not there", 1000) == 1000
-    with pytest.raises(OSError, match=r"2.0 MB are needed and 0.0 MB are free"):
-        files.require_space(tmp_path / "not there", 2_000_000)
+def test_the_module_is_a_leaf_without_torch(tmp_path):
+    import subprocess
+
+    code = "import sys; import engine.files; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(files.__file__).parent.parent)

@@ -13,8 +13,9 @@ from tokenizer import bytes_tokenizer
 
 
 def make_model(block_size: int = 16, **more) -> GPT:
-    model = GPT(GPTConfig(vocab_size=257, block_size=block_size, n_layer=2, n_embd=32, **more))
-    model.init_weights(3, zero_init=False)
+    shape = dict(vocab_size=257, block_size=block_size, n_layer=2, n_embd=32, zero_init=False)
+    model = GPT(GPTConfig(**shape, **more))
+    model.init_weights(3)
     with torch.no_grad():
         model.head.weight.mul_(20)
     return model.eval()
@@ -240,7 +241,7 @@ def test_stop_strings(text, stop, shown, by):
 
 def test_of_two_stop_strings_in_one_token_the_earlier_counts():
     words = {1: b"first LATE", 2: b"-", 3: b"EARLY and LATE"}
-    tokenizer = SimpleNamespace(end_of_text=0, decode_bytes=lambda ids: words[ids[0]])
+    tokenizer = SimpleNamespace(ends=[0], decode_bytes=lambda ids: words[ids[0]])
     stream = TextStream(tokenizer, ("LATE", "EARLY"))
     assert stream.feed(2) + stream.feed(3) == "-"
     assert stream.stopped_by == "EARLY"
@@ -255,7 +256,7 @@ def test_end_of_text_ends_a_sample():
 
 def test_each_of_several_end_tokens_ends_a_sample():
     plain = bytes_tokenizer()
-    tokenizer = SimpleNamespace(end_of_text=256, ends={256, 10}, decode_bytes=plain.decode_bytes)
+    tokenizer = SimpleNamespace(ends=[256, 10], decode_bytes=plain.decode_bytes)
     for end in (256, 10):
         stream = TextStream(tokenizer)
         assert stream.feed(65) + stream.feed(end) == "A" and stream.done

@@ -1,6 +1,7 @@
 """What a run keeps: flushed before it is renamed, pruned with care, and the clock goes on."""
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -87,8 +88,8 @@ def test_the_log_is_flushed_before_a_checkpoint_that_relies_on_it(train, monkeyp
         flushed[found.st_ino] = found.st_size
 
     def note_rename(source, target, *more, **options):
-        log = Path(source).parent / "metrics.jsonl"
-        if Path(target).name.startswith("step-") and Path(target).suffix != ".old":
+        log = Path(target).parent / "metrics.jsonl"
+        if re.fullmatch(r"step-\d{8}", Path(target).name):
             relied_on.append((log.stat().st_size, flushed.get(log.stat().st_ino)))
         return rename(source, target, *more, **options)
 

@@ -14,12 +14,14 @@ Afterwards that folder must hold the same names and bytes as before.
 import contextlib
 import gc
 import gzip
+import hashlib
 import importlib
 import json
 import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +33,7 @@ from engine import settings
 ROOT = Path(__file__).parent.parent
 BYTES = ["--tokenizer=bytes", "--workers=1"]
 TINY = "--steps=4 --eval_every=2 --save_every=2 --batch_tokens=256 --block_size=32 --n_layer=1"
-TINY += " --n_embd=32 --n_head=2 --sample_tokens=0 --dtype=float32 --log_every=1"
+TINY += " --n_embd=32 --n_head=2 --sample_tokens=0 --dtype=float32 --log_every=1 --device=cpu"
 TRAIN = ["empty.py", "--data=data", "--out=new", *TINY.split()]  # a new run, but for the mistake
 RESUME = ["empty.py", "--data=data", "--out=run", *TINY.split()]  # the run that is there
 SAMPLE = ["run", "--max_tokens=2"]
@@ -204,6 +206,32 @@ def torn_parquet(path: str):
     return make
 
 
+def forge(file: str, content):
+    """Replaces a file of the newest checkpoint, or changes its JSON, and its manifest agrees."""
+
+    def make():
+        path = Path(CHECKPOINT) / file
+        if callable(content):
+            state = json.loads(path.read_text())
+            content(state)
+            path.write_text(json.dumps(state))
+        else:
+            path.write_bytes(content)
+        manifest = json.loads((Path(CHECKPOINT) / "manifest.json").read_text())
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        manifest[file] = dict(size=path.stat().st_size, sha256=digest)
+        (Path(CHECKPOINT) / "manifest.json").write_text(json.dumps(manifest))
+
+    return make
+
+
+def header(**tensors) -> bytes:
+    """A safetensors file that has nothing but its header."""
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+HUGE = dict(dtype="F32", shape=[10**9, 4], data_offsets=[0, 16 * 10**9])
 NOISE = "".join(random.Random(1).choices("abcdefghij \n", k=5000))
 CHECKPOINT = "run/step-00000004"
 
@@ -278,8 +306,6 @@ PREPARE = [
     prepare("unknown tokenizer", ["docs", "--tokenizer=bpee"], ["'bpee'", "bytes"]),
     prepare("vocab_size too small", ["docs", "--tokenizer=bpe", "--vocab_size=256"],
             ["vocab_size=256", "257"]),
-    prepare("vocab_size too large", ["docs", "--tokenizer=bpe", "--vocab_size=50000", "--test=0"],
-            ["vocab_size=50000", "--vocab_size="]),
     prepare("bpe_bytes too small", ["docs", "--bpe_bytes=9"], "bpe_bytes=9"),
     prepare("workers below 0", ["docs", "--workers=-2"], "workers=-2"),
     prepare("seed below 0", ["docs", "--seed=-1"], "seed=-1"),
@@ -304,6 +330,17 @@ CONFIG = [
     config_file("none", "dropout = None\n", ["mine.py", "None"]),
     config_file("yes for true", 'tied = "yes"\n', ["mine.py", "tied='yes'", "true or false"]),
     config_file("not UTF-8", b"steps = 4  # \xff\n", "mine.py"),
+    config_file("json inside", '{"n_layer": 3}', ["mine.py", "line 1 assigns nothing"]),
+    config_file("yaml inside", "n_layer: 3\n", ["mine.py", "line 1 assigns nothing"]),
+    config_file("a comparison", "tied = True\nn_layer == 3\n", ["mine.py", "line 2"]),
+    case(
+        "config-json",
+        "train",
+        ["mine.json", *TRAIN[1:]],
+        ["mine.json", ".py"],
+        write("mine.json", '{"n_layer": 3}'),
+    ),
+    config_file("beyond a bound", "dropout = 1\n", ["mine.py", "dropout=1.0", "below 1"]),
     config_file("zero bytes", b"steps = 4\0", "mine.py"),
 ]
 
@@ -328,6 +365,14 @@ TRAINING = [
     train("negative lr", ["--lr=-1"], "lr=-1.0"),
     train("lr not a number", ["--lr=nan"], "lr='nan'"),
     train("warmup above steps", ["--warmup=50"], ["warmup=50", "steps=4"]),
+    train("absurdly many layers", ["--n_layer=1000000"], ["n_layer=1000000", "10,000"]),
+    train("absurdly wide", ["--n_embd=4000000"], ["4000000", "GB", "smaller"]),
+    train("absurd lr", ["--lr=1e30"], ["lr=1e+30", "1000"]),
+    train("show_batch beyond the last step", ["--show_batch=5"], ["show_batch=5", "steps=4"]),
+    train("init_from itself", ["--out=run", "--init_from=run"], ["init_from", "--out"]),
+    train("init_from a step of itself", ["--out=run", f"--init_from={CHECKPOINT}"], "init_from"),
+    train("a tokenizer beside meta.json", ["--tokenizer=gpt2"], ["tokenizer='gpt2'", "data"]),
+    train("threads", ["--threads=none"], ["threads='none'", "auto"]),
     train("unknown optimizer", ["--optimizer=sgd"], ["'sgd'", "muon"]),
     sample("unknown quantisation", ["--quantize=int4"], ["'int4'", "int8"]),
     train("unknown schedule", ["--schedule=step"], ["'step'", "cosine"]),
@@ -418,6 +463,35 @@ SAMPLING = [
            remove(f"{CHECKPOINT}/manifest.json")),
 ]  # fmt: skip
 
+# files that somebody has made: size and digest are right
+FORGED = [
+    sample(f"forged {name}", [], [CHECKPOINT, file], forge(file, content))
+    for name, file, content in (
+        ("state: a list", "state.json", b"[]"),
+        ("state: no JSON", "state.json", b"{"),
+        ("state: nested", "state.json", b"[" * 100_000),
+        ("state: no model", "state.json", lambda state: state.pop("model")),
+        ("state: a word for a number", "state.json", lambda s: s["model"].update(n_layer="two")),
+        ("state: unknown name", "state.json", lambda s: s["model"].update(n_layers=2)),
+        ("state: layers", "state.json", lambda s: s["model"].update(n_layer=10**9)),
+        ("state: context", "state.json", lambda s: s["model"].update(block_size=10**12)),
+        ("weights: gigabytes", "model.safetensors", header(**{"wte.weight": HUGE})),
+        ("weights: long header", "model.safetensors", struct.pack("<Q", 2**62) + b"{}"),
+        ("weights: none", "model.safetensors", header()),
+    )
+]
+FORGED += [
+    sample("forged state: another shape", [], [CHECKPOINT, "model.safetensors", "shape"],
+           forge("state.json", lambda s: s["model"].update(mlp_dim=10**9))),
+]  # fmt: skip
+FORGED += [
+    resume(f"forged {name}", ["--steps=8"], [CHECKPOINT, file], forge(file, content))
+    for name, file, content in (
+        ("state", "state.json", lambda s: s.update(settings=[])),
+        ("optimizer", "optimizer.safetensors", header(**{"wte.weight/exp_avg": HUGE})),
+    )
+]
+
 PLOTTING = [
     plot("no run", [], "runs"),
     plot("missing run", ["nope"], "nope"),
@@ -429,7 +503,7 @@ PLOTTING = [
     plot("unknown picture format", ["run", "--out=a.xyz"], "xyz"),
 ]
 
-TABLE = PREPARE + CONFIG + TRAINING + RESUMING + SAMPLING + PLOTTING
+TABLE = PREPARE + CONFIG + TRAINING + RESUMING + SAMPLING + FORGED + PLOTTING
 
 
 @pytest.mark.parametrize("script, argv, named, ready", TABLE)
@@ -462,8 +536,10 @@ FOUND = [
     train("cut vocab.tiktoken", [], "tokenizer files in data", cut("data/vocab.tiktoken", 500)),
     train("init_from nothing", ["--init_from=nope"], "'nope'"),
     train("init_from a data set", ["--init_from=data"], "data"),
-    train("init_from a shorter context", ["--init_from=run", "--block_size=64"],
-          ["block_size=64", "32"]),
+    train("init_from another tokenizer", ["--init_from=run", "--data=other"],
+          ["init_from='run'", "python prepare.py TEXT --tokenizer=run"],
+          lambda: importlib.import_module("prepare").main(
+              ["docs", "--out=other", "--vocab_size=260", "--val=0.2", "--test=0"])),
     case("plot-row that is no object", "plot", ["run", "--out=new.png"], "metrics.jsonl",
          write("run/metrics.jsonl", "5\n")),
     case("plot-row without tokens", "plot", ["run", "--out=new.png"], "metrics.jsonl",
@@ -489,6 +565,7 @@ FOUND = [
     train("out is a folder of other things", ["--out=docs"], "docs"),
     train("out is a data set", ["--out=data"], "data"),
     train("no tensorboard", ["--tensorboard"], "tensorboard"),
+    train("no wandb", ["--wandb=proj"], ["wandb", "pip install wandb"]),
     sample("metrics row that is no object", ["--checkpoint=nope"], "'nope'",
            write("run/metrics.jsonl", "5\n")),
     sample("manifest without the model", [], "manifest.json",
@@ -499,8 +576,9 @@ FOUND = [
 @pytest.mark.parametrize("script, argv, named, ready", FOUND)
 def test_mistake_found(script, argv, named, ready, place, monkeypatch, capsys):
     skip_without_packages(script, argv)
-    if "tensorboard" in str(named) and importlib.util.find_spec("tensorboard"):
-        pytest.skip("tensorboard is installed")
+    for package in ("tensorboard", "wandb"):
+        if package in str(named) and importlib.util.find_spec(package):
+            pytest.skip(f"{package} is installed")
     if ready:
         ready()
     check_mistake(script, argv, named, monkeypatch, capsys)
@@ -702,7 +780,7 @@ def test_found_prepare_stopped_leaves_nothing(name, status, place):
     argv = [sys.executable, str(ROOT / "prepare.py"), "one.txt", "--out=new", *BYTES]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, start_new_session=True)
     for _ in range(400):  # until the workers are at it
-        if Path("new.partial/train_000000.bin").exists():
+        if Path("new.partial/new/train_000000.bin").exists():
             break
         try:
             process.wait(0.02)

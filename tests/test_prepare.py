@@ -15,7 +15,6 @@ from conftest import ROOT, make_text
 import prepare
 from dataset import Dataset
 from engine import pipeline, sources, spool
-from engine.files import MARK
 from tokenizer import bpe_tokenizer
 
 
@@ -394,7 +393,6 @@ def test_a_set_from_before_its_text_was_recorded_is_found(tmp_path, text_file, c
     del meta["text"], meta["settings"]["encoding"], meta["settings"]["skip_bad"]
     (out / "meta.json").write_text(json.dumps(meta))
     before = files_of(out)
-    (out / MARK).touch()  # as a process that was killed at its very end leaves it
     prepare.main(argv)
     assert "already prepared" in capsys.readouterr().out
     assert files_of(out) == before

@@ -52,6 +52,10 @@ def test_prompts_from_everywhere(run, capsys, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a 文\n".encode())))
     assert text_of(capsys, run, "--prompt_file=-", "--max_tokens=9") == expected
+    (tmp_path / "prompt.txt").write_bytes("a 文\r\n".encode())  # from Windows
+    assert (
+        text_of(capsys, run, f"--prompt_file={tmp_path}/prompt.txt", "--max_tokens=9") == expected
+    )
     assert text_of(capsys, run, "--max_tokens=0") == "\n"
     sample.main([str(run), "--prompt=" + "long " * 50, "--max_tokens=3"])
     assert "only its last 32 fit" in capsys.readouterr().err
@@ -125,8 +129,10 @@ def test_a_run_opens_at_its_best_step_anywhere_without_its_data(run, tmp_path, m
     (moved / "metrics.jsonl").write_text(rows)
     best, tokenizer = load_model("moved")
     fourth, _ = load_model("moved", "step-00000004")
+    by_number, _ = load_model("moved", "4")
     latest, _ = load_model("moved", "latest")
     assert torch.equal(best.wte.weight, fourth.wte.weight)
+    assert torch.equal(by_number.wte.weight, fourth.wte.weight)
     assert not torch.equal(best.wte.weight, latest.wte.weight)
     assert not best.training and tokenizer.vocab_size == 257
 

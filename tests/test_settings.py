@@ -1,10 +1,24 @@
 """Settings: defaults, then a config file, then the command line; nothing by accident."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import pytest
 
 from engine import settings
+from engine.settings import Fraction, Positive, settings_of
+
+
+@dataclass
+class Shape:
+    size: int  # from elsewhere
+    width: Positive = 4  # of it
+    half: int = 0  # 0 means width / 2
+
+    def __post_init__(self):
+        self.half = self.half or self.width // 2
 
 
 @dataclass
@@ -14,6 +28,10 @@ class Settings:
     lr: float = 0.5  # how fast
     compile: bool = True  # whether
     name: str = ""  # what
+    batch: Positive = 3  # at once
+    share: Fraction = 0.5  # of it
+    shape: Literal["round", "square"] = "round"  # how it looks
+    inside: Shape = field(default_factory=partial(Shape, size=7))
 
 
 def load(tmp_path, *argv, file="steps = 2 * 3\n"):
@@ -56,6 +74,12 @@ def test_whole_numbers(tmp_path, text, value):
         ("--lr=nan", ["nan"]),
         ("--compile=0", ["compile", "'0'", "true or false"]),
         ("--steps=", ["steps", "''"]),
+        ("--steps=1e30", ["steps", "whole number"]),
+        ("--batch=0", ["batch=0 should be at least 1"]),
+        ("--share=1.5", ["share=1.5 should be from 0 to 1"]),
+        ("--shape=oval", ["shape='oval' should be one of round, square"]),
+        ("--width=0", ["width=0 should be at least 1"]),
+        ("--size=3", ["'size'"]),
         ("stray", ["stray", "--name=value"]),
     ],
 )
@@ -76,12 +100,60 @@ def test_a_mistake_is_named(tmp_path, argument, words):
         ("steps = 1 / 0", "ZeroDivisionError"),
         ("steps = (", "SyntaxError"),
         ("config = 'x'", "config"),
+        ("batch = 0", "batch=0 should be at least 1"),
+        ("shape = 'oval'", "one of round, square"),
+        ("{'steps': 3}", "line 1 assigns nothing"),
+        ("steps: 3", "line 1 assigns nothing"),
+        ("lr = 1\nsteps == 3", "line 2 assigns nothing"),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file(tmp_path, line, word):
     with pytest.raises(ValueError) as e:
         load(tmp_path, file=line + "\n")
     assert word in str(e.value) and "some.py" in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["some.json", "some.yaml", "some"])
+def test_a_config_file_is_python(tmp_path, name):
+    (tmp_path / name).write_text("steps = 3\n")
+    with pytest.raises(ValueError, match=rf"{name}: .*\.py file"):
+        settings.load(Settings, [str(tmp_path / name)], "", "config")
+
+
+def test_a_config_file_may_begin_with_a_docstring(tmp_path):
+    assert load(tmp_path, file='"""Why."""\n# and how\nsteps = 3\n').steps == 3
+
+
+def test_a_dataclass_inside_is_set_by_the_same_names(tmp_path):
+    s = load(tmp_path, "--width=10", file="steps = 6\n")
+    assert (s.inside.width, s.inside.half, s.inside.size) == (10, 5, 7)
+    values = settings.flat(s)
+    assert values["width"] == 10 and values["steps"] == 6 and "size" not in values
+    assert settings.make(Settings, values) == s
+
+
+def test_what_an_older_file_lacks_has_its_default():
+    assert settings.known(Settings, {"steps": 4, "gone": 1, "width": 6}) == settings.flat(
+        settings.make(Settings, {"steps": 4, "width": 6})
+    )
+
+
+def test_an_object_made_in_python_is_checked_as_well():
+    from shape import GPTConfig
+
+    with pytest.raises(ValueError, match=r"mlp='relu' should be one of relu2, gelu, swiglu"):
+        GPTConfig(10, mlp="relu")
+    with pytest.raises(ValueError, match=r"dropout=1.0 should be at least 0, below 1"):
+        GPTConfig(10, dropout=1.0)
+
+
+def test_settings_need_no_torch():
+    import subprocess
+
+    from conftest import ROOT
+
+    code = "import sys; sys.modules['torch'] = None; import train, shape; train.main(['--help'])"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_help_shows_every_setting_with_comment_and_default(capsys):
@@ -94,10 +166,12 @@ def test_help_shows_every_setting_with_comment_and_default(capsys):
             script.main(["--help"])
         assert e.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
-        for name, field in script.Settings.__dataclass_fields__.items():
+        for name, setting in settings_of(script.Settings).items():
             assert name in text
-            if field.default not in ("", ()):
-                assert f"{field.default}" in text
+            assert "".join(setting.comment.split()) in "".join(text.split())  # it may be broken
+            if setting.default not in ("", ()):
+                assert f"(default: {setting.default})" in text
+            assert "|".join(setting.choices) in text
 
 
 def test_every_preset_loads_and_passes_the_checks():
@@ -123,8 +197,6 @@ def test_no_setting_is_unused():
     import train
 
     code = "".join(path.read_text(encoding="utf-8") for path in CODE)
-    shape = {"position", "norm", "norm_weight", "norm_eps", "embed_norm", "qk_norm", "mlp", "bias"}
-    shape |= {"tied", "logit_cap", "rope_base", "n_kv_head", "mlp_dim", "n_layer"}  # by GPTConfig
     for script in (plot, prepare, sample, train):
-        for name in set(script.Settings.__dataclass_fields__) - shape:
-            assert re.search(rf"\b(s|settings|self|c|config)\.{name}\b", code), name
+        for name in settings_of(script.Settings):
+            assert re.search(rf"\b(s|settings|self|c|config|model)\.{name}\b", code), name

@@ -10,12 +10,13 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, TINY, script
 
 from engine import checkpoint
 from engine.metrics import read_metrics
 from engine.run import lock
-from optim import learning_rate
+from optim import LossScale, learning_rate
 
 
 def weights(run, step: int = 8) -> str:
@@ -126,11 +127,24 @@ def broken_loss(logits, *_, **__):
     return logits.sum() * math.nan
 
 
-def test_float16_leaves_out_updates_that_overflow(train):
-    run = train("run", "--dtype=float16")
+def test_float16_leaves_out_updates_that_overflow(train, monkeypatch):
+    original = LossScale.__init__
+
+    def much_too_large(self, dtype, state=None):
+        original(self, dtype, state or [2.0**30, 0])
+
+    monkeypatch.setattr(LossScale, "__init__", much_too_large)
+    run = train("run", "--dtype=float16", "--steps=16", "--save_every=1", "--patience=0")
     norms = [row["grad_norm"] for row in training(run)]
-    assert norms[-1] is not None
-    json.loads((run / "metrics.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
+    first = next(i for i, norm in enumerate(norms) if norm)
+    assert first >= 2  # None where it overflowed, since JSON has no infinity
+    assert all(0.1 < norm < 10 for norm in norms if norm)  # scaled back
+    losses = [row["loss"] for row in training(run)]
+    assert losses[: first + 1] == pytest.approx([math.log(257)] * (first + 1), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.05  # and learned from there on
+    state = json.loads((run / checkpoint.name(16) / "state.json").read_text())
+    good = norms[::-1].index(None)
+    assert state["loss_scale"] == [2.0 ** (30 - norms.count(None)), good]
 
 
 def test_a_finished_run_has_nothing_to_do_and_more_steps_continue_it(train, capsys):
@@ -230,3 +244,111 @@ def test_learning_rate_is_tied_to_the_number_of_steps():
     assert linear == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 0.82, 0.64, 0.46, 0.28])
     cosine = [learning_rate(i, 2000, 100, 1.0, 0.1, "cosine") for i in (0, 99, 100, 1050, 1999)]
     assert cosine == pytest.approx([1 / 101, 100 / 101, 1, 0.55, 0.1], abs=1e-5)
+
+
+# --- what may change, what is said, what older folders lack
+
+
+def test_what_changes_bits_but_not_the_run_is_said_aloud(train, capsys):
+    run = train("run", "--steps=4")
+    capsys.readouterr()
+    changed = ["--dtype=bfloat16", "--device_batch=2", "--deterministic", "--threads=2"]
+    try:
+        train("run", *changed)
+    finally:
+        torch.set_num_threads(1)
+    said = capsys.readouterr().out
+    assert "resumed from step 4" in said
+    for change in (
+        "dtype was torch.float32, is torch.bfloat16",
+        "device_batch was 0, is 2",
+        "deterministic was False, is True",
+        "threads was 1, is 2",
+    ):
+        assert f"{change}: the same data, but not the same bits" in said
+    assert [row["step"] for row in training(run)] == list(range(1, 9))
+
+
+def test_a_longer_context_for_weights_that_were_trained_before(train, capsys):
+    rotary = train("rotary")
+    longer = train("longer", f"--init_from={rotary}", "--block_size=64")
+    model, _ = checkpoint.load_model(str(longer))
+    assert model.config.block_size == 64
+    learned = train("learned", "--position=learned")
+    with pytest.raises(ValueError, match="--block_size=32 or less"):
+        train("other", f"--init_from={learned}", "--block_size=64")
+
+
+def test_a_checkpoint_in_out_wins_over_init_from_and_that_is_said(train, capsys):
+    first = train("first", "--lr=0.01")
+    train("run", "--steps=4", "--decay=0")
+    capsys.readouterr()
+    run = train("run", f"--init_from={first}", "--decay=0")
+    assert f"init_from='{first}' is not read again" in capsys.readouterr().out
+    assert weights(run) == weights(train("whole", "--decay=0"))
+
+
+def interrupted(train, name: str, monkeypatch, *settings: str):
+    """A run that is asked to stop while it makes step 3."""
+    from engine.run import Run
+
+    report = Run.report
+
+    def ask(run, step, *more):
+        report(run, step, *more)
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "report", ask)
+        return train(name, *settings)
+
+
+def test_the_command_that_continues_is_the_one_that_is_told(train, capsys, monkeypatch):
+    interrupted(train, "run", monkeypatch, "--log_every=1")
+    assert "after step 3, which is saved; the same command continues" in capsys.readouterr().out
+    interrupted(train, "run", monkeypatch, "--log_every=1", "--fresh")
+    assert "the same command without --fresh continues" in capsys.readouterr().out
+    run = train("run")
+    assert "resumed from step 3" in capsys.readouterr().out
+    assert weights(run) == weights(train("whole"))
+
+
+def test_a_checkpoint_that_lacks_newer_settings_continues(train):
+    run, whole = train("run", "--steps=4", "--decay=0"), train("whole", "--decay=0")
+    path = run / checkpoint.name(4)
+    state = json.loads((path / "state.json").read_text())
+    for name in ("zero_init", "qkv_bias", "rope_factor", "rope_original"):
+        del state["model"][name]
+        del state["settings"][name]
+    for name in ("threads", "eval_tokens"):
+        del state["settings"][name]
+    for name in ("device_batch", "deterministic"):
+        del state["machine"][name]
+    state["settings"] |= dict(n_kv_head=0, head_dim=0, mlp_dim=0)  # once stored as they were given
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    digest = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    manifest["state.json"] = dict(size=(path / "state.json").stat().st_size, sha256=digest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    train("run", "--decay=0")
+    assert weights(run) == weights(whole)
+
+
+def test_all_files_of_a_checkpoint_can_be_read_by_whoever_can_read_one(train):
+    path = train("run") / checkpoint.name(8)
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1
+
+
+def test_a_checkpoint_is_found_by_its_number(train):
+    run = str(train("run"))
+    assert checkpoint.find(run, "4") == checkpoint.find(run, "step-00000004")
+
+
+def test_the_closed_form_counts_the_parameters_but_for_norms_and_biases():
+    from model import GPT, GPTConfig
+
+    shapes = [{}, dict(tied=True, position="learned"), dict(mlp="swiglu", n_kv_head=2, head_dim=10)]
+    for shape in shapes:
+        config = GPTConfig(61, block_size=24, **shape)
+        assert config.parameters() == GPT(config).num_parameters()

@@ -136,6 +136,19 @@ def test_an_update_that_overflows_is_left_out_and_the_scale_halved(train, watche
     assert scales[1]["loss_scale"][0] == scales[0]["loss_scale"][0] / 2
 
 
+def test_a_continued_run_keeps_the_scale_of_its_loss(train):
+    """And its count of good steps."""
+    half = ["--dtype=float16", "--save_every=1"]
+
+    def scale(run, step: int) -> list:
+        return json.loads((run / f"step-{step:08d}" / "state.json").read_text())["loss_scale"]
+
+    whole, parts = train("whole", *half), train("parts", *half, "--steps=4")
+    before = scale(parts, 4)
+    train("parts", *half)
+    assert scale(parts, 8) == scale(whole, 8) == [before[0], before[1] + 4]
+
+
 # --- dropout in training
 
 

@@ -1,0 +1,108 @@
+"""An evaluation is the same whatever bounds its memory; a bounded one is a fair part of it."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+import evaluate as script
+from dataset import Dataset
+from engine import machine
+from engine.checkpoint import load_model
+from evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def here():
+    return machine.pick("cpu", "float32", "false")
+
+
+@pytest.fixture
+def run(train):
+    return train("run")
+
+
+def by_hand(model, split, windows) -> tuple[float, float]:
+    """Nats a token and bits a byte over windows (start, length), from softmax, one at a time."""
+    nats, tokens, size = 0.0, 0, 0
+    for start, length in windows:
+        ids = torch.from_numpy(split.read(start, length + 1))
+        with torch.no_grad():
+            p = model(ids[None, :-1]).double().softmax(-1)[0]
+        for i, target in enumerate(ids[1:].tolist()):
+            nats -= math.log(p[i, target])
+            tokens += 1
+            size += target != 256  # of the vocabulary of bytes only end-of-text is no byte
+    return nats / tokens, nats / math.log(2) / size
+
+
+@pytest.mark.parametrize("device_batch", [0, 1, 7])
+def test_no_pass_has_more_rows_than_device_batch_and_the_loss_is_the_same(
+    run, data, here, device_batch
+):
+    model, _ = load_model(str(run))
+    split = Dataset(str(data)).split("val")
+    rows = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    loss, bpb = evaluate(model, split, here, None, device_batch)
+    hook.remove()
+    assert max(rows) == device_batch or not device_batch
+    expected, _ = by_hand(
+        model, split, [(i, min(32, split.tokens - 1 - i)) for i in range(0, split.tokens - 1, 32)]
+    )
+    assert loss == pytest.approx(expected, rel=1e-5)
+    nats = loss * (split.tokens - 1)
+    assert bpb == pytest.approx(nats / math.log(2) / split.text_bytes, rel=1e-9)
+
+
+def test_part_of_an_evaluation_counts_the_bytes_of_what_it_predicts(run, data, here):
+    model, _ = load_model(str(run))
+    split = Dataset(str(data)).split("val")
+    count = math.ceil((split.tokens - 1) / 32)
+    windows = [(i * count // 5 * 32, 32) for i in range(5)]
+    loss, bpb = evaluate(model, split, here, eval_tokens=5 * 32)
+    expected = by_hand(model, split, windows)
+    assert (loss, bpb) == pytest.approx(expected, rel=1e-5)
+    split.text_bytes = None  # as of public shards
+    assert evaluate(model, split, here, eval_tokens=160)[1] is None
+
+
+def test_a_bound_above_the_whole_is_the_whole(run, data, here):
+    model, _ = load_model(str(run))
+    split = Dataset(str(data)).split("val")
+    assert evaluate(model, split, here) == evaluate(model, split, here, eval_tokens=10**9)
+
+
+def test_evaluation_restores_the_mode_of_the_model(run, data, here):
+    model, _ = load_model(str(run))
+    split = Dataset(str(data)).split("val")
+    for mode in (True, False):
+        model.train(mode)
+        evaluate(model, split, here, eval_tokens=64)
+        assert model.training is mode
+
+
+def test_the_command_evaluates_a_run_on_its_own_data_and_changes_nothing(run, capsys):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    capsys.readouterr()
+    assert script.main([str(run), "--dtype=float32"]) == 0
+    said = capsys.readouterr().out
+    assert float(re.search(r"([\d.]+) nats a token", said)[1]) == pytest.approx(
+        best["val_loss"], abs=1e-4
+    )
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    script.main([str(run), "--split=test", "--eval_tokens=64", "--device_batch=1"])
+    assert "on the test split" in capsys.readouterr().out
+
+
+def test_the_command_refuses_data_in_another_vocabulary(run, text_file, tmp_path):
+    import prepare
+
+    other = tmp_path / "other"
+    prepare.main([str(text_file), f"--out={other}", "--vocab_size=300"])
+    with pytest.raises(ValueError, match=f"--tokenizer={run}"):
+        script.main([str(run), f"--data={other}"])
