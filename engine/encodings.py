@@ -49,6 +49,18 @@ def advice(data: bytes, given: bool, line: int = 0) -> str:
     return f"not UTF-8, but seems to be {name.upper()}: {remedy}"
 
 
+def contradiction(data: bytes, chosen: str) -> str | None:
+    """What `data` seems to be, if that is another text than encoding `chosen` makes of it.
+
+    A setting that suits one file of a folder must not turn the others into nonsense.
+    """
+    name = guess(data)
+    if name in (None, "cp1252", chosen):  # some languages look like cp1252
+        return None
+    data = data[:SAMPLE]
+    return name if name == "binary" or decode(data, name) != decode(data, chosen) else None
+
+
 def guess(data: bytes, line: int = 0) -> str | None:
     """The name of a codec, "utf-8" if most of it is, "binary", or None: it cannot be told."""
     if data.count(0) > len(data) // 500 or looks_binary(data):  # of wide characters, or no text
@@ -101,7 +113,7 @@ def find(name: str) -> str:
     try:
         codec = codecs.lookup(name)
         if codec._is_text_encoding:
-            return codec.name
+            return codec.name.removesuffix("-sig")  # a mark is taken away in any case
     except (LookupError, ValueError):
         pass
     near = difflib.get_close_matches(name.lower(), [*aliases, *aliases.values()], n=1)

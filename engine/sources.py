@@ -149,9 +149,12 @@ def pieces(f: io.BufferedIOBase, name, encoding: str) -> Iterator[str]:
     """The text of a stream in pieces of about PIECE bytes that end at a line end or space."""
     block = read(f, name)
     given = encoding != "utf-8"
-    chosen = encodings.of_mark(block) or "utf-8"
-    if given and chosen == "utf-8":
-        chosen = encoding if not Path(name).is_file() or not is_utf8(f, block, name) else "utf-8"
+    mark = encodings.of_mark(block)
+    chosen = mark or "utf-8"
+    if given and not mark and not (Path(name).is_file() and is_utf8(f, block, name)):
+        chosen = encoding
+        if told := encodings.contradiction(block, chosen):
+            raise Unreadable(name, f"seems to be {told.upper()}, not {chosen}")
     decoder = codecs.getincrementaldecoder("utf-8-sig" if chosen == "utf-8" else chosen)()
     decoder = io.IncrementalNewlineDecoder(decoder, translate=True)  # \r\n and \r become \n
     text = ""

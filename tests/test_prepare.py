@@ -323,6 +323,15 @@ def test_encoding_is_that_of_files_that_are_not_utf8(mixed, tmp_path):
     assert sorted("".join(everything(out))) == sorted("".join(wanted))
 
 
+def test_an_encoding_that_suits_one_file_does_not_spoil_another(mixed, tmp_path):
+    (mixed / "f.txt").write_bytes("déjà vu, là-bas et ailleurs\n".encode("cp1252") * 9)
+    argv = [str(mixed), f"--out={tmp_path / 'out'}", "--tokenizer=bytes", "--encoding=cp1252"]
+    with pytest.raises(ValueError) as refusal:
+        prepare.main(argv)
+    said = str(refusal.value)
+    assert "a.txt" in said and "GB18030, not cp1252" in said and "f.txt" not in said
+
+
 @pytest.mark.parametrize("name", ["utf-16-le", "utf-32-be", "cp1252", "utf-8-sig", "utf-16"])
 def test_text_in_any_encoding_arrives(tmp_path, name, monkeypatch):
     text = "déjà vu “là-bas”, plain words\n" * 50
