@@ -176,6 +176,7 @@ def train(s: Settings, stop: Stop) -> int:
         evaluated = validate(model, held_out, run.step, s, here, run)
         if not evaluated:
             return run.stopped(run.step)
+    run.prune()
     if run.finished():
         return 0
 

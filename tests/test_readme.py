@@ -16,7 +16,7 @@ COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.spl
 COMMANDS = [line.split("&& ")[-1] for line in COMMANDS]  # less what sets everything up
 
 SMALL = ["--steps=2", "--batch_tokens=512", "--block_size=64", "--n_layer=1", "--n_head=2"]
-SMALL += ["--n_embd=32", "--device_batch=2", "--sample_tokens=5", "--eval_every=2"]
+SMALL += ["--n_embd=32", "--device_batch=2", "--sample_tokens=5", "--eval_every=2", "--warmup=0"]
 
 
 @pytest.fixture(scope="module")
