@@ -2,4 +2,4 @@
 
 from engine import threads
 
-threads.wait_passively()  # here, since whatever a command imports first from engine passes by
+threads.choose_waiting()  # here, since whatever a command imports first from engine passes by

@@ -1,25 +1,49 @@
 """How the threads of torch wait, and how many are worth having. Needs no torch.
 
-Between two operations OpenMP's threads wait for work. By default they spin, which saves some
-microseconds on an idle machine, but beside a busy process a spinning thread holds the core that the
-working one is waiting for: every operation then takes a time slice, up to a hundred times as long.
+Between two operations OpenMP's threads wait for work. Spinning saves some microseconds each time, on
+two idle cores a third of a small step. But beside a busy process a spinning thread holds the core
+that the working one is waiting for: an operation can then take a time slice, up to a hundred times
+as long. Sleeping costs little there. docs/speed.md has the figures.
 """
 
 import math
 import os
+import time
 from pathlib import Path
 
 GRAIN = 65_536  # activations (tokens x width) in one pass for which one more thread pays, measured
+SPIN = 1_000  # rounds, some ten microseconds: what that costs and saves is in docs/speed.md
 WEIGHTS = 500_000  # parameters for which it does, however few the tokens
 
 
-def wait_passively() -> None:
-    """Lets idle threads sleep. OpenMP reads this once, when torch is loaded: so call it before.
+def choose_waiting() -> None:
+    """Lets idle threads sleep; at once, if others need the cores, else after a short spin.
 
-    The variable is OpenMP's own: GNU's library (torch on Linux) then does not spin, and LLVM's and
-    Intel's (macOS, Windows) take a block time of 0. Who has set it knows better.
+    OpenMP reads these variables once, when torch is loaded: so call it before. GNU's library (torch
+    on Linux) knows both; LLVM's and Intel's (macOS, Windows) the first, as a block time of 0. Who
+    has set one knows better.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        return
+    if cores_are_idle():
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN)
+    else:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def cores_are_idle(samples: int = 4, path: str = "/proc/loadavg") -> bool:
+    """Whether there are as many idle cores as this process may use (Linux; elsewhere unknown)."""
+    if not hasattr(os, "sched_getaffinity") or not os.path.exists(path):
+        return False
+    mine, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    if quota() < mine:
+        return False
+    others = []
+    for _ in range(samples):  # a process that wakes up for a moment is not a busy one
+        running = Path(path).read_text().split()[3].split("/")[0]  # as in 0.20 0.18 0.12 1/80 5
+        others.append(int(running) - 1)  # this process is one of them
+        time.sleep(0.005)
+    return all_of_them - sorted(others)[samples // 2] >= mine
 
 
 def valid(threads: str) -> bool:
