@@ -15,9 +15,10 @@ The first window to be learned from is 2 3 4 5 6. Its inputs are 2 3 4 5 and its
 one, 3 4 5 6: after 2 comes 3, after 2 3 comes 4, and so on: four exercises in one pass.
 
 Neighbours share their border token: it is the last target of one and the first input of the next,
-so every token is a target once. Each epoch begins at another random phase, so that the cuts fall
-elsewhere, and takes its windows in another random order. Without replacement: drawn at random each
-time, after as many windows as there are a third (1/e) would not have been seen at all.
+so every token of the windows but the very first is a target once. Each epoch begins at another
+random phase, so that the cuts fall elsewhere, and takes its windows in another random order.
+Without replacement: drawn at random each time, after as many windows as there are a third (1/e)
+would not have been seen at all.
 
 Nothing of this is state to be saved. The update of step 1000 with 32 rows learns from windows
 999 * 32 = 31,968 to 31,999 of the endless sequence of epochs (999 updates came before). If an epoch

@@ -8,7 +8,8 @@ questions. **Perplexity** is exp(loss): a loss of 3 is as unsure as a fair choic
 Per token, two vocabularies cannot be compared: longer tokens are fewer, and each is harder. The
 text has the same bytes in any of them, so **bits per byte** can: nats of all tokens / ln 2 / bytes.
 To predict is to compress: an arithmetic coder stores the text in just so many bits (Shannon 1948).
-Hence gzip and xz, which know nothing of language, stand beside the model as a floor.
+Hence gzip and xz, which know nothing of language, stand beside the model as the mark to beat:
+fewer bits are better. (The model's own size is not counted.)
 """
 
 import gzip

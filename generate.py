@@ -5,7 +5,14 @@
                                                  └─ decode_one_token ┘
 
 A GPT tells how likely each token of its vocabulary is to come next. To generate is to draw one,
-to append it, and to ask again. Shapes in comments: B samples, T time, V vocabulary.
+to append it, and to ask again. At its plainest that is
+
+    for _ in range(max_tokens):
+        logits = model(tokens)[:, -1]                                  # of the last position
+        token = torch.multinomial(logits.softmax(dim=-1), 1)           # (B, 1)
+        tokens = torch.cat((tokens, token), dim=1)
+
+and what follows adds a cache, choices, and text. Shapes: B samples, T time, V vocabulary.
 """
 
 import codecs
@@ -18,7 +25,7 @@ from torch import Tensor
 
 from model import GPT, KVCache
 
-COLDEST = 1e-6  # a temperature below this counts as 0: logits differ by more when they differ
+COLDEST = 1e-6  # a temperature below this counts as 0, which nothing can be divided by
 
 
 @torch.inference_mode()
@@ -48,6 +55,9 @@ def pick(
     Raises ValueError if the logits are not finite. To sample in another way, write a function like
     this one and hand it to `generate`.
     """
+    if not logits.amax(dim=-1).cpu().isfinite().all():
+        raise ValueError("the logits are not finite: try --dtype=float32")
+
     # 1. greedy: the likeliest token. It soon repeats itself, since nothing is likelier behind a
     #    sentence that stands there twice than to stand there again (arXiv:1904.09751, figure 4)
     if temperature < COLDEST:
@@ -59,29 +69,29 @@ def pick(
         k = min(top_k or logits.size(-1), logits.size(-1))
         logits, ids = logits.topk(k)  # (B, k) both
 
-    # temperature: 0.50 0.30 0.15 0.05 become 0.68 0.25 0.06 0.01 at 0.5, which is safer and duller,
-    # and 0.38 0.29 0.21 0.12 at 2. (The maximum goes first: a small divisor makes large numbers.)
+    # 3. temperature: probabilities of 0.50 0.30 0.15 0.05 become 0.68 0.25 0.06 0.01 at 0.5, which
+    #    is safer and duller, and 0.38 0.29 0.21 0.12 at 2, bolder and less coherent. (The maximum
+    #    goes first, which changes nothing: a small divisor makes numbers too large for e^x)
     logits = logits - logits.amax(dim=-1, keepdim=True)
-    p = (logits / temperature).softmax(dim=-1)
-
-    # sums of 200,000 small numbers want float64, in a fixed order: on the CPU, since other devices
-    # lack the one or do not promise the other
-    cumulative = p.cpu().double().cumsum(dim=-1)  # (B, k or V)
+    probabilities = (logits / temperature).softmax(dim=-1)  # (B, k or V)
+    # their sums, in float64 since there may be 200,000 small ones, and on the CPU, since not every
+    # device has that type
+    cumulative = probabilities.cpu().double().cumsum(dim=-1)
     end = cumulative[:, -1:]  # 1, but for rounding
-    if not end.isfinite().all():
-        raise ValueError("the logits are not finite: try --dtype=float32")
 
-    # 3. top-p, the nucleus: the fewest tokens that together have probability p. Where the model is
-    #    sure they are one or two, where it is not hundreds; any fixed k is wrong for one of them.
-    #    What is left out, thousands of tokens with almost nothing each, has a few hundredths in
-    #    all, and one of those in every twentieth place spoils a text (arXiv:1904.09751)
+    # 4. top-p, the nucleus: of what is left, the fewest tokens that together reach probability
+    #    top_p; at 0.9 the first three of 0.50 0.30 0.15 0.05. Where the model is sure that is one
+    #    or two, where it is not hundreds; any fixed k is wrong for one of them. At 0.95 thousands
+    #    of tokens with almost nothing each are left out, which would otherwise come up in every
+    #    twentieth place and spoil the text (arXiv:1904.09751)
     if top_p < 1:
-        last = (cumulative < top_p).sum(dim=-1, keepdim=True).clamp(max=p.size(-1) - 1)
+        most = cumulative.size(-1) - 1
+        last = (cumulative < top_p).sum(dim=-1, keepdim=True).clamp(max=most)
         end = cumulative.gather(-1, last)
 
-    # inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies between
-    # the second and the third, so the third token it is. A number falls into an interval as often
-    # as the interval is long, and that is the token's probability
+    # 5. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
+    #    between the second and the third, so the third token it is. A uniform number falls into an
+    #    interval as often as the interval is long, and that is the token's probability
     index = torch.searchsorted(cumulative, uniform[:, None] * end, right=True)  # (B, 1)
     index = index.to(logits.device)
     return (index if ids is None else ids.gather(-1, index))[:, 0]
@@ -106,21 +116,23 @@ def generate(
     repetition_penalty: float = 1.0,
     unused: Sequence[int] = (),
     pick: Callable[..., Tensor] = pick,
-    **how,
+    **options,
 ) -> Iterator[list[int]]:
     """Yields `max_tokens` times the next token of each of `num_samples` continuations.
 
-    `how` goes to `pick`: temperature, top_k and top_p, unless you bring a `pick` of your own. Ids
+    `options` go to `pick`: temperature, top_k and top_p, unless you bring a `pick` of your own. Ids
     in `unused` are never picked. Of the prompt, which must have a token, the last `block_size`
-    count. Sample i depends on (seed, i) alone.
+    count. Goes on behind an end-of-text: to stop there is for the caller, see `TextStream`. Raises
+    ValueError for an empty prompt, at the first `next`.
     """
     if not prompt:
         raise ValueError("the prompt has no token: a new document begins with end-of-text")
     limit = model.config.block_size
     device = next(model.parameters()).device
-    banned = torch.tensor(unused, dtype=torch.long, device=device)
-    # keyed by (seed, i) and not drawn from the device's one stream of random numbers: sample i
-    # stays the same on every device and however many others are made beside it
+    left_out = torch.tensor(unused, dtype=torch.long, device=device)
+    # keyed by (seed, i) and not drawn from the device's one stream of random numbers: those of
+    # sample i are the same on every device and however many others are made beside it, and so is
+    # its text, unless a rounding moves a boundary between two tokens
     draws = [random.Random(f"{seed} {i}") for i in range(num_samples)]
 
     # the prompt is read once, however many samples continue it
@@ -131,23 +143,24 @@ def generate(
     context = context.expand(num_samples, -1)  # (B, T)
     logits = logits.expand(num_samples, -1)  # (B, V)
 
-    for missing in range(max_tokens, 0, -1):
-        if len(banned):
-            logits = logits.index_fill(-1, banned, -math.inf)
+    for left in range(max_tokens, 0, -1):
+        if len(left_out):
+            logits = logits.index_fill(-1, left_out, -math.inf)
         if repetition_penalty != 1:
             logits = penalise(logits, context, repetition_penalty)
         uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64)
-        token = pick(logits, uniform, **how)  # (B,)
+        token = pick(logits, uniform, **options)  # (B,)
         context = torch.cat((context, token[:, None]), dim=1)  # (B, T + 1)
         yield token.tolist()
-        if missing == 1:
+        if left == 1:
             return
         if cache.length < limit:
             logits = decode_one_token(model, token, cache)
         else:
-            # the context is full. To drop its first token would move all others to new positions,
-            # so that nothing in the cache holds any more; dropping half makes that rare: one more
-            # position to read for each token, on average, instead of T
+            # the context is full. To drop its first token alone would leave keys and values in the
+            # cache that were computed while looking at it (and learned positions would all move):
+            # everything would have to be read anew, T positions for each token. Dropping half makes
+            # that rare: T / 2 positions every T / 2 tokens, one more for each
             context = context[:, -max(1, limit // 2) :]
             logits = prefill(model, context, cache)
 

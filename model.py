@@ -1,17 +1,22 @@
 """The Transformer: tokens in, a score for every possible next token out.
 
+This is the reference, written as the papers do. engine/fast.py has faster forms of the norm, the
+attention and the head, which take their places only where they compute the same as these.
+
     tokens ─> embedding ─> block ─> ... ─> block ─> norm ─> head ─> logits ─> loss
                              │
                  x = x + attention(norm(x))     look at the tokens before
                  x = x + mlp(norm(x))           think about what was found
 
-The file follows the data: the whole model, positions, block, norm, attention, MLP, head. Settings
-(shape.py) choose between three published shapes:
+The file follows the data: the whole model, positions, block, norm, attention, MLP, head. Each
+setting (shape.py) is a switch of its own; these combinations of them are published:
 
-    GPT-2          learned positions, LayerNorm, GELU, biases, tied head (Radford et al. 2019)
-    modern         rotary, RMSNorm, query/key norm, ReLU^2, capped logits (karpathy/nanochat)
-    Llama, Qwen3   rotary, RMSNorm with weights, SwiGLU, grouped heads (arXiv:2302.13971,
-                   arXiv:2505.09388)
+    GPT-2     learned positions, LayerNorm, GELU, biases, tied head (Radford et al. 2019)
+    modern    rotary, RMSNorm, also behind the embedding and of queries and keys, ReLU^2, no biases,
+              own head, capped logits (karpathy/nanochat): the default
+    Llama     rotary, RMSNorm with weights, SwiGLU, no biases, own head (arXiv:2302.13971); grouped
+              heads since Llama 2 (arXiv:2307.09288); Qwen3 with a norm of queries and keys
+              (arXiv:2505.09388)
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary.
@@ -35,7 +40,8 @@ class GPT(nn.Module):
         super().__init__()
         c = config
         self.config = config
-        # where a norm follows, the scale of an embedding sets only how fast it learns
+        # where a norm follows, the scale of an embedding sets only how fast it learns; but a tied
+        # one is the head as well, and numbers of size 1 would make logits of size sqrt(C)
         std = 1.0 if c.embed_norm and c.zero_init and not c.tied else 0.02
         self.wte = embedding(c.vocab_size, c.n_embd, std)  # one vector for each token
         if c.position == "learned":
@@ -55,7 +61,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """All but the head: tokens (B, T) to the final hidden states (B, T, C).
 
-        `mask` says who may look where: None is causal, else see `Attention`. `positions` (T) or
+        `mask` says who may look where, see `Attention`; None means causal. `positions` (T) or
         (B, T) are counted from what the `cache` holds, if not given. `tokens` continue what a
         cache holds and are appended to it. Raises ValueError for more than block_size tokens.
         """
@@ -101,14 +107,15 @@ class GPT(nn.Module):
         logits = self.logits(x if cache is None else x[:, -1:])
         if targets is None:
             return logits
-        # -ln p(target), where p = softmax(logits): 0 if the model was sure and right, ln V if it
-        # finds all tokens equally likely
-        flat = logits.view(-1, logits.size(-1))
-        return F.cross_entropy(flat, targets.view(-1), ignore_index=IGNORE, reduction=reduction)
+        # softmax makes e^logit of each logit and divides by their sum: positive numbers p that add
+        # up to 1. The loss is -ln p(target): 0 if the model was sure and right, ln V if it finds
+        # all tokens equally likely
+        flat = logits.flatten(0, 1)  # (B T, V)
+        return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draws all weights anew, a function of `seed` alone."""
+        """Draws all matrices, on the CPU, a function of `seed` alone; norms and biases stay."""
         g = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if hasattr(module, "std"):  # each layer says how it begins
@@ -117,8 +124,9 @@ class GPT(nn.Module):
     def set_context(self, block_size: int, dropout: float) -> None:
         """Sets the longest context and the dropout rate, keeping the weights.
 
-        Raises ValueError for more positions than were learned; rotary ones go on without end,
-        though beyond the old context they are angles that training has not seen.
+        Raises ValueError for more positions than were learned. Rotary ones go on without end, but
+        to angles and distances that training has not seen: there predictions get worse, until the
+        model has learned from windows of that length (or see rope_factor).
         """
         c = self.config
         if c.position == "learned":
@@ -154,9 +162,11 @@ def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) 
     """x W^T + b, with the scale of its first weights; b begins at zero.
 
     Each output is a sum over `inputs` terms: weights of variance 1 / inputs keep its size. A
-    `residual` layer, the last of a branch, begins at zero: then every block is the identity and
-    depth no obstacle to the first gradients (arXiv:1901.09321). GPT-2's scheme: 0.02 everywhere,
-    less where 2 n_layer branches add up.
+    `residual` layer, the last of a branch, begins at zero: then every block begins as the identity,
+    however many there are (arXiv:1901.09321). It learns all the same, since the gradient of W is
+    its input times what comes back: the head in the first step, for it begins at zero too, these
+    layers and the embedding from the second on, all others from the third. GPT-2's scheme: 0.02 for matrices, less
+    where 2 n_layer branches add up.
     """
     layer = nn.Linear(inputs, outputs, bias)
     if c.zero_init:
@@ -174,7 +184,7 @@ def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) 
 def rotary(positions: Tensor, c: GPTConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of each position's angles: two of (T, D/2), or (B, T, D/2).
 
-    Attention by itself sees a set of tokens, without order. Rotary positions (arXiv:2104.09864)
+    A score knows what two tokens are and not how far apart. Rotary positions (arXiv:2104.09864)
     turn queries and keys: pair i of their channels by the angle position * base^(-2i/D), fast
     for the first pairs, slowly for the last, like the hands of a clock.
     """
@@ -182,8 +192,8 @@ def rotary(positions: Tensor, c: GPTConfig) -> tuple[Tensor, Tensor]:
     channels = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / c.rope_base ** (channels / c.head_dim)  # (D/2), radians a position
     if c.rope_factor != 1:
-        # Llama 3.1 (arXiv:2407.21783): turns slower what turned less than once in the old
-        # context, leaves what turned more than four times, and blends in between
+        # Llama 3.1 (github.com/meta-llama/llama-models): turns slower what turned less than once in
+        # the old context, leaves what turned more than four times, and blends in between
         turns = c.rope_original * frequency / (2 * math.pi)
         keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / c.rope_factor
@@ -194,11 +204,13 @@ def rotary(positions: Tensor, c: GPTConfig) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turns each pair of channels (a, b) of x (B, T, H, D) by its position's angle.
 
-        a' = a cos - b sin          the pair is a point in the plane; turning q by m and k by n
-        b' = b cos + a sin          angles leaves a product q·k that depends on m - n alone
+        a' = a cos - b sin          (a, b) is a point in the plane, turned about the origin
+        b' = b cos + a sin
 
-    So a score depends on how far apart two tokens are, not on where they stand. Channels i and
-    i + D/2 are a pair (Llama's layout).
+    Turn q by the angle m f and k by n f: since turning both alike changes no product, theirs is as
+    if k alone were turned by (n - m) f. So a score depends on q, k and how far apart they stand,
+    and no longer on where. Channels i and i + D/2 are a pair, as in GPT-NeoX and transformers;
+    Meta's own Llama pairs 2i with 2i + 1, which is the same with other rows of wq and wk.
     """
     cos, sin = (z.unsqueeze(-2).to(x.dtype) for z in rope)  # (T, 1, D/2): the same for all heads
     a, b = x.chunk(2, dim=-1)
@@ -212,7 +224,8 @@ class Block(nn.Module):
     """Attention, which moves information between positions, then an MLP at each position.
 
     Both add to x instead of replacing it (residual connections, arXiv:1512.03385): a sum hands
-    the gradient on unchanged, so the first layer learns as well as the last.
+    the gradient on unchanged, so it reaches the first layer however many come after. Each reads x
+    through a norm of its own (pre-norm, as in GPT-2), which leaves that sum alone.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -277,8 +290,8 @@ class Attention(nn.Module):
         self.wk = linear(c, c.n_embd, c.n_kv_head * c.head_dim, bias)
         self.wv = linear(c, c.n_embd, c.n_kv_head * c.head_dim, bias)
         self.wo = linear(c, c.n_head * c.head_dim, c.n_embd, c.bias, residual=True)
-        # norms of q and k keep |q·k| / sqrt(D) below sqrt(D), so that no head begins to stare at
-        # one position and stops to learn (arXiv:2302.05442)
+        # with norms of q and k no score exceeds sqrt(D), times their weights if they have any: no
+        # head can come to stare at one position and stop learning (arXiv:2302.05442)
         self.q_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
         self.k_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
@@ -300,10 +313,11 @@ class Attention(nn.Module):
         groups = q.size(1) // k.size(1)
         k = k.repeat_interleave(groups, dim=1)  # (B, H, S, D)
         v = v.repeat_interleave(groups, dim=1)
-        if mask is None:
+        if mask is None:  # causal
             mask = causal_mask(T, k.size(2), x.device)
-        # a sum of D products of numbers of size 1 has size sqrt(D): divided by it, softmax begins
-        # soft; undivided, one weight would be near 1 and the gradient of all others near 0
+        # a sum of D independent products of mean 0 and variance 1 has variance D, so size sqrt(D).
+        # Divided by it, softmax begins soft; undivided, one weight would be near 1, all others
+        # near 0, and with them their gradients
         scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
         scores = scores.masked_fill(~mask, -math.inf)  # e^-inf = 0: no weight at all
         weights = self.drop(scores.softmax(dim=-1))  # each row sums to 1
@@ -314,10 +328,14 @@ class Attention(nn.Module):
 def causal_mask(T: int, S: int, device=None) -> Tensor:
     """True where the last T of S positions may look: at themselves and what came before.
 
-    1 0 0 0
-    1 1 0 0         T = S = 4. Without it, a position could look at the very token that it
-    1 1 1 0         is to predict: the loss would fall to nothing, and the model, which has
-    1 1 1 1         nothing to look at when it writes, would have learned nothing.
+        1 0 0 0
+        1 1 0 0        for T = S = 4
+        1 1 1 0
+        1 1 1 1
+
+    Without it, a position could look at the very token that it is to predict: the loss would fall
+    to nothing, and the model, which has nothing to look at when it writes, would have learned
+    nothing.
     """
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
@@ -326,9 +344,9 @@ class KVCache:
     """Keys and values of all positions so far, preallocated for `size` (0: the whole context).
 
     Tokens that have been read never change their keys and values, since no position looks ahead:
-    with them stored, a new token costs one row of work. Without, text of T tokens is read anew
-    for each, T (T + 1) / 2 rows in all. `length` counts the positions stored. Writing past the
-    end raises ValueError: see `generate` in generate.py for what to do then.
+    with these stored, only the new token passes through the layers, and looks back at S of them. It
+    costs memory for 2 n_layer K D S numbers. `length` counts the positions stored, and moves when
+    all layers have appended theirs. Writing past the end raises ValueError: see generate.py.
     """
 
     def __init__(self, config: GPTConfig, batch: int, device=None, dtype=torch.float32, size=0):
@@ -360,7 +378,8 @@ class MLP(nn.Module):
     """Two layers, wide in between: C to mlp_dim to C, at each position alone.
 
     GELU as in GPT-2 (tanh form, arXiv:1606.08415), ReLU^2 (arXiv:2109.08668), or SwiGLU, which
-    multiplies by a gate (arXiv:2002.05202). Without such a bend two layers would be only one.
+    multiplies by a gate (arXiv:2002.05202; with 8/3 C instead of 4 C its three matrices are as many
+    numbers). Without such a non-linearity two layers would be no more than one.
     """
 
     def __init__(self, config: GPTConfig):
@@ -406,6 +425,6 @@ class Head(nn.Module):
         """x (..., C) and the embedding (V, C) to float32 logits (..., V)."""
         weight = embedding if self.weight is None else self.weight
         logits = F.linear(x, weight).float()
-        if self.cap:  # no logit can run away and take the gradient with it (arXiv:2408.00118)
+        if self.cap:  # no logit runs away, which keeps training stable (arXiv:2408.00118)
             logits = self.cap * torch.tanh(logits / self.cap)
         return logits

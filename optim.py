@@ -12,7 +12,8 @@ Adam        The embedding of a rare token has tiny gradients, the head large one
             arXiv:1412.6980
 AdamW       Weights that nothing pulls back drift upwards and fit noise. w -= lr * decay * w does,
             outside of Adam's quotient, which would undo it (arXiv:1711.05101). Only matrices decay:
-            a bias or a norm's weight has little to overfit with, and is not meant to be near zero.
+            a bias or a norm's weight is one number a channel and has little to overfit with, and a
+            norm's weight, which begins at 1, would shrink what all layers behind it see.
 Muon        Adam treats a matrix as a list of numbers. Muon treats it as a map: see below.
 
 `train.py` does two things before an optimizer's step. Clipping: a gradient longer than `grad_clip`
@@ -128,7 +129,7 @@ def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim
 
     muon: block matrices by Muon at `lr`; embeddings at `embed_lr`, head and vectors at `head_lr`
     by AdamW. adamw, nadamw (Nesterov's momentum in it): everything at `lr`. Weight decay falls on
-    matrices only, on embeddings and head not at all under Muon, where their rates are large.
+    matrices only, and under Muon, as in its source, not on embeddings and head.
     """
     named = dict(model.named_parameters())
     matrices = {n: p for n, p in named.items() if p.ndim >= 2}

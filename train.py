@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dataset import IGNORE
 from engine import settings
 from engine.settings import BelowOne, Bound, Count, Fraction, NotNegative, Positive
 from engine.stop import Stop
@@ -42,9 +43,9 @@ class Settings:
 
     # the optimization. The rates are those of Muon (kellerjordan.github.io/posts/muon) and of
     # nanochat, which uses it too. An update of Muon has singular values near 1, whatever the
-    # gradient, and a fresh matrix up to 2: so 0.02 moves a matrix by a hundredth of itself. AdamW
-    # moves each number by about its rate: 0.3 for embeddings, whose numbers are near 1, and little
-    # for the head, which begins at zero.
+    # gradient, and a fresh square matrix up to 2: so 0.02 is about a hundredth of it (what begins
+    # at zero grows by 0.02 a step). AdamW moves each number by about its rate: 0.3 for embeddings,
+    # whose numbers are near 1, and little for the head, which begins at zero.
     steps: Positive = 1000  # updates
     batch_tokens: Positive = 8192  # tokens in one update, over all processes
     device_batch: Count = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
@@ -88,50 +89,55 @@ class Settings:
     split: Literal["train", "val", "test"] = "val"  # which split eval_only takes
 
 
-def update(model, optimizers, scale, gradients, x, y, step: int, s: Settings, here):
+def update(model, optimizers, loss_scale, gradient_sum, x, y, step: int, s: Settings, here):
     """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
     gradient (infinite: float16 overflowed, and the update was left out).
 
-    `x` and `y`, (B, T), are this process's share of the batch. Raises FloatingPointError, with
-    nothing changed, if loss or gradient are not finite and a smaller loss scale is no remedy.
+    `x` and `y`, (B, T), are this process's share of the batch: inputs, and at each position the
+    token that comes next. `here` is the machine: its device, its type of numbers, and the other
+    processes, over which `gradient_sum` adds up gradients; `loss_scale` is 1 but for float16.
+    Raises FloatingPointError, with no weight changed, if loss or gradient are not finite and a
+    smaller loss scale is no remedy.
     """
-    import torch  # here, since mistakes in settings are told before its second of loading
+    import torch  # takes a second to load: mistakes in settings have been told by now
 
     from engine import machine
 
     # the loss is the mean over all targets of the global batch. Each pass gives a sum, divided by
     # their number in all passes and processes: means of means would weigh some targets more
-    (targets,) = here.sum([int((y >= 0).sum())])
+    (targets,) = here.sum([int((y != IGNORE).sum())])
     mean_loss = torch.zeros((), device=here.device)
     rows = rows_in_a_pass(len(x), s)
-    # 1. forward and backward. A batch too large for memory is taken in passes of some rows, since
-    # backward() adds to the gradients that are there: gradient accumulation
+    # 1. forward, and backward: by the chain rule, from the loss back to the first layer, how much
+    # the loss would change with each weight: p.grad. A batch too large for memory is taken in
+    # passes of some rows, since backward() adds to the p.grad that is there: gradient accumulation
     for i in range(0, len(x), rows):
-        machine.seed(s.seed, step, here.rank, i)  # of dropout: nothing to save, and resumed alike
+        machine.seed(s.seed, step, here.rank, i)  # of dropout, which is so the same when resumed
         # the processes (DDP) hold equal weights and learn from different rows. Once, while the last
         # backward pass runs, their gradients are summed: then all make the same update
-        gradients.active = i + rows == len(x)
-        # autocast: products in 16 bits are several times faster; weights and sums stay in 32, where
-        # a small update to a large number is not rounded away (arXiv:1710.03740)
+        gradient_sum.active = i + rows == len(x)
+        # autocast: products in 16 bits are faster where the hardware has them; weights, gradients
+        # and the optimizer's sums stay in 32, where a small update to a large number is not rounded
+        # away (arXiv:1710.03740)
         with here.autocast():
-            loss = model(here.put(x[i : i + rows]), here.put(y[i : i + rows]), reduction="sum")
-            loss = loss / targets
-        (loss * scale.value).backward()  # scaled up, where float16 would round gradients to zero
-        mean_loss += loss.detach()
-    gradients.wait()
-    scale.unscale(list(model.parameters()))
+            summed = model(here.put(x[i : i + rows]), here.put(y[i : i + rows]), reduction="sum")
+        part = summed / targets
+        (part * loss_scale.value).backward()  # scaled, where float16 would round gradients to zero
+        mean_loss += part.detach()
+    gradient_sum.wait()
+    loss_scale.unscale(list(model.parameters()))
     # 2. clipping: a gradient longer than grad_clip is shortened, its direction kept, so that one
-    # odd batch cannot undo what many have learned (arXiv:1211.5063)
+    # odd batch does not outweigh all others in the optimizers' running means (arXiv:1211.5063)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
     # 3. the step itself, unless there is nothing sound to follow
     (loss,) = here.sum([mean_loss.item()])
     finite = math.isfinite(loss) and math.isfinite(norm)
-    if not finite and (scale.value == 1 or not math.isfinite(loss)):
+    if not finite and (loss_scale.value == 1 or not math.isfinite(loss)):
         raise FloatingPointError(f"its loss is {loss} and its gradient norm {norm}")
     if finite:
         for optimizer in optimizers:
             optimizer.step()
-    scale.update(finite)
+    loss_scale.update(finite)
     model.zero_grad(set_to_none=True)
     return loss, norm
 
@@ -168,7 +174,7 @@ def train(s: Settings, stop: Stop) -> int:
     optimizers = make_optimizers(model, s, here.dtype)
     if run.step:
         checkpoint.load_optimizers(run.path, model, optimizers)
-    scale = LossScale(here.dtype, state["loss_scale"])
+    loss_scale = LossScale(here.dtype, state["loss_scale"])
     run.begin(state, digest, model)
 
     # 3. what an interruption has left undone, and whether anything else is to do
@@ -182,21 +188,23 @@ def train(s: Settings, stop: Stop) -> int:
 
     # 4. the steps
     runner = machine.compiled(model, here, work) if here.compile else model
-    gradients = machine.GradientSum(list(model.parameters()) if here.world > 1 else [])
+    gradient_sum = machine.GradientSum(list(model.parameters()) if here.world > 1 else [])
     with stop.deferred():  # from here on a request to stop waits for the end of a step
         for step in range(run.step + 1, s.steps + 1):  # the update that makes it `step`
             with run.timed():
                 lr = set_rates(optimizers, step, s)
                 x, y = next_batch(learned, step, s, here)
                 try:
-                    loss, norm = update(runner, optimizers, scale, gradients, x, y, step, s, here)
+                    loss, norm = update(
+                        runner, optimizers, loss_scale, gradient_sum, x, y, step, s, here
+                    )
                 except FloatingPointError as e:
                     return run.not_finite(step, e)
             if run.logs(step):
                 run.report(step, loss, lr, norm)
             stopping = here.any(stop.asked)
             if stopping or run.saves(step):
-                run.save(step, model, optimizers, scale.state(), data.tokenizer)
+                run.save(step, model, optimizers, loss_scale.state(), data.tokenizer)
             if stopping:
                 return run.stopped(step)
             if run.evaluates(step):
@@ -262,7 +270,7 @@ def show_result(model, data, s: Settings, run) -> None:
     run.close()
     run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
     if s.sample_tokens:
-        print("\na sample:\n")
+        print("\na sample, by the weights of the last step:\n")
         torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
         picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
         sample.write_samples(model.eval(), data.tokenizer, s.sample_prompt, picked)

@@ -177,9 +177,9 @@ def use(model: nn.Module, here: Machine, wanted: bool, before: dict | None = Non
     chosen = sum(1 << i for i, name in enumerate(PARTS) if name in names)
     chosen = int(here.from_first(chosen))
     names = [name for i, name in enumerate(PARTS) if chosen >> i & 1]
-    for name in PARTS.keys() - set(names):
+    for name in [name for name in PARTS if name not in names]:
         here.say(f"{name} was changed, or has no fast form here: model.py computes it itself")
-    had = (before or {}).get("fast", names)
+    had = (before or {}).get("fast") or names  # none: it was begun with fast=false
     install(model, [name for name in names if name in had])
 
 
@@ -198,6 +198,8 @@ def agreeing(
     for name in PARTS:
         try:
             agrees = largest_error(name, config, device, dtype, training) <= 1
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, AttributeError, ValueError):
             agrees = False  # changed beyond comparison, or there is no such kernel here
         if agrees:

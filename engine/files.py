@@ -87,6 +87,7 @@ def lock_file(path: Path, wait: bool = True):
             return handle
         while True:
             try:
+                handle.seek(0)  # the first byte is what is locked, and not the end
                 msvcrt.locking(handle.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
                 return handle
             except OSError as e:  # LK_LOCK gives up after ten seconds
@@ -147,7 +148,9 @@ def claim(partial: Path, note: Path):
             partial.mkdir(parents=True, exist_ok=True)
             handle = lock_file(note)
             if note.exists() and os.path.samestat(note.stat(), os.fstat(handle.fileno())):
-                note.write_text(TEXT, encoding="utf-8")
+                handle.truncate(0)  # by the handle that holds the lock: Windows lets no other write
+                handle.write(TEXT)
+                handle.flush()
                 return handle
             handle.close()
 

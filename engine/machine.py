@@ -234,7 +234,7 @@ def compiled(model: nn.Module, here: Machine, rows: int) -> nn.Module:
     fast = torch.compile(model)
     tokens = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=here.device)
     with here.autocast():
-        loss = fast(tokens, tokens, reduction="sum")
+        loss = fast(tokens, tokens.clone(), reduction="sum")
     loss.backward()
     model.zero_grad(set_to_none=True)
     return fast

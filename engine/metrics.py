@@ -88,13 +88,13 @@ class MetricsLog:
         return {"bytes": self.bytes, "sha256": self.sha256.hexdigest()}
 
 
-def start_trackers(s, run: Path) -> list:
+def start_trackers(s, run: Path, step: int = 0) -> list:
     """What settings `s` ask for: functions that take each row of metrics, and None at the end."""
     trackers = []
     if s.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(run / "tensorboard"))
+        writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
         def to_tensorboard(row):
             if row is None:

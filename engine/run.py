@@ -24,8 +24,9 @@ from engine.stop import Stop
 
 # What may differ when a run is resumed; anything else would make it another run. First where things
 # are and what is shown, then where and how it is computed: the data and the mathematics stay.
-FREE = {"config", "data", "out", "init_from", "fresh", "steps", "patience", "eval_tokens"}
-FREE |= {"log_every", "eval_every", "save_every", "sample_tokens", "sample_prompt"}
+FREE = {"config", "data", "tokenizer", "out", "init_from", "fresh", "steps", "patience"}
+FREE |= {"eval_tokens", "log_every", "eval_every", "save_every"}
+FREE |= {"sample_tokens", "sample_prompt"}
 FREE |= {"tensorboard", "wandb", "eval_only", "split", "show_batch"}
 FREE |= {"device", "dtype", "compile", "threads", "fast", "deterministic", "device_batch"}
 NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None)  # the state of a run at step 0
@@ -109,7 +110,7 @@ class Run:
             print(f"{path} is not that of the checkpoint: written anew")
         write_durably(path, as_file(now))
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
-        self.trackers = start_trackers(self.s, self.folder)
+        self.trackers = start_trackers(self.s, self.folder, self.step)
 
     def check(self, state: dict, before: dict, now: dict) -> None:
         """Says where the run goes on. Raises ValueError if that would make it another run."""
@@ -170,7 +171,7 @@ class Run:
         """Records the update that made `step`, and says how fast things go."""
         known = norm if math.isfinite(norm) else None  # JSON has no infinity
         tokens = step * self.s.batch_tokens
-        speed = (step - self.shown) * self.s.batch_tokens / self.busy
+        speed = (step - self.shown) * self.s.batch_tokens / max(self.busy, 1e-9)
         self.shown, self.busy = step, 0.0
         row = dict(step=step, loss=loss, lr=lr, grad_norm=known, tokens=tokens)
         self.record(**row, tokens_per_second=round(speed, 1))

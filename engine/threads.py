@@ -1,9 +1,9 @@
 """How the threads of torch wait, and how many are worth having. Needs no torch.
 
-Between two operations OpenMP's threads wait for work. Spinning saves some microseconds each time, on
-two idle cores a third of a small step. But beside a busy process a spinning thread holds the core
-that the working one is waiting for: an operation can then take a time slice, up to a hundred times
-as long. Sleeping costs little there. docs/speed.md has the figures.
+Between two operations OpenMP's threads wait for work. Spinning saves some microseconds each time,
+on two idle cores a third of a small step. But beside a busy process a spinning thread holds the
+core that the working one is waiting for: an operation can then take a time slice, up to a hundred
+times as long. Sleeping costs little there. docs/speed.md has the figures.
 """
 
 import math

@@ -165,18 +165,38 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("set_by_user", [None, "active"])
-def test_threads_wait_passively_before_torch_is_loaded(command, set_by_user, tmp_path):
+def test_threads_know_how_to_wait_before_torch_is_loaded(command, set_by_user, tmp_path):
     """In each command, at the moment at which it or a module of it asks for torch first."""
     (tmp_path / "torch.py").write_text(
-        "import os; os.write(1, os.environ.get('OMP_WAIT_POLICY', 'none').encode()); os._exit(0)"
+        "import os; e = os.environ; os.write(1, e.get('OMP_WAIT_POLICY', "
+        "'spin ' + e.get('GOMP_SPINCOUNT', 'none')).encode()); os._exit(0)"
     )
     code = f"import {command[:-3]}; import torch"
-    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    known = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {k: v for k, v in os.environ.items() if k not in known}
     env |= {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     if set_by_user:
         env["OMP_WAIT_POLICY"] = set_by_user
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stdout.endswith(set_by_user or "passive"), done.stdout + done.stderr
+    expected = (set_by_user,) if set_by_user else ("passive", "spin 1000")
+    assert done.stdout.endswith(expected), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "running, cores, granted, idle",
+    [(1, 2, 2.0, True), (2, 2, 2.0, False), (9, 16, 16.0, False), (1, 16, 8.0, False)],
+)
+def test_threads_spin_only_where_as_many_cores_are_idle(
+    running, cores, granted, idle, tmp_path, monkeypatch
+):
+    (tmp_path / "loadavg").write_text(f"0.20 0.18 0.12 {running}/80 11206")
+    monkeypatch.setattr(
+        threads.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False
+    )
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(threads, "quota", lambda: granted)
+    assert threads.cores_are_idle(path=str(tmp_path / "loadavg")) is idle
+    assert threads.cores_are_idle(path=str(tmp_path / "missing")) is False
 
 
 def test_small_work_gets_one_thread_and_large_work_all():

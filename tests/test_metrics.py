@@ -27,7 +27,7 @@ class Tracked:
             spec = ModuleSpec(name, None)  # as if it were installed
             monkeypatch.setitem(sys.modules, name, SimpleNamespace(__spec__=spec, **content))
 
-    def writer(self, folder):
+    def writer(self, folder, purge_step):
         self.folders.append(folder)
         add = lambda name, value, step: self.scalars.append((step, name, value))  # noqa: E731
         return SimpleNamespace(add_scalar=add, close=lambda: self.ended.append("tensorboard"))
