@@ -165,8 +165,8 @@ def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) 
     `residual` layer, the last of a branch, begins at zero: then every block begins as the identity,
     however many there are (arXiv:1901.09321). It learns all the same, since the gradient of W is
     its input times what comes back: the head in the first step, for it begins at zero too, these
-    layers and the embedding from the second on, all others from the third. GPT-2's scheme: 0.02 for matrices, less
-    where 2 n_layer branches add up.
+    layers and the embedding from the second on, all others from the third. GPT-2's scheme: 0.02
+    for matrices, less where 2 n_layer branches add up.
     """
     layer = nn.Linear(inputs, outputs, bias)
     if c.zero_init:
