@@ -142,7 +142,7 @@ class Dataset:
             raise ValueError(f"there is no data in {folder}: {remedy}")
         self.sha256: dict[str, str] = {}  # of each shard, where it was recorded
         self.text_bytes: dict[str, int] = {}  # of each split, likewise
-        self.sources = ["TEXT"]  # what it was prepared from
+        self.made = dict(source=["TEXT"])  # the settings it was prepared with, if they are known
         if meta.exists():
             try:
                 info = json.loads(meta.read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ class Dataset:
                     self.files[name] = [Path(shard["file"]).name for shard in split["shards"]]
                     self.text_bytes[name] = int(split["bytes"])
                     self.sha256 |= {shard["file"]: shard["sha256"] for shard in split["shards"]}
-                self.sources = [str(source) for source in info["settings"]["source"]]
+                self.made |= info["settings"]
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise ValueError(f"{meta} is damaged ({e!r}): prepare the data again") from e
             if tokenizer_digest(self.folder) != expected:
@@ -186,7 +186,10 @@ class Dataset:
         if ours.digest() == tokenizer.digest():
             return
         out = f"{self.folder}-{Path(run).name}"
-        command = [*self.sources, f"--tokenizer={run}", f"--out={out}"]
+        sources = ["TEXT" if source == "-" else str(source) for source in self.made["source"]]
+        kept = ("val", "test", "pattern", "field", "encoding", "seed")
+        other = [f"--{key}={self.made[key]}" for key in kept if key in self.made]
+        command = [*sources, *other, f"--tokenizer={run}", f"--out={out}"]
         raise ValueError(
             f"{run} reads {tokenizer.name} ({tokenizer.vocab_size} tokens), but {self.folder} is"
             f" written in {ours.name} ({ours.vocab_size} tokens). For data in the model's own,"

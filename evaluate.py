@@ -42,6 +42,7 @@ class Settings:
     device_batch: Count = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of matrix products
+    threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
     fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
 
@@ -69,6 +70,7 @@ def evaluate_run(s, checkpoint: str = "best") -> int:
     here = machine.pick(s.device, s.dtype, "false")
     machine.start(here, s.deterministic)
     model.to(here.device)
+    machine.use_threads(s.threads, here, model, EVAL_TOKENS)
     fast.use(model, here, s.fast)
     loss, bpb = evaluate(model, split, here, None, s.device_batch, s.eval_tokens)
     bits = f", {bpb:.4f} bits per byte" if bpb else ""

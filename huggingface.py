@@ -25,7 +25,7 @@ class Settings:
     checkpoint: str = "best"  # of an exported run: best (lowest validation loss), latest, step-...
 
 
-WANTED = ["*.json", "*.safetensors", "merges.txt"]  # of a model on huggingface.co
+WANTED = ["*.json", "model*.safetensors", "*.model", "merges.txt"]  # of a model on huggingface.co
 
 
 def main(argv: list[str]) -> None:

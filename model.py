@@ -118,8 +118,14 @@ class GPT(nn.Module):
         """Draws all matrices, on the CPU, a function of `seed` alone; norms and biases stay."""
         g = torch.Generator().manual_seed(seed)
         for module in self.modules():
-            if hasattr(module, "std"):  # each layer says how it begins
-                module.weight.normal_(0.0, module.std, generator=g)
+            std = getattr(module, "std", None)  # `embedding`, `linear` and `Head` have set it
+            if std == 0:
+                module.weight.zero_()
+            elif std and isinstance(module, nn.Linear) and self.config.zero_init:
+                bound = math.sqrt(3) * std  # uniform, of that variance: no weight is an outlier
+                module.weight.uniform_(-bound, bound, generator=g)
+            elif std:
+                module.weight.normal_(0.0, std, generator=g)
 
     def set_context(self, block_size: int, dropout: float) -> None:
         """Sets the longest context and the dropout rate, keeping the weights.

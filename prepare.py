@@ -72,15 +72,16 @@ def prepare(s: Settings) -> None:
     s.encoding = encodings.find(s.encoding)
     # known at once, and so are mistakes in it; bpe is learned below
     tokenizer = None if s.tokenizer == "bpe" else find_tokenizer(s.tokenizer)
-    name = "stdin" if s.source[0] == "-" else Path(s.source[0]).absolute().name.split(".")[0]
-    out = Path(s.out or f"data/{name}")
+    name = "stdin" if s.source[0] == "-" else Path(s.source[0]).absolute().name
+    out = Path(s.out or f"data/{name.strip('.').split('.')[0] or 'text'}")
     free = ("out", "workers", "overwrite")  # settings that do not change the result
     wanted = {k: v for k, v in asdict(s).items() if k not in free}
     meta = dict(settings=json.loads(json.dumps(wanted)))  # as read back: tuples are lists
     began, report = time.monotonic(), Counter()
     try:
         found = made_like(out, meta, asdict(Settings()), s.overwrite)
-        if found and set(s.source) == {"shakespeare"}:  # a text that never changes
+        fixed = set(s.source) == {"shakespeare"} and s.tokenizer in ("bytes", "gpt2", "bpe")
+        if found and fixed:  # a text and a tokenizer that never change: no second download
             raise AlreadyPrepared
         for source in s.source:
             require(source)
@@ -88,6 +89,8 @@ def prepare(s: Settings) -> None:
             with Spool(folder) as spool:
                 read(s, spool, report)
                 meta["text"] = spool.describe()
+                if tokenizer:  # the run of that name may have been trained anew
+                    meta["tokenizer_sha256"] = tokenizer.digest()
                 if made_like(out, meta, asdict(Settings()), s.overwrite):
                     raise AlreadyPrepared
                 split(s, spool)
@@ -178,6 +181,8 @@ def split(s: Settings, spool: Spool) -> None:
             u = draw(document, s.seed)
             name = "val" if s.val and u <= val_end else "test" if u <= test_end else "train"
             spool.put(name, document.start, document.start + document.size)
+    if not spool.bytes["train"]:
+        raise ValueError("nothing is left to train on: use more text, or smaller --val and --test")
     for name, fraction in (("val", s.val), ("test", s.test)):
         if fraction and not spool.bytes[name]:
             raise ValueError(

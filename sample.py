@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from engine import settings, threads
+from engine import settings
 from engine.settings import Bound, Count, NotNegative
 
 Share = Annotated[float, Bound("above 0 and at most 1", lambda p: 0 < p <= 1)]
@@ -21,7 +21,6 @@ Penalty = Annotated[float, Bound("above 0; 1 is off", lambda x: x > 0)]
 Samples = Annotated[int, Bound("from 1 to 1024", lambda n: 1 <= n <= 1024)]
 Stops = Annotated[tuple, Bound("text, not nothing", all)]
 Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
-Threads = Annotated[str, Bound("auto or a number from 1 to 1024", threads.valid)]
 
 # what can change in the middle of an interactive session
 CHANGEABLE = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -46,7 +45,7 @@ class Settings:
     quantize: Quantize = ""  # int8: weights of eight bits, on a CPU; faster, slightly higher loss
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of the weights and of matrix products
-    threads: Threads = "auto"  # of a CPU: a number, or chosen by the size of the model
+    threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the model
     fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
 
 
@@ -74,7 +73,7 @@ def main(argv: list[str]) -> None:
     prompt = s.prompt
     if s.prompt_file:
         file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")
-        prompt = file.read().decode(errors="replace").replace("\r\n", "\n")
+        prompt = file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
 
     from engine.checkpoint import find, load_weights
 

@@ -90,10 +90,11 @@ class Tokenizer:
         return np.concatenate(ids)
 
     def encode_plain(self, text: str) -> np.ndarray:
+        text = text.encode(errors="replace").decode()  # half a surrogate pair is no text
         if self.normalizer:
             text = unicodedata.normalize(self.normalizer, text)
         if self.kind == "bytes":
-            return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.uint32)
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode(self, text: str) -> list[int]:

@@ -90,7 +90,7 @@ def decode(data: bytes, name: str) -> str:
     """The text of `data`, or nothing if it is not in that encoding."""
     try:
         return codecs.getincrementaldecoder(name)().decode(data)
-    except UnicodeDecodeError:
+    except UnicodeError:  # also that of UTF-16 that wants a mark
         return ""
 
 

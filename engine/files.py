@@ -106,7 +106,7 @@ def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     something in it makes way if `replace` is set. Raises ValueError if a folder of the user's
     stands where the work should be done.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link leads to another disk, perhaps
     partial = target.with_name(f"{target.name}.partial")
     folder, old, note = partial / target.name, partial / f"{target.name}.old", partial / NOTE
     handle = claim(partial, note)

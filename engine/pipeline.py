@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import get_context, parent_process
@@ -36,7 +37,7 @@ def processes(count: int, prepare: Callable | None = None, *arguments):
     """
     count = count or cores()
     start = dict(initializer=start_process, initargs=(prepare, arguments))
-    with ProcessPoolExecutor(count, get_context("spawn"), **start) as pool:
+    with explained(), ProcessPoolExecutor(count, get_context("spawn"), **start) as pool:
 
         def each_chunk(what: str, function: Callable, path: Path, numbers=None) -> Iterator:
             """function(path, number) of all chunks, or those, in order; never far ahead."""
@@ -50,6 +51,16 @@ def processes(count: int, prepare: Callable | None = None, *arguments):
                     progress((done + 1) * PIECE)
 
         yield each_chunk
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as e:
+        raise ValueError(
+            "a process was killed, perhaps for want of memory: use fewer --workers"
+        ) from e
 
 
 def start_process(prepare: Callable | None, arguments: tuple) -> None:

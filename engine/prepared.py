@@ -39,6 +39,9 @@ def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
             for facts in (text, new)
         )
         raise ValueError(f"{out} was made from another text ({then} then, {now} now): {remedy}")
+    known = made.get("tokenizer_sha256")
+    if meta.get("tokenizer_sha256", known) != known:
+        raise ValueError(f"{out} was made with another tokenizer of that name: {remedy}")
     return True
 
 

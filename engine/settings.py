@@ -270,7 +270,8 @@ def run(main) -> None:
     Mistakes travel as ValueError and OSError. `python -X dev` shows where they come from.
     """
     if sys.stdout:
-        sys.stdout.reconfigure(line_buffering=True)  # a log file is as far as the run is
+        # a log file is as far as the run is; what a terminal cannot show ends no run
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         status = main(sys.argv[1:])
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):

@@ -8,6 +8,7 @@ that cannot be read raises Unreadable while it is iterated; the next ones can be
 import codecs
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import sys
@@ -109,7 +110,7 @@ def shakespeare() -> str:
     try:
         with urllib.request.urlopen(SHAKESPEARE, timeout=20) as f:
             content = f.read()
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         raise ValueError(f"tiny Shakespeare cannot be downloaded here ({e}): {remedy}") from e
     if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError(f"what was downloaded is not tiny Shakespeare (sha256): {remedy}")
@@ -126,7 +127,7 @@ def file_documents(path: Path, field: str, encoding: str) -> Iterator[Iterable[s
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             if name.endswith(".jsonl"):
                 mark = encodings.of_mark(f.peek(4))
-                lines = map(str.encode, io.TextIOWrapper(f, mark, errors="replace")) if mark else f
+                lines = map(str.encode, io.TextIOWrapper(f, mark)) if mark else f
                 for number, line in enumerate(lines, start=1):
                     yield jsonl_row(line, field, f"{path}, line {number}", encoding)
             else:
@@ -135,6 +136,8 @@ def file_documents(path: Path, field: str, encoding: str) -> Iterator[Iterable[s
         yield unreadable(Unreadable(path, f"no whole gzip file ({e})"))
     except Unreadable as e:
         yield unreadable(e)
+    except UnicodeError as e:
+        yield unreadable(Unreadable(path, f"not {mark}, as its mark says ({e})"))
     except OSError as e:
         yield unreadable(Unreadable(path, e.strerror or str(e)))
 
@@ -165,7 +168,9 @@ def pieces(f: io.BufferedIOBase, name, encoding: str) -> Iterator[str]:
             text += decoder.decode(block)
         except UnicodeDecodeError as e:
             raise Unreadable(name, complaint(e, chosen, given)) from e
-        # a piece never parts a letter from its accent, which NFC may join
+        except UnicodeError as e:  # UTF-16 or UTF-32 that wants a mark
+            raise Unreadable(name, f"not {chosen}: {e}") from e
+        # a piece hardly ever parts a letter from its accent, which NFC may join
         cut = text.rfind("\n") + 1 or text.rfind(" ") + 1 or len(text)
         yield text[:cut]
         text = text[cut:]
@@ -247,5 +252,5 @@ def parquet_rows(path: Path, field: str) -> Iterator[str]:
         for batch in file.iter_batches(batch_size=1000, columns=[field]):
             for row in batch.column(0).to_pylist():
                 yield (row or "").replace("\r\n", "\n").replace("\r", "\n")
-    except (pyarrow.ArrowException, OSError) as e:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         raise Unreadable(path, f"no whole parquet file ({e})") from e

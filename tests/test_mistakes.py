@@ -537,7 +537,7 @@ FOUND = [
     train("init_from nothing", ["--init_from=nope"], "'nope'"),
     train("init_from a data set", ["--init_from=data"], "data"),
     train("init_from another tokenizer", ["--init_from=run", "--data=other"],
-          ["run reads bytes", "python prepare.py docs --tokenizer=run"],
+          ["run reads bytes", "python prepare.py docs --val=0.2 --test=0.0", "--tokenizer=run"],
           lambda: importlib.import_module("prepare").main(
               ["docs", "--out=other", "--vocab_size=260", "--val=0.2", "--test=0"])),
     case("plot-row that is no object", "plot", ["run", "--out=new.png"], "metrics.jsonl",
