@@ -145,8 +145,10 @@ def test_killed_at_random_moments(data, tmp_path, kills, uninterrupted):
     assert_equal_runs(tmp_path / "parts", uninterrupted())
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("kills", [1, 10])
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)],
+)
 def test_torchrun_restarts_a_killed_rank(data, tmp_path, kills, uninterrupted):
     launcher = [*TORCHRUN, f"--max-restarts={kills}"]
     process = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
@@ -166,7 +168,7 @@ def test_torchrun_restarts_a_killed_rank(data, tmp_path, kills, uninterrupted):
     assert_equal_runs(tmp_path / "parts", uninterrupted(TORCHRUN))
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_compiled_runs_resume_to_the_same_bits(train, monkeypatch):
     settings = ["--compile=true", "--dropout=0.1", "--dtype=bfloat16"]
     whole = train("whole", *settings)
@@ -325,7 +327,7 @@ def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
     [
         pytest.param([], 2, id="one process"),
         pytest.param([], 20, id="one process, often", marks=pytest.mark.soak),
-        pytest.param(TORCHRUN, 1, id="two processes", marks=pytest.mark.soak),
+        pytest.param(TORCHRUN, 1, id="two processes", marks=pytest.mark.slow),
         pytest.param(TORCHRUN, 20, id="two processes, often", marks=pytest.mark.soak),
     ],
 )
