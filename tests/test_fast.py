@@ -109,3 +109,14 @@ def test_dropout_falls_where_the_book_says():
         torch.manual_seed(3)
         model.result = model(tokens())
     torch.testing.assert_close(plain.result, quick.result)
+
+
+@pytest.mark.parametrize("name", ["modern", "qwen2"])
+def test_a_context_too_long_for_plain_products_is_read_as_the_book_reads_it(name):
+    length = fast.SHORT + 8
+    model, x = make(name, n_layer=1, block_size=length), tokens(1, length)
+    assert fast.agreeing(model.config, CPU, torch.float32) == list(fast.PARTS)
+    with torch.no_grad():
+        expected = model(x)
+        fast.install(model, list(fast.PARTS))
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
