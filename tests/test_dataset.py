@@ -113,6 +113,12 @@ def test_part_of_an_evaluation_is_spread_evenly_whatever_the_number_of_processes
         assert max(gaps) - min(gaps) <= 2 * 16
 
 
+def test_bytes_of_tokens_are_those_of_the_text_without_its_ends(data):
+    split = Dataset(str(data)).split("val")
+    assert split.bytes_of(np.array([*"文 a".encode(), 256, *b"b", 256])) == 6
+    assert split.bytes_of(np.array([256])) == 0
+
+
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
 @pytest.mark.parametrize("world", [1, 3])
 def test_evaluation_predicts_every_token_but_the_first_once(tmp_path, n, world):

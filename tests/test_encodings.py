@@ -67,6 +67,12 @@ def test_binaries_are_no_text():
         assert encodings.guess(data) == "binary"
 
 
+@pytest.mark.parametrize("controls, binary", [(5, False), (6, True), (40, True)])
+def test_one_control_character_in_twenty_is_text_and_more_are_none(controls, binary):
+    data = b"\x01" * controls + b"a" * (100 - controls)
+    assert encodings.looks_binary(data) == binary
+
+
 @pytest.mark.parametrize("name", ["utf-16", "utf-32", "utf-16-be"])
 def test_a_mark_is_believed(name):
     data = ("\ufeff" * (name == "utf-16-be") + CHINESE).encode(name)

@@ -9,6 +9,7 @@ from test_model import SHAPES, make, tokens
 
 import model as book
 from engine import fast
+from engine.machine import Machine
 from model import GPTConfig
 
 CPU = torch.device("cpu")
@@ -109,3 +110,22 @@ def test_dropout_falls_where_the_book_says():
         torch.manual_seed(3)
         model.result = model(tokens())
     torch.testing.assert_close(plain.result, quick.result)
+
+
+@pytest.mark.parametrize("name", ["modern", "qwen2"])
+def test_a_context_too_long_for_plain_products_is_read_as_the_book_reads_it(name):
+    length = fast.SHORT + 8
+    model, x = make(name, n_layer=1, block_size=length), tokens(1, length)
+    assert fast.agreeing(model.config, CPU, torch.float32) == list(fast.PARTS)
+    with torch.no_grad():
+        expected = model(x)
+        fast.install(model, list(fast.PARTS))
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_that_goes_on_gets_no_part_that_it_had_not():
+    here = Machine(CPU, torch.float32, compile=False, rank=0, world=1, why="")
+    for had in (["norm", "head"], [], list(fast.PARTS)):
+        model = make("modern")
+        fast.use(model, here, True, before=dict(fast=had))
+        assert fast.installed(model) == had

@@ -16,7 +16,7 @@ from conftest import make_text, script
 from safetensors.torch import load_file, save_file
 
 import huggingface
-from engine import families, tokenizer_json
+from engine import families, tensors, tokenizer_json
 from engine.checkpoint import load_model
 from model import GPTConfig
 from sample import generate
@@ -338,6 +338,24 @@ def test_a_model_trained_here_writes_the_same_text_in_a_pipeline(shape, train, t
     facts = json.loads(next(run.glob("step-*/state.json")).read_text())
     for fact in (facts["data_digest"], '"tokens_seen": 7680', '"val_loss": ', '"lr": 0.05'):
         assert fact in card
+
+
+def test_the_card_of_an_early_checkpoint_tells_nothing_of_later_steps(train, tmp_path):
+    run, out = train("run", "--lr=0.05"), tmp_path / "out"
+    huggingface.main(["export", str(run / "step-00000004"), str(out)])
+    card = json.loads((out / "README.md").read_text().split("```")[1].removeprefix("json"))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    early, late = (row for row in map(json.loads, lines) if "val_loss" in row)
+    assert card["val_loss"] == early["val_loss"] != late["val_loss"]
+    assert card["updates"] == 4
+
+
+def test_stored_numbers_are_aligned_however_long_the_header_is(tmp_path):
+    for length in range(1, 9):
+        path, name = tmp_path / f"{length}.safetensors", "w" * length
+        tensors.write_safetensors(path, {name: [2]}, [torch.ones(2)])
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+        assert load_file(path)[name].tolist() == [1, 1]
 
 
 # --- what begins a prompt, and what ends a sample

@@ -80,3 +80,9 @@ def test_a_run_that_goes_on_goes_on_in_wandb_too(train, tracked):
     steps = [step for step, row in tracked.rows if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == steps[:8]
+
+
+def test_nothing_is_believed_behind_a_torn_row(tmp_path):
+    rows = [b'{"step": 1, "tokens": 8}', b'{"step": 2, "tok', b'{"step": 3, "tokens": 24}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(rows) + b"\n")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]

@@ -176,9 +176,27 @@ def test_chunks_are_cut_where_tokens_do_not_change(monkeypatch, tmp_path):
     path.write_bytes(text.encode() + b"\0")
     chunks = [spool.read_chunk(path, i) for i in range(-(-path.stat().st_size // 4000))]
     assert "".join(chunks) == text + "\0"
-    words = prepare.regex.findall(prepare.SPLIT, text)
-    cut = [word for chunk in chunks for word in prepare.regex.findall(prepare.SPLIT, chunk[:-1])]
-    assert len(chunks) > 3 and abs(len(cut) - len(words)) <= len(chunks)
+    cut = [word for chunk in chunks for word in prepare.regex.findall(prepare.SPLIT, chunk)]
+    assert len(chunks) > 3 and cut == prepare.regex.findall(prepare.SPLIT, text + "\0")
+
+
+def test_a_vocabulary_knows_the_training_text_alone(tmp_path):
+    path, out = tmp_path / "text.txt", tmp_path / "out"
+    path.write_text("lorem\n" * 800 + "dizzy\n" * 100 + "quick\n" * 100)
+    prepare.main([str(path), f"--out={out}", "--val=0.1", "--test=0.1"])
+    tokenizer = Dataset(str(out)).tokenizer
+    assert [len(tokenizer.encode(word)) for word in ("lorem", "dizzy", "quick")] == [1, 5, 5]
+
+
+def test_a_vocabulary_that_reads_a_part_reads_of_the_end_as_of_the_beginning(tmp_path, monkeypatch):
+    for module in (prepare, sources, spool, pipeline):
+        monkeypatch.setattr(module, "PIECE", 1000)
+    monkeypatch.setattr(pipeline, "ProcessPoolExecutor", InProcess)
+    path, out = tmp_path / "halves.txt", tmp_path / "out"
+    path.write_text("lorem ipsum\n" * 500 + "dolor amet\n" * 500)
+    prepare.main([str(path), f"--out={out}", "--bpe_bytes=2000", "--val=0", "--test=0"])
+    tokenizer = Dataset(str(out)).tokenizer
+    assert len(tokenizer.encode("lorem")) == len(tokenizer.encode("dolor")) == 1
 
 
 def test_prepared_before_is_said_and_nothing_is_touched(tmp_path, text_file, capsys):

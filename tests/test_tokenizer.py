@@ -113,6 +113,11 @@ def test_too_little_text_gives_a_smaller_vocabulary():
     assert tokenizer.decode(tokenizer.encode("few words")) == "few words"
 
 
+def test_what_occurs_once_is_no_token():
+    learned = bpe_tokenizer(Counter({"once": 1, "ho": 2}), 300)
+    assert learned.vocab_size == 256 + 2 and learned.encode("ho once") == [256, *b" once"]
+
+
 SINGLE = [base64.b64encode(bytes([i])).decode() + f" {i}" for i in range(256)]
 HOSTILE_VOCABULARIES = {
     "a huge id": [*SINGLE, "YWE= 4294967290"],

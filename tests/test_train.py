@@ -239,6 +239,16 @@ def test_patience_ends_a_run_that_gets_no_better(train, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_the_speed_of_a_row_is_that_of_the_steps_since_the_row_before(train, monkeypatch):
+    import train as script
+
+    update, rest = script.update, 0.05
+    monkeypatch.setattr(script, "update", lambda *a: (time.sleep(rest), update(*a))[1])
+    found = [row for row in read_metrics(train("run", "--log_every=2")) if "loss" in row]
+    assert [row["step"] for row in found] == [2, 4, 6, 8]
+    assert all(0 < row["tokens_per_second"] <= 256 / rest for row in found)
+
+
 def test_learning_rate_is_tied_to_the_number_of_steps():
     linear = [learning_rate(i, 10, 0.2, 0.5, 0.1, "linear") for i in range(10)]
     assert linear == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 0.82, 0.64, 0.46, 0.28])
