@@ -10,8 +10,8 @@ A bug is a file, a text that stands in it exactly once, what stands there instea
 says what is then wrong: see mutants.txt. It is put into a copy of the repository in a
 temporary folder, one copy for each worker; the repository itself is never touched. Then pytest
 runs the tests most likely to notice (`NEAR`, by file), up to the first failure; a bug that passes
-them has to pass all the others, too (but those marked slow or soak). Before that the copy without a bug
-has to pass, since otherwise everything would count as caught.
+them has to pass all the others, too (but those marked slow or soak). Before that the copy without
+a bug has to pass, since otherwise everything would count as caught.
 
 The table at the end has a line for each bug: its number, what it breaks, and
 
