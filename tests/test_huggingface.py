@@ -125,6 +125,25 @@ def test_imported_ids_are_those_of_the_tokenizers_library(kind):
         assert ours.end_of_text == theirs.token_to_id("<|endoftext|>")
 
 
+def test_a_word_that_no_merge_makes_is_looked_up_whole():
+    info = json.loads(KINDS["llama3"]().to_str())
+    whole = info["model"]["vocab"]["qxzq"] = len(info["model"]["vocab"])
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(info))
+    ours = tokenizer_json.from_json(info, "llama3", whole + 1, [])
+    assert ours.encode("qxzq") == theirs.encode("qxzq").ids == [whole]
+    for text in ("qxzq qxzq", "qxzqs", "a qxzq.qxzq", "qxzqxzq"):
+        assert ours.encode(text) == theirs.encode(text).ids
+
+
+def test_ids_in_another_order_than_the_merges_are_refused():
+    info = json.loads(KINDS["gpt2"]().to_str())
+    vocab, merges = info["model"]["vocab"], info["model"]["merges"]
+    first, second = ("".join(merge) for merge in merges[:2])
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    with pytest.raises(ValueError, match="ids in another order than its merges"):
+        tokenizer_json.from_json(info, "turned", len(vocab), [])
+
+
 def ours_of(kind: str) -> Tokenizer:
     if kind == "bytes":
         return bytes_tokenizer()
