@@ -1,4 +1,4 @@
-"""A request to stop is honoured where nothing is lost, and ends with the status that is promised."""
+"""A request to stop is honoured where nothing is lost, and ends with the promised status."""
 
 import os
 import subprocess
