@@ -91,12 +91,17 @@ def documents(
         for p in sorted(files):
             yield from file_documents(p, field, encoding)
     elif source == "python":
-        root = Path(sysconfig.get_path("stdlib"))
-        for p in sorted(root.rglob("*.py")):
-            if not set(p.relative_to(root).parts) & LEFT_OUT:
-                yield from file_documents(p, field, encoding)
+        for p in library():
+            yield from file_documents(p, field, encoding)
     elif source == "shakespeare":
         yield [shakespeare()]
+
+
+def library() -> list[Path]:
+    """The files of Python's standard library, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(root.rglob("*.py"))
+    return [path for path in files if not set(path.relative_to(root).parts) & LEFT_OUT]
 
 
 def matches(path: Path, patterns: str) -> bool:
