@@ -125,14 +125,10 @@ class Tokenizer:
         e = self.encoding
         info = dict(kind=self.kind, name=self.name, pattern=e._pat_str)
         info |= dict(normalizer=self.normalizer, special_tokens=self.special)
-        if self.end_of_text != self.special.get(END_OF_TEXT):
-            info["end_of_text"] = self.end_of_text
-        if self.literal:
-            info["literal"] = self.literal
-        if self.begin:
-            info["begin"] = self.begin
-        if self.ends != [self.end_of_text]:
-            info["ends"] = self.ends
+        usual = dict(end_of_text=self.special.get(END_OF_TEXT), literal=[], begin=[])
+        usual["ends"] = [self.end_of_text]
+        unusual = {key: getattr(self, key) for key in usual}
+        info |= {key: value for key, value in unusual.items() if value != usual[key]}
         text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
         ranks = sorted(e._mergeable_ranks.items(), key=lambda item: item[1])
         lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
