@@ -35,6 +35,7 @@ class Machine:
     rank: int
     world: int
     why: str
+    gradients: "GradientSum | None" = None  # of the model that learns
 
     def autocast(self):
         """The context of a forward pass: matrix products in `dtype`, parameters stay float32."""
