@@ -3,34 +3,24 @@
 out/<run>/  lock  config.json  metrics.jsonl  metrics.sha256  step-00000400/  step-00000800/
 """
 
-import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 
 import torch
 
-from engine import checkpoint, fast, machine, settings
-from engine.files import WINDOWS, lock_file, require_space, write_durably
+from engine import checkpoint, fast, machine, resume, settings
+from engine.files import WINDOWS, require_space, write_durably
 from engine.machine import Machine
 from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
 from model import GPT
 
-# What may differ when a run is resumed; anything else would make it another run. First where things
-# are and what is shown, then where and how it is computed: the data and the mathematics stay.
-FREE = {"config", "data", "tokenizer", "out", "init_from", "fresh", "steps", "patience"}
-FREE |= {"eval_tokens", "log_every", "eval_every", "save_every"}
-FREE |= {"sample_tokens", "sample_prompt"}
-FREE |= {"tensorboard", "wandb", "eval_only", "split", "show_batch"}
-FREE |= {"device", "dtype", "compile", "threads", "fast", "deterministic", "device_batch"}
 NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None)  # the state of a run at step 0
-ALOUD = {"steps": "the learning rate follows", "eval_tokens": "losses compare less exactly"}
 
 
 class Run:
@@ -71,7 +61,7 @@ class Run:
         """Locks the folder and clears what was interrupted there; returns the newest step."""
         if not self.folder.exists():
             return 0  # made in `begin`, when no mistake has been found
-        self.lock = lock(self.folder)
+        self.lock = resume.lock(self.folder)
         if self.fresh:
             return 0  # moved aside in `begin`, likewise
         for pattern in ("step-*.partial", "step-*.old"):  # an interrupted save or deletion
@@ -108,8 +98,6 @@ class Run:
         self.digest = here.first_does(data.verify)
         self.model, self.optimizers, self.scale = model, optimizers, scale
         self.validate, self.tokenizer = validate, data.tokenizer
-        if self.step:
-            checkpoint.load_optimizers(self.path, model, optimizers)
         learned, held_out = (f"{data.split(name).tokens:,} tokens" for name in ("train", "val"))
         known = f"vocabulary {data.tokenizer.vocab_size:,}"
         here.say(f"data: {s.data}, {learned} to train on, {held_out} to validate, {known}")
@@ -126,6 +114,8 @@ class Run:
             device_batch=s.device_batch,
         )
         here.first_does(self.open_log)
+        if self.step:
+            checkpoint.load_optimizers(self.path, model, optimizers)
         threads = f"{number} thread{'s' if number > 1 else ''}"
         count = f"{model.num_parameters():,} parameters"
         here.say(f"model: {count}, {s.batch_tokens:,} tokens a step, {threads}")
@@ -140,53 +130,24 @@ class Run:
         now = settings.flat(self.s)
         before = settings.known(type(self.s), state["settings"]) if self.step else now
         if self.step:
-            self.check(before, now)
-        need = 3 * sum(
-            p.nbytes for p in self.model.parameters()
-        )  # weights, at most two moments of each
+            resume.check(self, before, now)
+        weights = sum(p.nbytes for p in self.model.parameters())
+        need = 3 * weights  # of each there are at most two moments
         free = require_space(self.folder, need)
         if self.fresh and self.lock:
             if WINDOWS:  # where nothing in a folder may be open when it is renamed
                 self.lock.close()
-            move_aside(self.folder)
+            resume.move_aside(self.folder)
             self.lock = None
-        self.lock = self.lock or lock(self.folder)
+        self.lock = self.lock or resume.lock(self.folder)
         self.log_file = MetricsLog(self.folder, self.step, state["metrics"])
         path = self.folder / "config.json"
-        sound = (as_file(state["settings"]), as_file(now)) if self.step else ()
+        sound = (resume.as_file(state["settings"]), resume.as_file(now)) if self.step else ()
         if self.step and (not path.exists() or path.read_bytes() not in sound):
             print(f"{path} is not that of the checkpoint: written anew")
-        write_durably(path, as_file(now))
+        write_durably(path, resume.as_file(now))
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder, self.step)
-
-    def check(self, before: dict, now: dict) -> None:
-        """Says where the run goes on. Raises ValueError if that would make it another run."""
-        state = self.state
-        differ = [k for k in now if k not in FREE and before[k] != now[k]]
-        if differ:
-            changes = ", ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in differ)
-            raise ValueError(
-                f"{self.path} belongs to a run with other settings ({changes}): choose another"
-                " --out, or begin anew with --fresh"
-            )
-        if state["data_digest"] != self.digest:
-            raise ValueError(
-                f"the data in {self.s.data} (digest {self.digest[:8]}) is not what {self.path} was"
-                f" trained on ({state['data_digest'][:8]}): bring it back, or begin anew with"
-                " --fresh"
-            )
-        verified = f"{self.files} files verified, data digest {self.digest[:8]}"
-        print(f"resumed from step {self.step} of {self.folder} ({verified})")
-        if self.s.init_from:
-            print(f"init_from={self.s.init_from!r} is not read again: the run has its own weights")
-        for name, meaning in ALOUD.items():
-            if before[name] != now[name]:
-                print(f"{name} was {before[name]}, is {now[name]}: {meaning}")
-        for name, value in self.circumstances.items():
-            was = state["machine"].get(name, value)
-            if was != value:
-                print(f"{name} was {was}, is {value}: the same data, but not the same bits")
 
     # --- the steps
 
@@ -349,28 +310,3 @@ class Run:
             f" {(step - 1) * rows} to {step * rows - 1} (--show_batch={step} prints it); the last"
             f" saved step is {self.saved or 'none'}"
         )
-
-
-def as_file(values: dict) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def lock(folder: Path):
-    """Makes `folder` this process's own until the returned handle is closed. Raises ValueError."""
-    parts = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if parts and "lock" not in parts:
-        raise ValueError(f"{folder} holds something else than a run: choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return lock_file(folder / "lock", wait=False)
-    except BlockingIOError as e:
-        raise ValueError(f"another process works in {folder}: choose another --out") from e
-
-
-def move_aside(folder: Path) -> None:
-    """Renames the folder of a run that has something in it to the next free <name>.1, .2, ..."""
-    if not any(path.name != "lock" for path in folder.iterdir()):
-        return
-    aside = next(p for n in count(1) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
-    folder.rename(aside)
-    print(f"the old run is now {aside}")

@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, script
 
 from engine import checkpoint
 from engine.metrics import read_metrics
-from engine.run import lock
+from engine.resume import lock
 from optim import LossScale, learning_rate
 
 
