@@ -59,7 +59,10 @@ class Machine:
             except (ValueError, OSError) as e:
                 problem = e
         if self.sum([problem is not None])[0]:
-            raise problem or SystemExit(2)
+            try:
+                raise problem or SystemExit(2)
+            finally:
+                del problem  # whose traceback knows this frame: a circle would keep locks held
         return result
 
     def say(self, text: str) -> None:
