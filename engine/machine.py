@@ -35,6 +35,7 @@ class Machine:
     rank: int
     world: int
     why: str
+    gradients: "GradientSum | None" = None  # of the model that learns
 
     def autocast(self):
         """The context of a forward pass: matrix products in `dtype`, parameters stay float32."""
@@ -42,8 +43,10 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def put(self, array: np.ndarray) -> torch.Tensor:
-        """An array of token ids as a tensor on the device."""
+    def put(self, array: np.ndarray | None) -> torch.Tensor | None:
+        """An array as a tensor on the device; None stays None."""
+        if array is None:
+            return None
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def first_does(self, function):
@@ -58,7 +61,10 @@ class Machine:
             except (ValueError, OSError) as e:
                 problem = e
         if self.sum([problem is not None])[0]:
-            raise problem or SystemExit(2)
+            try:
+                raise problem or SystemExit(2)
+            finally:
+                del problem  # whose traceback knows this frame: a circle would keep locks held
         return result
 
     def say(self, text: str) -> None:
