@@ -54,9 +54,11 @@ def interval(figures: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def difference(a: Score, b: Score) -> tuple[float, float, float]:
-    """a - b over the same rows, and its interval: they differ if it leaves out 0."""
-    return a.value - b.value, *interval(resampled(a) - resampled(b))
+def compared(a: Score, b: Score) -> tuple[float, float, float, str]:
+    """a - b over the same rows, its interval, and what that says."""
+    low, high = interval(resampled(a) - resampled(b))
+    verdict = "they differ" if low > 0 or high < 0 else "no difference is shown"
+    return a.value - b.value, low, high, verdict
 
 
 # --- figures
@@ -175,6 +177,14 @@ def self_bleu(texts: list[str]) -> float:
     metric = BLEU(tokenize="zh" if is_chinese(texts) else "13a", effective_order=True)
     found = [metric.sentence_score(t, texts[:i] + texts[i + 1 :]) for i, t in enumerate(texts)]
     return sum(score.score for score in found) / max(1, len(found))
+
+
+VARIETY = {
+    "distinct-1": lambda texts: distinct(texts, 1),
+    "distinct-2": lambda texts: distinct(texts, 2),
+    "repetition": repetition,
+    "self-BLEU": self_bleu,
+}
 
 
 # --- floors

@@ -58,10 +58,10 @@ def test_a_paired_comparison_sees_what_two_intervals_do_not():
     """b is right wherever a is, and on 12 more of 400: each interval is some 4 points wide."""
     a = scores.mean([True] * 200 + [False] * 200)
     b = scores.mean([True] * 212 + [False] * 188)
-    gained, low, high = scores.difference(b, a)
-    assert gained == 3 and 0 < low < 3 < high < 6
+    gained, low, high, verdict = scores.compared(b, a)
+    assert gained == 3 and 0 < low < 3 < high < 6 and verdict == "they differ"
     assert scores.interval(scores.resampled(a))[1] > b.value
-    assert scores.difference(a, a) == (0, 0, 0)
+    assert scores.compared(a, a) == (0, 0, 0, "no difference is shown")
 
 
 def test_the_figure_of_resampled_rows_is_computed_anew():
