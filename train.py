@@ -184,9 +184,7 @@ def train(s: Settings, stop: Stop) -> int:
         for step in run.steps():
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
-            batch = learned.batch(
-                step - 1, rows, s.model.block_size, s.seed, here.rank, here.world
-            )
+            batch = learned.batch(step - 1, rows, s.model.block_size, s.seed, here.rank, here.world)
             loss, norm = update(runner, optimizers, scale, batch, step, s, here)
             run.log(step, loss, s.lr * factor, norm)
             run.save(step)
