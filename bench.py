@@ -3,7 +3,6 @@
     train     training steps of GPT-2's smallest shape, beside transformers (if installed)
     decode    text from that shape, one sequence and eight, beside transformers and CTranslate2
     prepare   the whole of prepare.py with GPT-2's vocabulary, beside tiktoken's own batch call
-    loss      the whole command of config/shakespeare.py and config/small.py: seconds and loss
 
 Every figure comes from a process of its own. The variants take turns for `rounds` rounds, and the
 table shows medians, so that a machine that is slower for a while is slower for all. Whatever is not
@@ -40,7 +39,7 @@ GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
 
 @dataclass
 class Settings:
-    what: str = "train"  # train, decode, prepare or loss
+    what: str = "train"  # train, decode or prepare
     rounds: Positive = 3  # times that each variant runs, in a process of its own
     calls: Positive = 6  # in each of them, what is measured is done so often
     shape: Literal["gpt2", "modern"] = "gpt2"  # train, decode: ours; modern is train.py's default
@@ -53,7 +52,6 @@ class Settings:
     fast: bool = True  # train, decode: false measures model.py itself
     tokens: Positive = 64  # decode: tokens to generate
     tokenizer: str = "gpt2"  # prepare: the vocabulary
-    seeds: Positive = 1  # loss: runs of each config
     only: str = ""  # run this variant alone, in this process, and print its figures as JSON
 
 
@@ -114,14 +112,6 @@ def timed(s: Settings, function) -> float:
         function()
         times.append(time.perf_counter() - start)
     return statistics.median(times[WARM_UP:])
-
-
-def seconds_of(script: str, *argv: str) -> float:
-    """How many seconds a whole command of ours takes."""
-    start = time.perf_counter()
-    # standard output is for figures: what it prints goes to standard error
-    subprocess.run([sys.executable, script, *argv], check=True, cwd=ROOT, stdout=2)
-    return time.perf_counter() - start
 
 
 def machine_for(dtype: str, products: bool = True):
@@ -264,7 +254,11 @@ def encode(s: Settings) -> dict:
     with TemporaryDirectory() as folder:
         path, out = Path(folder) / "text.txt", Path(folder) / "out"
         path.write_text(library_text(), encoding="utf-8")
-        seconds = seconds_of("prepare.py", str(path), f"--out={out}", f"--tokenizer={s.tokenizer}")
+        command = [sys.executable, str(ROOT / "prepare.py"), str(path), f"--out={out}"]
+        start = time.perf_counter()
+        # standard output is for figures: what it prints goes to standard error
+        subprocess.run([*command, f"--tokenizer={s.tokenizer}"], check=True, stdout=2)
+        seconds = time.perf_counter() - start
         meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
     tokens = sum(split["tokens"] for split in meta["splits"].values())
     return figure(tokens / seconds / 1e6, "M tokens/s", "whole command")
@@ -277,22 +271,7 @@ def encode_tiktoken(s: Settings) -> dict:
     return figure(tokens / (time.perf_counter() - start) / 1e6, "M tokens/s", "encoding only")
 
 
-# --- loss
-
-
-def whole_command(s: Settings, name: str) -> dict:
-    """The whole command of a config: its wall-clock time, and the loss it ends with."""
-    from engine.metrics import best_row
-
-    losses, seconds = [], []
-    for seed in range(1, s.seeds + 1):
-        with TemporaryDirectory() as folder:
-            argv = (f"config/{name}.py", f"--seed={seed}", f"--out={folder}/run")
-            seconds.append(seconds_of("train.py", *argv))
-            row = best_row(Path(folder) / "run")
-            losses.append((row["val_loss"], row["val_bpb"]))
-    loss, bpb = sorted(losses)[len(losses) // 2]
-    return figure(statistics.median(seconds), "s", f"loss {loss:.4f}, {bpb:.4f} bits per byte")
+# --- all of them
 
 
 def in_both(name: str, function, more: str = "", **options) -> dict:
@@ -313,10 +292,6 @@ VARIANTS = {
     | {"CTranslate2, float32": partial(decode_ctranslate2, dtype="float32")}
     | {"CTranslate2, int8": partial(decode_ctranslate2, dtype="int8")},
     "prepare": {"ours": encode, "tiktoken": encode_tiktoken},
-    "loss": {
-        "config/shakespeare.py": partial(whole_command, name="shakespeare"),
-        "config/small.py": partial(whole_command, name="small"),
-    },
 }
 
 
