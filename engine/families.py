@@ -265,9 +265,7 @@ def split(family: Family, w: Tensor, parts: dict[str, Tensor], head_dim: int) ->
     return turn(family, next(iter(parts)), w, head_dim).split(sizes)
 
 
-def fit(
-    family: Family, c: GPTConfig, found: dict[str, Stored], source: str
-) -> tuple[GPTConfig, dict]:
+def fit(family: Family, c: GPTConfig, found: dict[str, Stored], source: str) -> tuple:
     """The shape, without biases that are all zero, and its layout, if the tensors `found` fit.
 
     Raises ValueError if they do not. A size that no tensor has is refused before anything is made
@@ -280,20 +278,17 @@ def fit(
         if size > largest:
             raise ValueError(f"{source}: no tensor has the size {size} that config.json implies")
     there = layout(family, c)
-    for name, parts in there.items():
-        if name not in found:
-            raise ValueError(f"{source} lacks the tensor {name}, which its config.json implies")
-        shape = [*join(family, parts, c.head_dim).shape]
-        kind, actual = found[name].kind, found[name].shape
-        if actual != shape:
-            raise ValueError(f"{name} of {source} has shape {actual}: its config implies {shape}")
-        if kind not in FLOATS:
-            raise lacking(source, f"{kind} weights ({name})")
-    for name in sorted(found.keys() - there.keys()):
-        if not name.endswith(BUFFERS) and not (c.tied and name == "lm_head.weight"):
-            raise lacking(source, name)
-    biases = [w for name, w in found.items() if name in there and name.endswith(".bias")]
-    if family is GPT2 and not any(w.read().any() for w in biases):
+    implied = {name: [*join(family, w, c.head_dim).shape] for name, w in there.items()}
+    unread = {"lm_head.weight"} if c.tied else set()
+    unread |= {name for name in found if name.endswith(BUFFERS)}
+    for name in sorted(implied.keys() | found.keys() - unread):
+        shape = found[name].shape if name in found else "missing"
+        if shape != implied.get(name):
+            wanted = implied.get(name, "no such tensor")
+            raise ValueError(f"{name} of {source} is {shape}: its config.json implies {wanted}")
+        if found[name].kind not in FLOATS:
+            raise lacking(source, f"{found[name].kind} weights ({name})")
+    if family is GPT2 and not any(found[n].read().any() for n in there if n.endswith(".bias")):
         c = replace(c, bias=False)
         there = layout(family, c)
     return c, there
