@@ -302,14 +302,12 @@ def check(s: Settings) -> None:
     begin = Path(s.init_from).resolve()
     itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
     public = not (Path(s.data) / "meta.json").exists()
-    settings.check(
-        s,
-        ("batch_tokens", whole, s.batch_tokens % rows == 0),
-        ("warmup", f"at most steps={s.steps}", s.warmup <= s.steps),
-        ("show_batch", f"at most steps={s.steps}", s.show_batch <= s.steps),
-        ("init_from", f"another run than out={s.out!r}: choose another --out", not itself),
-        ("tokenizer", f"left out: {s.data} has its own", public or not s.tokenizer),
-    )
+    another = f"another run than out={s.out!r}: choose another --out"
+    settings.require(s.batch_tokens % rows == 0, s, "batch_tokens", whole)
+    settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
+    settings.require(s.show_batch <= s.steps, s, "show_batch", f"at most steps={s.steps}")
+    settings.require(not itself, s, "init_from", another)
+    settings.require(public or not s.tokenizer, s, "tokenizer", f"left out: {s.data} has its own")
     settings.require_package("tensorboard", s.tensorboard)
     settings.require_package("wandb", s.wandb)
     settings.require_memory(

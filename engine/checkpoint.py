@@ -155,7 +155,7 @@ def read_state(path: Path) -> tuple[dict, GPTConfig]:
         for key, kinds in STATE.items():
             if not isinstance(state[key], kinds):
                 raise ValueError(f"{key}={state[key]!r}")
-        known = settings_of(GPTConfig) | {"vocab_size": Setting(int, (), [], None, "")}
+        known = settings_of(GPTConfig) | {"vocab_size": Setting(int)}
         shape = {key: convert(key, value, known[key]) for key, value in state["model"].items()}
         return state, GPTConfig(**shape)
     except (ValueError, KeyError, TypeError, RecursionError) as e:
