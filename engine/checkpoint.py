@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -145,21 +146,30 @@ STATE = dict(step=int, settings=dict, model=dict, data_digest=(str, NoneType), s
 STATE |= dict(metrics=(dict, NoneType), loss_scale=(list, NoneType), machine=(dict, NoneType))
 
 
-def read_state(path: Path) -> tuple[dict, GPTConfig]:
-    """state.json and the shape of its model; a setting that is newer than it has its default.
+@contextmanager
+def named(path: Path):
+    """Within, content that train.py would not have written is a ValueError that names `path`: a
+    manifest says that nothing has changed since, and not who wrote it."""
+    from safetensors import SafetensorError
 
-    Raises ValueError for anything that train.py would not have written.
-    """
+    errors = (SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
     try:
+        yield
+    except errors as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise ValueError(f"{path} is damaged, or of another shape: {reason:.200}") from e
+
+
+def read_state(path: Path) -> tuple[dict, GPTConfig]:
+    """state.json and the shape of its model; a setting that is newer than it has its default."""
+    with named(path / "state.json"):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for key, kinds in STATE.items():
             if not isinstance(state[key], kinds):
-                raise ValueError(f"{key}={state[key]!r}")
+                raise TypeError(f"{key}={state[key]!r}")
         known = settings_of(GPTConfig) | {"vocab_size": Setting(int)}
         shape = {key: convert(key, value, known[key]) for key, value in state["model"].items()}
         return state, GPTConfig(**shape)
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path}/state.json is damaged: {e!r:.200}") from e
 
 
 def load_weights(path: Path) -> tuple[GPT, Tokenizer, dict]:
@@ -170,22 +180,18 @@ def load_weights(path: Path) -> tuple[GPT, Tokenizer, dict]:
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(verify, path, TO_SAMPLE)  # while torch is loaded
         import torch
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from model import GPT
     verified.result()
     state, config = read_state(path)
-    try:
+    with named(path / "model.safetensors"):
         # the header is compared with the size of the file before anything is allocated, and the
         # model has shapes only, until it is given the weights of the file
         weights = load_file(path / "model.safetensors")
         with torch.device("meta"):
             model = GPT(config)
         model.load_state_dict(weights, assign=True)
-    except (SafetensorError, RuntimeError) as e:
-        reason = " ".join(str(e).split())
-        raise ValueError(f"{path}/model.safetensors is not of this model: {reason:.200}") from e
     return model, Tokenizer.load(path), state
 
 
@@ -232,16 +238,13 @@ def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
 
 def load_optimizers(path: Path, model: GPT, optimizers: list) -> None:
     """Puts the optimizer state of a checkpoint folder back into the optimizers of `model`."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    try:
+    with named(path / "optimizer.safetensors"):
         for key, value in load_file(path / "optimizer.safetensors").items():
             parameter, entry = key.rsplit("/", 1)
             p = parameters[parameter]
             on_cpu = entry in ("step", "mu_product") and not owner[p].defaults.get("fused")
             owner[p].state[p][entry] = value if on_cpu else value.to(p.device)
-    except (SafetensorError, KeyError, ValueError) as e:
-        raise ValueError(f"{path}/optimizer.safetensors is not of this model: {e!r:.200}") from e

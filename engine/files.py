@@ -119,9 +119,7 @@ def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
                 shutil.copymode(note, path)  # some writers make their files for the owner only
                 fsync(path)
             fsync(folder)
-            if target.is_dir() and not any(target.iterdir()):
-                target.rmdir()
-            elif replace and target.exists():
+            if target.exists() and (replace or not any(target.iterdir())):
                 target.rename(old)
             folder.rename(target)
             fsync(target.parent)
@@ -139,13 +137,13 @@ def claim(partial: Path, note: Path):
     """Makes `partial` with its note, or takes over one whose owner is dead; returns the lock."""
     while True:
         with suppress(FileNotFoundError):  # another process has just finished, and removed it
-            empty = partial.is_dir() and not any(partial.iterdir())
-            if os.path.lexists(partial) and not note.exists() and not empty:
+            partial.mkdir(parents=True, exist_ok=True)
+            inside = os.listdir(partial)
+            if inside and NOTE not in inside:
                 raise ValueError(
                     f"{partial} is in the way and was not made here: rename it, or write to"
                     " another place"
                 )
-            partial.mkdir(parents=True, exist_ok=True)
             handle = lock_file(note)
             if note.exists() and os.path.samestat(note.stat(), os.fstat(handle.fileno())):
                 handle.truncate(0)  # by the handle that holds the lock: Windows lets no other write
@@ -184,10 +182,8 @@ def verify(folder: Path, names: Iterable[str]) -> None:
         raise ValueError(f"{folder} is damaged: manifest.json is missing or broken ({e!r})") from e
     for name, (size, sha256) in expected.items():
         path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder} is damaged: {name} is missing")
-        if path.stat().st_size != size:
-            found = path.stat().st_size
+        found = path.stat().st_size if path.is_file() else "no"
+        if found != size:
             raise ValueError(f"{folder} is damaged: {name} has {found} bytes instead of {size}")
         if sha256_of(path) != sha256:
             raise ValueError(f"{folder} is damaged: {name} is not what was written (sha256)")
