@@ -49,13 +49,11 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float, final: flo
     return final + (1 - final) * left
 
 
-def set_rates(optimizers: list, step: int, s) -> float:
-    """Sets all rates for the update that makes it `step`; returns that of the matrices."""
-    factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
+def set_rates(optimizers: list, factor: float) -> None:
+    """Sets every rate to `factor` times what its group began with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-    return s.lr * factor
 
 
 def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:

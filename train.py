@@ -89,15 +89,14 @@ class Settings:
     split: Literal["train", "val", "test"] = "val"  # which split eval_only takes
 
 
-def update(model, optimizers, loss_scale, gradient_sum, x, y, step: int, s: Settings, here):
+def update(model, optimizers, scale, x, y, step: int, s: Settings, here):
     """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
     gradient (infinite: float16 overflowed, and the update was left out).
 
     `x` and `y`, (B, T), are this process's share of the batch: inputs, and at each position the
-    token that comes next. `here` is the machine: its device, its type of numbers, and the other
-    processes, over which `gradient_sum` adds up gradients; `loss_scale` is 1 but for float16.
-    Raises FloatingPointError, with no weight changed, if loss or gradient are not finite and a
-    smaller loss scale is no remedy.
+    token that comes next. `here` is the machine: its device, its type of numbers, the other
+    processes. `scale` is 1 but for float16, see optim.py. Raises FloatingPointError, with no weight
+    changed, if loss or gradient are not finite and a smaller scale is no remedy.
     """
     import torch  # takes a second to load: mistakes in settings have been told by now
 
@@ -115,29 +114,29 @@ def update(model, optimizers, loss_scale, gradient_sum, x, y, step: int, s: Sett
         machine.seed(s.seed, step, here.rank, i)  # of dropout, which is so the same when resumed
         # the processes (DDP) hold equal weights and learn from different rows. Once, while the last
         # backward pass runs, their gradients are summed: then all make the same update
-        gradient_sum.active = i + rows == len(x)
+        here.gradients.active = i + rows == len(x)
         # autocast: products in 16 bits are faster where the hardware has them; weights, gradients
         # and the optimizer's sums stay in 32, where a small update to a large number is not rounded
         # away (arXiv:1710.03740)
         with here.autocast():
-            summed = model(here.put(x[i : i + rows]), here.put(y[i : i + rows]), reduction="sum")
-        part = summed / targets
-        (part * loss_scale.value).backward()  # scaled, where float16 would round gradients to zero
-        mean_loss += part.detach()
-    gradient_sum.wait()
-    loss_scale.unscale(list(model.parameters()))
+            nats = model(here.put(x[i : i + rows]), here.put(y[i : i + rows]), reduction="sum")
+        loss = nats / targets
+        (loss * scale.value).backward()  # scaled, where float16 would round gradients to zero
+        mean_loss += loss.detach()
+    here.gradients.wait()
+    scale.unscale(list(model.parameters()))
     # 2. clipping: a gradient longer than grad_clip is shortened, its direction kept, so that one
     # odd batch does not outweigh all others in the optimizers' running means (arXiv:1211.5063)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
     # 3. the step itself, unless there is nothing sound to follow
     (loss,) = here.sum([mean_loss.item()])
     finite = math.isfinite(loss) and math.isfinite(norm)
-    if not finite and (loss_scale.value == 1 or not math.isfinite(loss)):
+    if not finite and (scale.value == 1 or not math.isfinite(loss)):
         raise FloatingPointError(f"its loss is {loss} and its gradient norm {norm}")
     if finite:
         for optimizer in optimizers:
             optimizer.step()
-    loss_scale.update(finite)
+    scale.update(finite)
     model.zero_grad(set_to_none=True)
     return loss, norm
 
@@ -145,79 +144,47 @@ def update(model, optimizers, loss_scale, gradient_sum, x, y, step: int, s: Sett
 def train(s: Settings, stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status."""
     from dataset import Dataset
-    from engine import checkpoint, fast, machine
-    from engine.run import NEW, Run
-    from optim import LossScale, make_optimizers, set_rates
+    from engine import machine
+    from engine.run import Run
+    from evaluate import evaluate
+    from optim import LossScale, learning_rate, make_optimizers, set_rates
 
-    # 1. the machine, the data, the folder of the run
+    # 1. the machine, the folder of the run, the data
     here = machine.pick(s.device, s.dtype, s.compile)
-    here.say(f"machine: {here.why}")
     machine.start(here, s.deterministic)
-    stop.at_once = here.world == 1 or here.compile  # otherwise all processes stop after a step
-    data = Dataset(s.data, s.tokenizer)
-    digest = here.first_does(data.verify)
-    learned, held_out = data.split("train"), data.split("val")
-    learned.require(s.model.block_size)
-    sizes = f"{learned.tokens:,} tokens to train on, {held_out.tokens:,} to validate"
-    here.say(f"data: {s.data}, {sizes}, vocabulary {data.tokenizer.vocab_size:,}")
     run = Run(s, here, stop, START)
+    data = Dataset(s.data, s.tokenizer)
+    learned = data.split("train")
+    held_out = data.split("val")
+    learned.require(s.model.block_size)
 
     # 2. the model and its optimizers: new, or as the newest checkpoint of the run has them
-    if run.step:
-        model, _, state = checkpoint.load_weights(run.path)
-    else:
-        model, state = new_model(s, data, here), NEW
-    model.to(here.device)
-    work = rows_in_a_pass(s.batch_tokens // s.model.block_size // here.world, s)
-    machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
-    fast.use(model, here, s.fast, state["machine"])
+    model = run.load_model() if run.step else new_model(s, data, here)
+    rows = s.batch_tokens // s.model.block_size  # windows in a batch; each process has its share
+    in_a_pass = rows_in_a_pass(rows // here.world, s)
+    run.make_ready(model, in_a_pass)
     optimizers = make_optimizers(model, s, here.dtype)
-    if run.step:
-        checkpoint.load_optimizers(run.path, model, optimizers)
-    loss_scale = LossScale(here.dtype, state["loss_scale"])
-    run.begin(state, digest, model)
-
-    # 3. what an interruption has left undone, and whether anything else is to do
-    if run.evaluation_missing():
-        evaluated = validate(model, held_out, run.step, s, here, run)
-        if not evaluated:
-            return run.stopped(run.step)
-    run.prune()
+    scale = LossScale(here.dtype, run.state["loss_scale"])
+    validate = partial(evaluate, model, held_out, here, stop, s.device_batch, s.eval_tokens)
+    run.begin(data, model, optimizers, scale, validate)
     if run.finished():
         return 0
+    runner = machine.compiled(model, here, in_a_pass) if here.compile else model
 
-    # 4. the steps
-    runner = machine.compiled(model, here, work) if here.compile else model
-    gradient_sum = machine.GradientSum(list(model.parameters()) if here.world > 1 else [])
-    with stop.deferred():  # from here on a request to stop waits for the end of a step
-        for step in range(run.step + 1, s.steps + 1):  # the update that makes it `step`
-            with run.timed():
-                lr = set_rates(optimizers, step, s)
-                x, y = next_batch(learned, step, s, here)
-                try:
-                    loss, norm = update(
-                        runner, optimizers, loss_scale, gradient_sum, x, y, step, s, here
-                    )
-                except FloatingPointError as e:
-                    return run.not_finite(step, e)
-            if run.logs(step):
-                run.report(step, loss, lr, norm)
-            stopping = here.any(stop.asked)
-            if stopping or run.saves(step):
-                run.save(step, model, optimizers, loss_scale.state(), data.tokenizer)
-            if stopping:
-                return run.stopped(step)
-            if run.evaluates(step):
-                evaluated = validate(model, held_out, step, s, here, run)
-                if not evaluated:  # a stop was asked for meanwhile
-                    return run.stopped(step)
-            if run.saves(step):
-                run.prune()
-            if run.evaluates(step) and run.out_of_patience():
-                break
-    if here.rank == 0:
+    # 3. the steps. Number 1000 learns from batch 999, a function of it and the seed: it needs no
+    # memory of those before. Whatever is interrupted here goes on as if it had not been
+    with run:
+        for step in run.steps():
+            factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
+            set_rates(optimizers, factor)
+            x, y = learned.batch(step - 1, rows, s.model.block_size, s.seed, here.rank, here.world)
+            loss, norm = update(runner, optimizers, scale, x, y, step, s, here)
+            run.log(step, loss, s.lr * factor, norm)
+            run.save(step)
+            run.evaluate(step)
+    if run.completed and here.rank == 0:
         show_result(model, data, s, run)
-    return 0
+    return run.status
 
 
 def new_model(s: Settings, data, here):
@@ -232,31 +199,10 @@ def new_model(s: Settings, data, here):
     return model
 
 
-def next_batch(split, step: int, s: Settings, here) -> tuple:
-    """Inputs and targets for the update that makes it `step`, a function of it and the seed alone:
-    step 1000 needs no memory of those before it. dataset.py has how."""
-    T = s.model.block_size
-    return split.batch(step - 1, s.batch_tokens // T, T, s.seed, here.rank, here.world)
-
-
 def rows_in_a_pass(share: int, s: Settings) -> int:
     """The most rows that device_batch allows and that divide the share of a process evenly."""
     most = min(s.device_batch or share, share)
     return next(n for n in range(most, 0, -1) if share % n == 0)
-
-
-def validate(model, split, step: int, s: Settings, here, run) -> bool:
-    """Records the loss on text that is not learned from; false if a stop was asked for meanwhile.
-
-    Without it, nobody could tell learning from learning by heart.
-    """
-    from evaluate import evaluate
-
-    with run.stop.honoured(at_once=here.world == 1):  # the weights of this step are saved
-        result = evaluate(model, split, here, run.stop, s.device_batch, s.eval_tokens)
-    if result:
-        run.evaluated(step, *result)
-    return result is not None
 
 
 def show_result(model, data, s: Settings, run) -> None:
@@ -267,7 +213,6 @@ def show_result(model, data, s: Settings, run) -> None:
     from evaluate import compressors
 
     run.stop.at_once = True  # all is saved
-    run.close()
     run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
     if s.sample_tokens:
         print("\na sample, by the weights of the last step:\n")

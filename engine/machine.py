@@ -34,6 +34,7 @@ class Machine:
     rank: int
     world: int
     why: str
+    gradients: "GradientSum | None" = None  # of the model that learns
 
     def autocast(self):
         """The context of a forward pass: matrix products in `dtype`, parameters stay float32."""
@@ -57,7 +58,10 @@ class Machine:
             except (ValueError, OSError) as e:
                 problem = e
         if self.sum([problem is not None])[0]:
-            raise problem or SystemExit(2)
+            try:
+                raise problem or SystemExit(2)
+            finally:
+                del problem  # whose traceback knows this frame: a circle would keep locks held
         return result
 
     def say(self, text: str) -> None:

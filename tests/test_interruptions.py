@@ -22,7 +22,7 @@ from test_train import rows, training, weights
 
 from engine import checkpoint
 from engine.metrics import read_metrics
-from engine.run import lock
+from engine.resume import lock
 
 BUSY = ["--steps=120", "--eval_every=20", "--save_every=7", "--dropout=0.1", "--device_batch=4"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
