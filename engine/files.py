@@ -50,13 +50,20 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replaces a file in one step: readers see the old content or the new, even after a crash."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file to write, which replaces `path` at the end: readers see the old content or the new,
+    even after a crash."""
     beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
+    yield beside
     fsync(beside)
     beside.replace(path)
     fsync(path.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    with atomic_file(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -173,12 +180,16 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / "manifest.json", files)
 
 
-def verify(folder: Path, names: Iterable[str]) -> None:
-    """Compares files with the manifest of `folder`. Raises ValueError, naming the damaged one."""
+def verify(folder: Path, needed: Iterable[str], skip: Iterable[str] = ()) -> int:
+    """Compares the files of `folder`, but for `skip`, with its manifest; returns how many.
+
+    Raises ValueError, naming the damaged one, or the `needed` one that is not listed.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        names = [*needed, *(manifest.keys() - set(needed) - set(skip))]
         expected = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in names}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{folder} is damaged: manifest.json is missing or broken ({e!r})") from e
     for name, (size, sha256) in expected.items():
         path = folder / name
@@ -187,3 +198,4 @@ def verify(folder: Path, names: Iterable[str]) -> None:
             raise ValueError(f"{folder} is damaged: {name} has {found} bytes instead of {size}")
         if sha256_of(path) != sha256:
             raise ValueError(f"{folder} is damaged: {name} is not what was written (sha256)")
+    return len(expected)

@@ -73,7 +73,7 @@ class Run:
 
     def load_model(self) -> GPT:
         """The model of the checkpoint that the run goes on from."""
-        model, _, self.state = checkpoint.load_weights(self.path)
+        model, _, self.state = checkpoint.load_weights(self.path, merge=False)
         return model
 
     def make_ready(self, model: GPT, rows: int) -> None:
@@ -268,8 +268,7 @@ class Run:
             state |= dict(data_digest=self.digest, metrics=self.log_file.mark())
             state |= dict(loss_scale=self.scale.state(), seconds=self.elapsed())
             state |= dict(machine=self.circumstances)
-            tensors = checkpoint.optimizer_tensors(model, self.optimizers)
-            checkpoint.save(self.folder, step, model.state_dict(), tensors, state, self.tokenizer)
+            checkpoint.save(self.folder, step, model, self.optimizers, state, self.tokenizer)
 
         self.here.first_does(write)
         self.saved = step
