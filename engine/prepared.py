@@ -26,18 +26,15 @@ def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
     if overwrite:
         return False
     remedy = "choose another --out, or replace it with --overwrite"
-    differing = [k for k, value in meta["settings"].items() if old.get(k) != value]
+    differing = {k: old.get(k) for k, v in meta["settings"].items() if old.get(k) != v}
     if differing:
-        values = ", ".join(repr(old.get(k)) for k in differing)
-        raise ValueError(
-            f"{out} was made with another {' and '.join(differing)} ({values}): {remedy}"
-        )
+        values = ", ".join(map(repr, differing.values()))
+        names = " and ".join(differing)
+        raise ValueError(f"{out} was made with another {names} ({values}): {remedy}")
     new = meta.get("text", text)
     if any(new[k] != value for k, value in text.items()):
-        then, now = (
-            ", ".join(f"{facts[k]:,} {k}" for k in ("documents", "bytes") if k in text)
-            for facts in (text, new)
-        )
+        sizes = [k for k in ("documents", "bytes") if k in text]
+        then, now = (", ".join(f"{facts[k]:,} {k}" for k in sizes) for facts in (text, new))
         raise ValueError(f"{out} was made from another text ({then} then, {now} now): {remedy}")
     known = made.get("tokenizer_sha256")
     if meta.get("tokenizer_sha256", known) != known:
