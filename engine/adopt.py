@@ -38,7 +38,7 @@ def adopt(path: str, shape: GPTConfig, data: Dataset, say) -> tuple[GPT, int]:
 
 
 def grow(model: GPT, rows: int) -> None:
-    """Adds `rows` rows to embedding and head (once, if they are one): each the mean of those there are.
+    """Adds rows to embedding and head (once, if they are one), each the mean of those there are.
 
     Then a new token is an average one, and takes the probability of an average one. A random row
     could have a logit above all others: a model that is sure of nothing but a token it never saw

@@ -16,7 +16,6 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING

@@ -247,7 +247,8 @@ class GradientSum:
     def __init__(self, parameters: list[nn.Parameter]):
         self.active, self.buckets, self.home = False, [], {}
         room = 0
-        for p in reversed(parameters):  # about the order in which the backward pass reaches them
+        learned = [p for p in parameters if p.requires_grad]
+        for p in reversed(learned):  # about the order in which the backward pass reaches them
             if not self.buckets or p.nbytes > room:
                 self.buckets.append([])
                 room = BUCKET
