@@ -57,9 +57,9 @@ class Settings:
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Measure speed.", "what")
-    settings.check(s, ("what", f"one of {', '.join(VARIANTS)}", s.what in VARIANTS))
+    settings.require(s.what in VARIANTS, s, "what", f"one of {', '.join(VARIANTS)}")
     variants = VARIANTS[s.what]
-    settings.check(s, ("only", "one of its variants", not s.only or s.only in variants))
+    settings.require(not s.only or s.only in variants, s, "only", "one of its variants")
     if s.only:
         result = variants[s.only](s)
         if int(os.environ.get("RANK", 0)) == 0:
