@@ -36,6 +36,9 @@ class Settings:
     tokenizer: str = ""  # vocabulary of a folder of public shards, which has no meta.json
     out: str = ""  # folder of the run; by default out/<name of the config file>
     init_from: str = ""  # begin with the weights of this run or checkpoint
+    lora_rank: Count = 0  # with init_from: learn matrices of this rank beside frozen ones; 0 is off
+    lora_alpha: NotNegative = 16.0  # they count lora_alpha / lora_rank: see lora.py
+    lora_on: Literal["qv", "attention", "all"] = "all"  # which matrices have some beside them
     seed: Count = 1  # of weights, order of the data, dropout
 
     # what is learned from rows: questions with answers and the like, if the data hold any
@@ -184,9 +187,7 @@ def train(s: Settings, stop: Stop) -> int:
         for step in run.steps():
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
-            batch = learned.batch(
-                step - 1, rows, s.model.block_size, s.seed, here.rank, here.world
-            )
+            batch = learned.batch(step - 1, rows, s.model.block_size, s.seed, here.rank, here.world)
             loss, norm = update(runner, optimizers, scale, batch, step, s, here)
             run.log(step, loss, s.lr * factor, norm)
             run.save(step)
@@ -198,11 +199,15 @@ def train(s: Settings, stop: Stop) -> int:
 
 def new_model(s: Settings, data, here):
     """A model with random weights, or with those of the checkpoint `init_from` (fine-tuning)."""
-    from engine.checkpoint import adopt
+    import lora
+    from engine.adopt import adopt
     from model import GPT
 
     if s.init_from:
-        return adopt(s.init_from, s.model, data, here.say)
+        model, added = adopt(s.init_from, s.model, data, here.say)
+        if s.lora_rank:
+            lora.add(model, s.lora_rank, s.lora_alpha, s.lora_on, added, s.seed)
+        return model
     model = GPT(replace(s.model, vocab_size=data.tokenizer.vocab_size))
     model.init_weights(s.seed)
     return model
@@ -256,14 +261,13 @@ def check(s: Settings) -> None:
     begin = Path(s.init_from).resolve()
     itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
     public = not (Path(s.data) / "meta.json").exists()
-    settings.check(
-        s,
-        ("batch_tokens", whole, s.batch_tokens % rows == 0),
-        ("warmup", f"at most steps={s.steps}", s.warmup <= s.steps),
-        ("show_batch", f"at most steps={s.steps}", s.show_batch <= s.steps),
-        ("init_from", f"another run than out={s.out!r}: choose another --out", not itself),
-        ("tokenizer", f"left out: {s.data} has its own", public or not s.tokenizer),
-    )
+    another = f"another run than out={s.out!r}: choose another --out"
+    settings.require(s.batch_tokens % rows == 0, s, "batch_tokens", whole)
+    settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
+    settings.require(s.show_batch <= s.steps, s, "show_batch", f"at most steps={s.steps}")
+    settings.require(not itself, s, "init_from", another)
+    settings.require(s.init_from or not s.lora_rank, s, "lora_rank", "0 without --init_from")
+    settings.require(public or not s.tokenizer, s, "tokenizer", f"left out: {s.data} has its own")
     settings.require_package("tensorboard", s.tensorboard)
     settings.require_package("wandb", s.wandb)
     settings.require_memory(

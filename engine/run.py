@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import lora
 from engine import checkpoint, fast, machine, resume, settings
 from engine.files import WINDOWS, require_space, write_durably
 from engine.machine import Machine
@@ -73,7 +74,7 @@ class Run:
 
     def load_model(self) -> GPT:
         """The model of the checkpoint that the run goes on from."""
-        model, _, self.state = checkpoint.load_weights(self.path)
+        model, _, self.state = checkpoint.load_weights(self.path, merge=False)
         return model
 
     def make_ready(self, model: GPT, rows: int) -> None:
@@ -119,6 +120,8 @@ class Run:
         threads = f"{number} thread{'s' if number > 1 else ''}"
         count = f"{model.num_parameters():,} parameters"
         here.say(f"model: {count}, {s.batch_tokens:,} tokens a step, {threads}")
+        if lora.facts(model):
+            here.say(lora.describe(model))
         if s.fresh:  # would begin anew once more
             self.stop.advice = "the same command without --fresh continues"
         if self.evaluation_missing():
@@ -131,8 +134,7 @@ class Run:
         before = settings.known(type(self.s), state["settings"]) if self.step else now
         if self.step:
             resume.check(self, before, now)
-        weights = sum(p.nbytes for p in self.model.parameters())
-        need = 3 * weights  # of each there are at most two moments
+        need = sum(p.nbytes * (3 if p.requires_grad else 1) for p in self.model.parameters())
         free = require_space(self.folder, need)
         if self.fresh and self.lock:
             if WINDOWS:  # where nothing in a folder may be open when it is renamed
@@ -268,8 +270,7 @@ class Run:
             state |= dict(data_digest=self.digest, metrics=self.log_file.mark())
             state |= dict(loss_scale=self.scale.state(), seconds=self.elapsed())
             state |= dict(machine=self.circumstances)
-            tensors = checkpoint.optimizer_tensors(model, self.optimizers)
-            checkpoint.save(self.folder, step, model.state_dict(), tensors, state, self.tokenizer)
+            checkpoint.save(self.folder, step, model, self.optimizers, state, self.tokenizer)
 
         self.here.first_does(write)
         self.saved = step
