@@ -82,15 +82,11 @@ class Settings:
 
 def main(argv: list[str]) -> int:
     s = settings.load(Settings, argv, "Evaluate a model.", "out")
-    labels = [label.strip() for label in s.choices.split(",")] if s.choices else ["none"]
-    greedy = s.beam == 1 or not s.temperature
-    settings.check(
-        s,
-        ("choices", "labels joined by commas, each once", all(labels)),
-        ("choices", "labels joined by commas, each once", len({*labels}) == len(labels)),
-        ("beam", "1 where answers are drawn, with a temperature above 0", greedy),
-        ("label", "a file of rows", not s.label or Path(s.label).is_file()),
-    )
+    labels = s.choices.split(",") if s.choices else ["auto"]
+    sound = all(labels) and len({*labels}) == len(labels)
+    settings.require(sound, s, "choices", "labels joined by commas, each once")
+    settings.require(s.beam == 1 or not s.temperature, s, "beam", "1 with a temperature above 0")
+    settings.require(not s.label or Path(s.label).is_file(), s, "label", "a file of rows")
     here = start(s)
     run = Opened(s.out, s.checkpoint)
     if s.label or run.data(s).kind == "rows":

@@ -101,7 +101,7 @@ def unanswered(path: Path) -> Iterator[Row]:
 
 
 def choices_of(s) -> list[str]:
-    return [label.strip() for label in s.choices.split(",")] if s.choices else []
+    return s.choices.split(",") if s.choices else []
 
 
 def write_lines(file: Path, lines: Iterable[dict]) -> None:
