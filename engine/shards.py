@@ -96,10 +96,13 @@ class Strip:
         return np.concatenate(parts).astype(np.int64)
 
     def rows(self, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each row begins, and how many tokens it has."""
-        firsts = [0, *self.ends[:-1].tolist()]
-        shards = zip(self.shards, firsts, strict=True)
-        found = [np.flatnonzero(shard == end_of_text) + first for shard, first in shards]
-        ends = np.concatenate(found) + 1
+        """Where each row begins and how many tokens it has, (N, 2), and its first token, (N)."""
+        shards = list(zip(self.shards, [0, *self.ends[:-1].tolist()], strict=True))
+        ends = [np.flatnonzero(shard == end_of_text) + first for shard, first in shards]
+        ends = np.concatenate(ends) + 1
         starts = np.concatenate([[0], ends[:-1]])
-        return starts, ends - starts
+        tokens = []
+        for shard, first in shards:
+            here = starts[(first <= starts) & (starts < first + len(shard))]
+            tokens.append(shard[here - first])
+        return np.stack([starts, ends - starts], axis=1), np.concatenate(tokens)

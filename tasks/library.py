@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from engine.sources import Complaints, file_documents, library
 from engine.spool import Document
+from engine.tables import Reading
 from tasks import split_of
 
 
@@ -41,7 +42,7 @@ def all_files() -> list[File]:
 
     root, found, seen = Path(sysconfig.get_path("stdlib")), [], set()
     for path in library():
-        for pieces in file_documents(path, "", "utf-8"):
+        for pieces in file_documents(path, Reading()):
             text = ""
             with Complaints().noted():
                 text = "".join(clean(pieces, Counter(), lambda position: None))
@@ -49,6 +50,6 @@ def all_files() -> list[File]:
             digest = hashlib.blake2b(data, digest_size=16).digest()
             if text.strip() and digest not in seen:
                 seen.add(digest)
-                u = draw(Document(0, len(data), digest), seed=0)
+                u = draw(Document(0, len(data), digest, digest, digest, ""), seed=0)
                 found.append(File(path.relative_to(root), text, len(data), u))
     return found
