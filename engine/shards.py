@@ -96,10 +96,14 @@ class Strip:
         return np.concatenate(parts).astype(np.int64)
 
     def rows(self, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each row begins, and how many tokens it has."""
-        firsts = [0, *self.ends[:-1].tolist()]
-        shards = zip(self.shards, firsts, strict=True)
-        found = [np.flatnonzero(shard == end_of_text) + first for shard, first in shards]
-        ends = np.concatenate(found) + 1
+        """Where each row begins and how many tokens it has, (N, 2), and its first token, (N)."""
+        ends, firsts = [], []
+        for shard, end in zip(self.shards, self.ends.tolist(), strict=True):
+            first = end - len(shard)
+            ends.append(np.flatnonzero(shard == end_of_text) + 1 + first)
+        ends = np.concatenate(ends)
         starts = np.concatenate([[0], ends[:-1]])
-        return starts, ends - starts
+        for shard, end in zip(self.shards, self.ends.tolist(), strict=True):
+            first = end - len(shard)
+            firsts.append(shard[starts[(starts >= first) & (starts < end)] - first])
+        return np.stack((starts, ends - starts), axis=1), np.concatenate(firsts)
