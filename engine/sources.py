@@ -32,7 +32,6 @@ SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-BUILT_IN = ("python", "shakespeare")
 TABLES = "*.jsonl,*.jsonl.gz,*.csv,*.tsv,*.parquet"  # the files of a folder, if rows are wanted
 NAMED = 10  # unreadable documents that are named; of the others, only the number is kept
 
@@ -111,10 +110,11 @@ def parse(word: str, common: Reading) -> Source:
     return Source(name, split, reading)
 
 
-def require(source: str) -> None:
+def require(source: str, tasks: Iterable[str] = ()) -> None:
     """Raises ValueError if there is no such source."""
-    if source not in ("-", *BUILT_IN) and not Path(source).exists():
-        raise ValueError(f"no such file or folder: {source!r} (built-in: {', '.join(BUILT_IN)})")
+    built_in = ("python", "shakespeare", *tasks)
+    if source not in ("-", *built_in) and not Path(source).exists():
+        raise ValueError(f"no such file or folder: {source!r} (built-in: {', '.join(built_in)})")
 
 
 def documents(source: str, reading: Reading | None = None) -> Iterator[Iterable[str] | Row]:
@@ -140,12 +140,17 @@ def documents(source: str, reading: Reading | None = None) -> Iterator[Iterable[
         for p in sorted(files):
             yield from file_documents(p, reading)
     elif source == "python":
-        root = Path(sysconfig.get_path("stdlib"))
-        for p in sorted(root.rglob("*.py")):
-            if not set(p.relative_to(root).parts) & LEFT_OUT:
-                yield from file_documents(p, Reading())
+        for p in library():
+            yield from file_documents(p, Reading())
     elif source == "shakespeare":
         yield [shakespeare()]
+
+
+def library() -> list[Path]:
+    """The files of Python's standard library, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(root.rglob("*.py"))
+    return [path for path in files if not set(path.relative_to(root).parts) & LEFT_OUT]
 
 
 def matches(path: Path, patterns: str) -> bool:
