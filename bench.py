@@ -245,7 +245,7 @@ def library_text() -> str:
     """About 64 MB: the standard library, several times over."""
     from engine.sources import documents
 
-    text = "".join("".join(pieces) for pieces in documents("python", "", "text", "utf-8"))
+    text = "".join("".join(pieces) for pieces in documents("python"))
     return text * (64_000_000 // len(text) + 1)
 
 

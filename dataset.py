@@ -273,8 +273,8 @@ class Split:
     def of(self, windows: list[tuple[Text | Rows, np.ndarray]]) -> Batch:
         """A batch of these windows, (block_size + 1) tokens each, IGNORE where there is none."""
         tokens = np.stack([window for _, window in windows])
-        x, y = tokens[:, :-1], tokens[:, 1:]
-        x = np.where(x == IGNORE, 0, x)
+        y = tokens[:, 1:]
+        x = np.where(y == IGNORE, 0, tokens[:, :-1])
         packed = np.array([isinstance(part, Rows) for part, _ in windows])[:, None]
         if not packed.any():
             return Batch(x, y)

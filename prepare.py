@@ -1,10 +1,21 @@
-"""Text to token shards: python prepare.py SOURCE... --out=data/name --tokenizer=bpe
+"""Text or rows to token shards: python prepare.py SOURCE... --out=data/name --tokenizer=bpe
 
 1. read      the documents of every source: files, or rows of a table     engine/sources.py
 2. clean     one form for one text; nothing empty, nothing twice          engine/spool.py
 3. split     into train, val and test, by document
 4. learn     byte-pair encoding from the training split                   tokenizer.py
 5. encode    each split into shards, on all cores                         dataset.py
+
+A document is a text, or a row: a conversation, of which a model learns the answers. Such are lines
+of a .jsonl with {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, and
+a "task" if there are several, or a .csv, .tsv, .jsonl or .parquet with --prompt and --answer:
+
+    python prepare.py questions.csv --prompt=question --answer=answer --out=data/questions
+    python prepare.py train=a.jsonl val=b.jsonl test=c.jsonl --prompt=en --answer=de --task=german
+    python prepare.py "a.csv --prompt=en --answer=de --task=german" chat.jsonl sums @more.txt
+
+The second takes splits as they were published. The third prepares several tasks; each line of the
+list more.txt is a source with settings of its own, as that in quotes is.
 """
 
 import hashlib
@@ -14,22 +25,26 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import regex
 
+import tasks
 from dataset import ShardWriter
-from engine import encodings, settings
-from engine.files import atomic_folder
+from engine import encodings, settings, tables
+from engine.files import atomic_folder, write_json
 from engine.pipeline import Progress, clean_up_when_told_to_end, processes
-from engine.prepared import AlreadyPrepared, made_like, print_table
+from engine.prepared import SPLITS, AlreadyPrepared, made_like, print_table
 from engine.settings import BelowOne, Count
-from engine.sources import PIECE, Complaints, documents, require
-from engine.spool import SPLITS, Document, Spool, chunks, read_chunk
-from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, find_tokenizer
+from engine.shards import Strip
+from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
+from engine.spool import Document, Spool, chunks, read_chunk
+from engine.tables import Reading, Row
+from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, bpe_tokenizer, find_tokenizer
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
 PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
@@ -37,15 +52,13 @@ PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
 
 @dataclass
 class Settings:
-    source: tuple = ()  # files, folders, - for standard input, or the names python and shakespeare
+    source: tuple = ()  # files, folders, - for standard input, @LIST, python, shakespeare, a task
     out: str = ""  # folder to write; by default data/<name of the first source>
     tokenizer: str = "bpe"  # bpe (learned here), bytes, a name in tiktoken, a run or data folder
-    vocab_size: int = 4096  # of a bpe vocabulary: 256 bytes, what is learned, end-of-text
+    vocab_size: int = 4096  # of a bpe vocabulary: 256 bytes, what is learned, special tokens
     val: BelowOne = 0.05  # fraction of the text for validation
     test: BelowOne = 0.05  # fraction of the text for the test split
-    pattern: str = "*.txt,*.md,*.py,*.jsonl,*.jsonl.gz,*.parquet"  # which files of a folder count
-    field: str = "text"  # field or column that holds the text of a row
-    encoding: str = "utf-8"  # of files that are not UTF-8, such as gb18030 or cp1252
+    reading: Reading = field(default_factory=Reading)
     skip_bad: bool = False  # leave out documents that cannot be read
     bpe_bytes: int = 32_000_000  # bpe learns from at most this much text, spread over the split
     seed: Count = 0  # of the hash that splits
@@ -55,7 +68,7 @@ class Settings:
 
 def main(argv: list[str]) -> None:
     clean_up_when_told_to_end()
-    s = settings.load(Settings, argv, "Prepare text for training.", "source", nargs="*")
+    s = settings.load(Settings, argv, "Prepare text or rows for training.", "source", nargs="*")
     if not s.source:
         raise ValueError("no source: name a text file, a folder, - for standard input, or python")
     prepare(s)
@@ -67,37 +80,44 @@ def prepare(s: Settings) -> None:
     least = "at least 257: the bytes and end-of-text"
     settings.require(s.vocab_size >= 257, s, "vocab_size", least)
     settings.require(s.bpe_bytes >= PIECE, s, "bpe_bytes", f"at least {PIECE}")
-    s.encoding = encodings.find(s.encoding)
+    s.reading.encoding = encodings.find(s.reading.encoding)
     # known at once, and so are mistakes in it; bpe is learned below
     tokenizer = None if s.tokenizer == "bpe" else find_tokenizer(s.tokenizer)
-    name = "stdin" if s.source[0] == "-" else Path(s.source[0]).absolute().name
+    name = parse(s.source[0].removeprefix("@"), s.reading).name
+    name = "stdin" if name == "-" else Path(name).absolute().name
     out = Path(s.out or f"data/{name.strip('.').split('.')[0] or 'text'}")
+    s.source = tuple(expand(s.source))
+    sources = [parse(word, s.reading) for word in s.source]
     free = ("out", "workers", "overwrite")  # settings that do not change the result
-    wanted = {k: v for k, v in asdict(s).items() if k not in free}
+    wanted = {k: v for k, v in settings.flat(s).items() if k not in free}
     meta = dict(settings=json.loads(json.dumps(wanted)))  # as read back: tuples are lists
+    defaults = settings.flat(Settings())
     began, report = time.monotonic(), Counter()
     try:
-        found = made_like(out, meta, asdict(Settings()), s.overwrite)
+        found = made_like(out, meta, defaults, s.overwrite)
         fixed = set(s.source) == {"shakespeare"} and s.tokenizer in ("bytes", "gpt2", "bpe")
         if found and fixed:  # a text and a tokenizer that never change: no second download
             raise AlreadyPrepared
-        for source in s.source:
-            require(source)
+        for source in sources:
+            require(source.name, tasks.NAMES)
         with atomic_folder(out, replace=s.overwrite) as folder:
             with Spool(folder) as spool:
-                read(s, spool, report)
+                read(s, sources, spool, report)
                 meta["text"] = spool.describe()
+                if tokenizer and spool.kind == "rows":
+                    tokenizer = tokenizer.extended(spool.tasks)
                 if tokenizer:  # the run of that name may have been trained anew
                     meta["tokenizer_sha256"] = tokenizer.digest()
-                if made_like(out, meta, asdict(Settings()), s.overwrite):
+                if made_like(out, meta, defaults, s.overwrite):
                     raise AlreadyPrepared
-                split(s, spool)
-            tokenizer = tokenizer or learn(s, folder / "spool_train")
+                split(s, spool, report)
+            tokenizer = tokenizer or learn(s, spool)
             tokenizer.save(folder)
             meta |= dict(vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.digest())
+            if spool.kind == "rows":
+                meta["kind"] = "rows"
             meta["splits"] = encode(s, spool, tokenizer)
-            text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-            (folder / "meta.json").write_text(text, encoding="utf-8")
+            write_json(folder / "meta.json", meta)
         print_table(out, meta, report, time.monotonic() - began)
     except AlreadyPrepared:
         print(f"{out} is already prepared with these settings")
@@ -106,19 +126,52 @@ def prepare(s: Settings) -> None:
 # --- 1. read
 
 
-def read(s: Settings, spool: Spool, report: Counter) -> None:
+def read(s: Settings, sources: list[Source], spool: Spool, report: Counter) -> None:
     """Puts the cleaned documents of all sources into the spool, and what happened into `report`."""
     bad = Complaints()
     with Progress("reading") as progress:
-        for source in s.source:
-            for document in documents(source, s.pattern, s.field, s.encoding):
+        for source in sources:
+            for part, document in documents_of(source, s):
                 with bad.noted():
-                    report[spool.add(clean(document, report, progress))] += 1
+                    report[take(document, part, spool, report, progress)] += 1
     if bad.count and not s.skip_bad:
         raise ValueError(f"{bad}; --skip_bad leaves out what cannot be read")
     if not spool.size:
         raise ValueError(f"no text left to train on in {', '.join(s.source)}")
-    report["unreadable documents"] = bad.count
+    report["unreadable"] = bad.count
+
+
+def documents_of(source: Source, s: Settings) -> Iterator[tuple[str, Iterable[str] | Row]]:
+    """The documents of a source, and the split that each was published in, or nothing."""
+    if source.name in tasks.NAMES and not Path(source.name).exists():
+        for part in SPLITS:
+            for row in tasks.find(source.name).rows(part, s.seed, s.val, s.test):
+                yield part, tables.document(row, source.reading)
+    else:
+        for document in documents(source.name, source.reading):
+            yield source.split, document
+
+
+def take(document: Iterable[str] | Row, part: str, spool: Spool, report: Counter, progress) -> str:
+    """Cleans a document and puts it into the spool; returns what became of it."""
+    kind = "text"
+    if isinstance(document, Row):
+        kind = "rows"
+        said = [(role, "".join(clean([t], report, progress))) for role, t in document.messages]
+        row = document._replace(messages=said)
+        if not row.sure:
+            return "unsure"
+        spool.tasks |= {row.task} - {""}
+        fate = spool.add([row.content()], part, row.group, row.prompt())
+    else:
+        fate = spool.add(clean(document, report, progress), part)
+    if spool.kind not in ("", kind):
+        raise ValueError(
+            f"the sources hold both {spool.kind} and {kind}: prepare each in a folder of its own,"
+            " and train on both with --data=FOLDER,FOLDER"
+        )
+    spool.kind = kind
+    return fate
 
 
 # --- 2. clean
@@ -144,85 +197,136 @@ def clean(document: Iterable[str], report: Counter, progress: Progress) -> Itera
 # --- 3. split
 
 
-def split(s: Settings, spool: Spool) -> None:
+def split(s: Settings, spool: Spool, report: Counter) -> None:
     """Shares the documents out to train, val and test, before anything is learned from them.
 
     A model that has read a text predicts it better than it will predict any other. Were windows or
     lines drawn, validation would ask for sentences whose neighbours it knows; were duplicates left
     in, for texts that it knows by heart (Lee et al. 2021, arXiv:2107.06499). So each document goes
-    to one split whole, and a hash of its content decides: the same one whatever else is there.
+    to one split whole, and a hash of its content decides: the same one whatever else is there. Of
+    a row it is a hash of its group, or else of its prompt: equal questions go to one split.
 
-    But among a few novels chance would leave a split empty, or make it one novel. So a document
-    larger than a split's share of the text is cut in order at line ends, train | val | test; so is
-    a single document of any size. Shorter ones than a page stay whole; where nothing is drawn for a
-    split, it gets the document that came nearest.
+    But among a few novels chance would leave a split empty, or make it one novel. So a text larger
+    than a split's share is cut in order at line ends, train | val | test; so is a single text of
+    any size. Shorter ones than a page stay whole; where nothing is drawn for a split, it gets the
+    document that came nearest.
+
+    Splits that were published as such are taken as they are, and none like them is drawn. But a
+    prompt that stands in two leaves train, or val, and never test.
     """
-    share = spool.size * min((f for f in (s.val, s.test) if f), default=1)
+    fractions = {
+        name: 0 if name in spool.published else fraction
+        for name, fraction in (("val", s.val), ("test", s.test))
+    }
+    val, test = fractions.values()
+    share = spool.size * min((f for f in (val, test) if f), default=1)
 
     def is_cut(document: Document) -> bool:
+        if spool.kind == "rows" or document.split in fractions:
+            return False
         return spool.count == 1 or document.size > max(share, PAGE)
 
     def draws() -> Iterator[float]:
-        return (draw(document, s.seed) for document in spool if not is_cut(document))
+        drawn = (d for d in spool if d.split not in fractions and not is_cut(d))
+        return (draw(document.group, s.seed) for document in drawn)
 
-    val_end, test_end = s.val, s.val + s.test
-    if len(list(islice(draws(), 3))) == 3:  # with fewer, nothing would be left to train on
-        val_end = max(val_end, min(draws())) if s.val else 0.0
+    val_end, test_end = val, val + test
+    if at_least_three(draws()):  # with fewer, nothing would be left to train on
+        val_end = max(val_end, min(draws())) if val else 0.0
         nearest = min((u for u in draws() if u > val_end), default=1.0)
-        test_end = max(test_end, nearest) if s.test else val_end
+        test_end = max(test_end, nearest) if test else val_end
+
+    def place(document: Document) -> str:
+        """The split of a document that is not cut."""
+        if document.split in fractions:
+            return document.split
+        u = draw(document.group, s.seed)
+        return "val" if val and u <= val_end else "test" if u <= test_end else "train"
+
+    held: dict[str, set[bytes]] = dict(val=set(), test=set())
+    if spool.crossing:
+        for document in spool:
+            if not is_cut(document) and place(document) in held:
+                held[place(document)].add(document.prompt)
+    asked: set[bytes] = set()  # prompts of val and test that stand in other splits, too
     with Progress("splitting", spool.size) as progress:
         for document in spool:
             progress(document.start)
             if is_cut(document):
-                spool.put_in_order(document, s.val, s.test)
+                spool.put_in_order(document, val, test)
                 continue
-            u = draw(document, s.seed)
-            name = "val" if s.val and u <= val_end else "test" if u <= test_end else "train"
-            spool.put(name, document.start, document.start + document.size)
+            name = place(document)
+            behind = SPLITS[SPLITS.index(name) + 1 :]
+            other = next((split for split in behind if document.prompt in held[split]), "")
+            if other:
+                report[name, other] += 1
+                asked.add(document.prompt)
+            else:
+                spool.put(name, document.start, document.start + document.size)
+    report["asked in test"] = sum(d.prompt in asked for d in spool if d.split == "test")
     if not spool.bytes["train"]:
         raise ValueError("nothing is left to train on: use more text, or smaller --val and --test")
-    for name, fraction in (("val", s.val), ("test", s.test)):
-        if fraction and not spool.bytes[name]:
+    for name in fractions:
+        if (fractions[name] or name in spool.published) and not spool.bytes[name]:
             raise ValueError(
                 f"nothing fell into the {name} split ({spool.count} documents, {spool.size} bytes):"
                 f" use a larger --{name}, more text, or --{name}=0"
             )
 
 
-def draw(document: Document, seed: int) -> float:
+def at_least_three(values: Iterable[float]) -> bool:
+    """Whether three of them differ."""
+    found: set[float] = set()
+    return any(len(found) == 3 for value in values if not found.add(value))
+
+
+def draw(digest: bytes, seed: int) -> float:
     """Uniform in [0, 1), and the same for equal documents."""
-    hashed = hashlib.blake2b(b"%d " % seed + document.digest, digest_size=8).digest()
+    hashed = hashlib.blake2b(b"%d " % seed + digest, digest_size=8).digest()
     return int.from_bytes(hashed, "big") / 2**64
 
 
 # --- 4. learn
 
 
-def learn(s: Settings, path: Path) -> Tokenizer:
+def learn(s: Settings, spool: Spool) -> Tokenizer:
     """A byte-pair encoding of the training text alone, evenly spread over it.
 
     A vocabulary that has seen the validation text, too, has tokens for its rare words, and makes it
     look easier than a new text is.
     """
+    path, rows = spool.folder / "spool_train", spool.kind == "rows"
+    markers = len(ROLES) + 1 + len(spool.tasks) if rows else 0  # <|end|>
+    if s.vocab_size < 257 + markers:
+        raise ValueError(
+            f"vocab_size={s.vocab_size} should be at least {257 + markers}: the bytes, end-of-text"
+            f" and {markers} markers"
+        )
     total = chunks(path)
     keep = min(total, s.bpe_bytes // PIECE)
     evenly = [i * total // keep for i in range(keep)]
     words: Counter = Counter()
     with processes(s.workers) as each_chunk:
-        for counted in each_chunk("counting words", count_words, path, evenly):
+        count = partial(count_words, rows=rows)
+        for counted in each_chunk("counting words", count, path, evenly):
             words.update(counted)
     with Progress("learning tokens", s.vocab_size, unit=1, name="") as progress:
-        tokenizer = bpe_tokenizer(words, s.vocab_size, progress)
+        pattern = ROW_SPLIT if rows else SPLIT
+        tokenizer = bpe_tokenizer(words, s.vocab_size - markers, progress, pattern)
+    if rows:
+        tokenizer = tokenizer.extended(spool.tasks)
     found = tokenizer.vocab_size
     if found < s.vocab_size:
         print(f"the text yields only {found} tokens, fewer than --vocab_size={s.vocab_size}")
     return tokenizer
 
 
-def count_words(path: Path, number: int) -> Counter:
-    words = Counter()
-    for document in read_chunk(path, number).split("\0"):
-        words.update(regex.findall(SPLIT, document))
+def count_words(path: Path, number: int, rows: bool) -> Counter:
+    words, texts = Counter(), read_chunk(path, number, rows).split("\0")
+    if rows:
+        texts = (text for row in texts[:-1] for _, text in json.loads(row)[1])
+    for text in texts:
+        words.update(regex.findall(ROW_SPLIT if rows else SPLIT, text))
     return words
 
 
@@ -231,17 +335,22 @@ def count_words(path: Path, number: int) -> Counter:
 
 def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
     """Writes the shards of every split, in order; returns what meta.json tells of them."""
-    splits = {}
+    splits, encode_some = {}, encode_rows if spool.kind == "rows" else encode_chunk
     with processes(s.workers, use_tokenizer, spool.folder) as each_chunk:
         for name in SPLITS:
             path = spool.folder / f"spool_{name}"
             writer = ShardWriter(spool.folder, name, tokenizer.vocab_size)
-            for tokens in each_chunk(f"encoding {name}", encode_chunk, path):
+            for tokens in each_chunk(f"encoding {name}", encode_some, path):
                 writer.write(tokens)
             writer.close()
             path.unlink()
             tokens = sum(shard["tokens"] for shard in writer.shards)
             splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written(name)
+            if spool.kind == "rows" and tokens:
+                paths = [spool.folder / shard["file"] for shard in writer.shards]
+                firsts = Counter(Strip(paths).rows(tokenizer.end_of_text)[1].tolist())
+                tasks = {name: firsts[i] for name, i in tokenizer.tasks().items() if firsts[i]}
+                splits[name]["tasks"] = tasks
     return splits
 
 
@@ -257,6 +366,15 @@ def encode_chunk(path: Path, number: int) -> np.ndarray:
     end = np.array([tokenizer.end_of_text], np.uint32)
     tokens = np.concatenate([*chain.from_iterable((ids, end) for ids in ended), rest])
     return tokens.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else tokens
+
+
+def encode_rows(path: Path, number: int) -> np.ndarray:
+    """The tokens of a chunk of rows, with their markers: see `Tokenizer.encode_row`."""
+    ids = []
+    for row in read_chunk(path, number, rows=True).split("\0")[:-1]:
+        task, turns = json.loads(row)
+        ids += tokenizer.encode_row([dict(role=role, content=text) for role, text in turns], task)
+    return np.array(ids, np.uint32)
 
 
 if __name__ == "__main__":

@@ -183,13 +183,10 @@ class Tokenizer:
     def extended(self, names: Iterable[str]) -> "Tokenizer":
         """This vocabulary with the markers of conversations, and of tasks of these names, behind
         its last id: no id moves, and markers that it has already stay. Raises ValueError."""
-        reserved = {*ROLES, "end", END_OF_TEXT[2:-2]}
-        for name in names:
-            if not TASK_NAME.fullmatch(name) or name in reserved:
-                raise ValueError(
-                    f"a task cannot be called {name[:60]!r}: letters, digits, - and _ make its name"
-                )
-        wanted = [f"<|{name}|>" for name in (*ROLES, "end", *sorted({*names}))]
+        tasks = sorted({*names})
+        for name in tasks:
+            check_task(name)
+        wanted = [f"<|{name}|>" for name in (*ROLES, "end", *tasks)]
         new = [text for text in wanted if text not in self.special]
         e = self.encoding
         encoding = tiktoken.Encoding(
@@ -269,6 +266,15 @@ class Tokenizer:
             raise vocabulary.damaged(folder, e) from e
         optional = {key: info.get(key) for key in vocabulary.OPTIONAL}
         return Tokenizer(info["kind"], encoding, info["normalizer"], **optional)
+
+
+def check_task(name: str) -> None:
+    """Raises ValueError for what cannot be the name of a task."""
+    reserved = {*ROLES, "end", END_OF_TEXT[2:-2]}
+    if not isinstance(name, str) or not TASK_NAME.fullmatch(name) or name in reserved:
+        raise ValueError(
+            f"a task cannot be called {name!r:.60}: letters, digits, - and _ make its name"
+        )
 
 
 def find_tokenizer(name: str) -> Tokenizer:

@@ -49,6 +49,29 @@ def advice(data: bytes, given: bool, line: int = 0) -> str:
     return f"not UTF-8, but seems to be {name.upper()}: {remedy}"
 
 
+def complaint(e: UnicodeDecodeError, chosen: str, given: bool) -> str:
+    """What to say about bytes that are not in encoding `chosen`, which was named or assumed."""
+    if chosen != "utf-8":
+        return f"neither UTF-8 nor {chosen}" if given else f"not {chosen}, as its mark says"
+    if e.reason == "unexpected end of data":
+        return "not UTF-8: it ends inside a character"
+    line = e.object.rfind(b"\n", 0, e.start) + 1  # a character begins here, in any encoding
+    return advice(e.object, given, line)
+
+
+def decoded(line: bytes, encoding: str) -> str:
+    """The text of a line that is in UTF-8 or, if it is not, in `encoding`. Raises ValueError."""
+    try:
+        try:
+            return line.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            if encoding == "utf-8":
+                raise
+            return line.decode(encoding)
+    except UnicodeDecodeError as e:
+        raise ValueError(complaint(e, encoding, encoding != "utf-8")) from e
+
+
 def contradiction(data: bytes, chosen: str) -> str | None:
     """What `data` seems to be, if that is another text than encoding `chosen` makes of it.
 

@@ -39,11 +39,12 @@ class Folder:
         try:
             info = json.loads(meta.read_text(encoding="utf-8"))
             expected, self.files = info["tokenizer_sha256"], {}
+            self.kind = kind = info.get("kind", "text")
             for split, facts in info["splits"].items():
                 self.files[split] = [Path(shard["file"]).name for shard in facts["shards"]]
-                self.text_bytes[split] = int(facts["bytes"])
+                if kind == "text":
+                    self.text_bytes[split] = int(facts["bytes"])
                 self.sha256 |= {shard["file"]: shard["sha256"] for shard in facts["shards"]}
-            self.kind = info.get("kind", "text")
             self.made |= info["settings"]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{meta} is damaged ({e!r}): prepare the data again") from e
@@ -107,19 +108,30 @@ def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
 
 
 def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
-    kinds = ("empty documents", "repeated documents", "unreadable documents")
-    removed = [f"{report[k]:,} {k}" for k in kinds if report[k]]
-    documents = meta["text"]["documents"] + sum(report[k] for k in kinds)
-    print(f"read     {documents:,} documents, {report['bytes read']:,} bytes")
-    print(f"removed  {', '.join(removed) or 'no documents'}")
+    what = "rows" if meta.get("kind") == "rows" else "documents"
+    left_out = [k for k in ("empty", "repeated", "unreadable", "unsure") if report[k]]
+    documents = meta["text"]["documents"] + sum(report[k] for k in left_out)
+    print(f"read     {documents:,} {what}, {report['bytes read']:,} bytes")
+    removed = ", ".join(f"{report[k]:,} {k} {what}" for k in left_out)
+    print(f"removed  {removed or f'no {what}'}")
+    for name, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        if report[name, other]:
+            print(f"         {report[name, other]:,} {what} of {name}: {other} asks the same")
+    if report["asked in test"]:
+        print(
+            f"kept     {report['asked in test']:,} {what} of test whose prompt stood elsewhere, too"
+        )
     cleaned = [k for k in ("control characters removed", "pieces brought to NFC") if report[k]]
     print(f"cleaned  {', '.join(f'{report[k]:,} {k}' for k in cleaned) or 'nothing'}")
-    print(f"\n{'split':8} {'documents':>10} {'bytes':>14} {'tokens':>14} {'bytes/token':>12}")
+    unit, of = ("tokens", "documents") if what == "rows" else ("bytes", "tokens")
+    ratio = f"{unit}/{of.removesuffix('s').replace('document', 'row')}"
+    print(f"\n{'split':8} {what:>10} {'bytes':>14} {'tokens':>14} {ratio:>12}")
     for split, facts in meta["splits"].items():
         if facts["tokens"]:
-            ratio = facts["bytes"] / facts["tokens"]
             print(
                 f"{split:8} {facts['documents']:>10,} {facts['bytes']:>14,}"
-                f" {facts['tokens']:>14,} {ratio:>12.2f}"
+                f" {facts['tokens']:>14,} {facts[unit] / facts[of]:>12.2f}"
             )
+    for task, count in meta["splits"]["train"].get("tasks", {}).items():
+        print(f"{task}: {count:,} rows to learn from")
     print(f"\nwrote {out} in {seconds:.1f} s: {meta['vocab_size']:,} tokens in the vocabulary")

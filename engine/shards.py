@@ -97,13 +97,12 @@ class Strip:
 
     def rows(self, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
         """Where each row begins and how many tokens it has, (N, 2), and its first token, (N)."""
-        ends, firsts = [], []
-        for shard, end in zip(self.shards, self.ends.tolist(), strict=True):
-            first = end - len(shard)
-            ends.append(np.flatnonzero(shard == end_of_text) + 1 + first)
-        ends = np.concatenate(ends)
+        shards = list(zip(self.shards, [0, *self.ends[:-1].tolist()], strict=True))
+        ends = [np.flatnonzero(shard == end_of_text) + first for shard, first in shards]
+        ends = np.concatenate(ends) + 1
         starts = np.concatenate([[0], ends[:-1]])
-        for shard, end in zip(self.shards, self.ends.tolist(), strict=True):
-            first = end - len(shard)
-            firsts.append(shard[starts[(starts >= first) & (starts < end)] - first])
-        return np.stack((starts, ends - starts), axis=1), np.concatenate(firsts)
+        tokens = []
+        for shard, first in shards:
+            here = starts[(first <= starts) & (starts < first + len(shard))]
+            tokens.append(shard[here - first])
+        return np.stack([starts, ends - starts], axis=1), np.concatenate(tokens)

@@ -10,17 +10,20 @@ import gzip
 import hashlib
 import http.client
 import io
-import json
+import shlex
 import sys
 import sysconfig
 import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
-from engine import encodings
+from engine import encodings, settings, tables
+from engine.tables import Reading, Row, Unreadable
 
 PIECE = 1 << 20  # bytes of text handled at a time
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests"}  # the user's; tests
@@ -29,15 +32,8 @@ SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TABLES = "*.jsonl,*.jsonl.gz,*.csv,*.tsv,*.parquet"  # the files of a folder, if rows are wanted
 NAMED = 10  # unreadable documents that are named; of the others, only the number is kept
-
-
-class Unreadable(ValueError):
-    """A document that is no text, or not in the encoding it should be in."""
-
-    def __init__(self, where, why: str):
-        super().__init__(f"{where}: {why}")
-        self.where, self.why = where, why
 
 
 class Complaints:
@@ -62,41 +58,99 @@ class Complaints:
         return text + (f"; and {self.count - NAMED:,} more" if self.count > NAMED else "")
 
 
-def require(source: str) -> None:
+class Source(NamedTuple):
+    """One of the things that are prepared."""
+
+    name: str  # a file, a folder, - for standard input, or what is built in
+    split: str  # train, val or test, where it was published as that
+    reading: Reading
+
+
+@dataclass
+class Line:
+    """A source with settings of its own: a line of a list, or a quoted word."""
+
+    source: tuple = ()  # one
+    reading: Reading = field(default_factory=Reading)
+
+
+def expand(words: Iterable[str]) -> list[str]:
+    """The sources, with the lines of @LIST in its place. Raises ValueError."""
+    found = []
+    for word in words:
+        if not word.startswith("@"):
+            found.append(word)
+            continue
+        try:
+            lines = Path(word[1:]).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as e:
+            raise ValueError(f"the list {word[1:]} is not UTF-8") from e
+        split = [shlex.split(line, comments=True) for line in lines]
+        found += [line[0] if len(line) == 1 else shlex.join(line) for line in split if line]
+    return found
+
+
+def parse(word: str, common: Reading) -> Source:
+    """A source as it is named, [train=|val=|test=]NAME [--setting=value ...]. Raises ValueError."""
+    split, name = "", word
+    reading = common
+    if " --" in word:
+        line = settings.load(Line, shlex.split(word), "", "source", nargs="*")
+        if len(line.source) != 1:
+            raise ValueError(f"{word!r} should name one source, then its settings")
+        name = line.source[0]
+        own = {k: v for k, v in vars(line.reading).items() if v != getattr(Reading(), k)}
+        reading = replace(common, **own)
+    for wanted in ("train", "val", "test"):
+        if name.startswith(f"{wanted}="):
+            split, name = wanted, name.removeprefix(f"{wanted}=")
+    if bool(reading.prompt) != bool(reading.answer):
+        raise ValueError(f"{word!r} wants both --prompt and --answer, the columns of its rows")
+    reading.encoding = encodings.find(reading.encoding)
+    return Source(name, split, reading)
+
+
+def require(source: str, tasks: Iterable[str] = ()) -> None:
     """Raises ValueError if there is no such source."""
-    if source not in ("-", "python", "shakespeare") and not Path(source).exists():
-        raise ValueError(f"no such file or folder: {source!r} (built-in: python, shakespeare)")
+    built_in = ("python", "shakespeare", *tasks)
+    if source not in ("-", *built_in) and not Path(source).exists():
+        raise ValueError(f"no such file or folder: {source!r} (built-in: {', '.join(built_in)})")
 
 
-def documents(
-    source: str, pattern: str, field: str, encoding: str = "utf-8"
-) -> Iterator[Iterable[str]]:
+def documents(source: str, reading: Reading | None = None) -> Iterator[Iterable[str] | Row]:
     """The documents of one source, in a fixed order.
 
-    A source is a file, a folder (its files that match one of the comma-separated `pattern`s), "-"
-    for standard input, or a built-in name. `field` holds the text of a row; `encoding` is that of
-    files that are not UTF-8. Raises ValueError.
+    A source is a file, a folder (its files that match one of the comma-separated patterns), "-"
+    for standard input, or a built-in name. Raises ValueError.
     """
-    path = Path(source)
+    path, reading = Path(source), reading or Reading()
     if source == "-":
-        yield pieces(sys.stdin.buffer, "standard input", encoding)
+        yield pieces(sys.stdin.buffer, "standard input", reading.encoding)
     elif path.exists() and not path.is_dir():  # a file, or a pipe with a name
-        yield from file_documents(path, field, encoding)
+        yield from file_documents(path, reading)
     elif path.is_dir():
+        pattern = reading.pattern
+        if reading.answer and pattern == Reading.pattern:
+            pattern = TABLES
         files = [
             p for p in path.rglob("*") if p.is_file() and matches(p.relative_to(path), pattern)
         ]
         if not files:
             raise ValueError(f"no file in {path} matches --pattern={pattern}")
         for p in sorted(files):
-            yield from file_documents(p, field, encoding)
+            yield from file_documents(p, reading)
     elif source == "python":
-        root = Path(sysconfig.get_path("stdlib"))
-        for p in sorted(root.rglob("*.py")):
-            if not set(p.relative_to(root).parts) & LEFT_OUT:
-                yield from file_documents(p, field, encoding)
+        for p in library():
+            yield from file_documents(p, Reading())
     elif source == "shakespeare":
         yield [shakespeare()]
+
+
+def library() -> list[Path]:
+    """The files of Python's standard library, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(root.rglob("*.py"))
+    return [path for path in files if not set(path.relative_to(root).parts) & LEFT_OUT]
 
 
 def matches(path: Path, patterns: str) -> bool:
@@ -117,29 +171,38 @@ def shakespeare() -> str:
     return content.decode()
 
 
-def file_documents(path: Path, field: str, encoding: str) -> Iterator[Iterable[str]]:
-    """One document for a text file, one for each row of .jsonl and .parquet; .gz is unpacked."""
+def file_documents(path: Path, reading: Reading) -> Iterator[Iterable[str] | Row]:
+    """One document for a text file, one for each row of a table; .gz is unpacked."""
     name = path.name.removesuffix(".gz")
     try:
         if name.endswith(".parquet"):
-            yield from ([row] for row in parquet_rows(path, field))
+            yield from each(tables.parquet(path, reading), reading)
             return
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             if name.endswith(".jsonl"):
-                mark = encodings.of_mark(f.peek(4))
-                lines = map(str.encode, io.TextIOWrapper(f, mark)) if mark else f
-                for number, line in enumerate(lines, start=1):
-                    yield jsonl_row(line, field, f"{path}, line {number}", encoding)
+                yield from each(tables.jsonl(f, path, reading.encoding), reading)
+            elif reading.answer:
+                text = pieces(f, path, reading.encoding)
+                yield from each(tables.separated(text, path, reading), reading)
             else:
-                yield pieces(f, path, encoding)  # reads on while the receiver iterates
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        yield unreadable(Unreadable(path, f"no whole gzip file ({e})"))
+                yield pieces(f, path, reading.encoding)  # reads on while the receiver iterates
     except Unreadable as e:
         yield unreadable(e)
-    except UnicodeError as e:
-        yield unreadable(Unreadable(path, f"not {mark}, as its mark says ({e})"))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        yield unreadable(Unreadable(path, f"no whole gzip file ({e})"))
     except OSError as e:
         yield unreadable(Unreadable(path, e.strerror or str(e)))
+
+
+def each(table: Iterator[tuple], reading: Reading) -> Iterator[Iterable[str] | Row]:
+    """The documents of a table."""
+    for where, row in table:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            yield tables.document(row, reading)
+        except ValueError as e:
+            yield unreadable(Unreadable(where, e))
 
 
 def unreadable(error: Unreadable) -> Iterator[str]:
@@ -167,7 +230,7 @@ def pieces(f: io.BufferedIOBase, name, encoding: str) -> Iterator[str]:
         try:
             text += decoder.decode(block)
         except UnicodeDecodeError as e:
-            raise Unreadable(name, complaint(e, chosen, given)) from e
+            raise Unreadable(name, encodings.complaint(e, chosen, given)) from e
         except UnicodeError as e:  # UTF-16 or UTF-32 that wants a mark
             raise Unreadable(name, f"not {chosen}: {e}") from e
         # a piece hardly ever parts a letter from its accent, which NFC may join
@@ -198,59 +261,8 @@ def is_utf8(f: io.BufferedIOBase, block: bytes, name) -> bool:
         f.seek(position)
 
 
-def complaint(e: UnicodeDecodeError, chosen: str, given: bool) -> str:
-    if chosen != "utf-8":
-        return f"neither UTF-8 nor {chosen}" if given else f"not {chosen}, as its mark says"
-    if e.reason == "unexpected end of data":
-        return "not UTF-8: it ends inside a character"
-    line = e.object.rfind(b"\n", 0, e.start) + 1  # a character begins here, in any encoding
-    return encodings.advice(e.object, given, line)
-
-
 def read(f: io.BufferedIOBase, name) -> bytes:
     try:
         return f.read(PIECE)
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise Unreadable(name, f"no whole gzip file ({e})") from e
-
-
-def jsonl_row(line: bytes, field: str, where: str, encoding: str) -> Iterator[str]:
-    try:
-        line = line.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        try:
-            if encoding == "utf-8":
-                raise Unreadable(where, complaint(e, "utf-8", given=False)) from e
-            line = line.decode(encoding)
-        except UnicodeDecodeError:
-            raise Unreadable(where, complaint(e, encoding, given=True)) from e
-    try:
-        row = json.loads(line) if line.strip() else {field: ""}
-    except (ValueError, RecursionError) as e:
-        raise Unreadable(where, f"not JSON ({e})") from e
-    if not isinstance(row, dict) or field not in row:
-        fields = ", ".join(row) if isinstance(row, dict) else "no fields"
-        raise Unreadable(where, f"no field {field!r} (it has {fields}): name it with --field")
-    if not isinstance(row[field], str):
-        raise Unreadable(where, f"field {field!r} is no text but {row[field]!r:.60}")
-    yield row[field].replace("\r\n", "\n").replace("\r", "\n")
-
-
-def parquet_rows(path: Path, field: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from e
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        types = {column.name: str(column.type) for column in file.schema_arrow}
-        if types.get(field) not in ("string", "large_string"):
-            have = ", ".join(f"{name}: {kind}" for name, kind in types.items())
-            why = f"no text column {field!r} (it has {have}): name it with --field"
-            raise Unreadable(path, why)
-        for batch in file.iter_batches(batch_size=1000, columns=[field]):
-            for row in batch.column(0).to_pylist():
-                yield (row or "").replace("\r\n", "\n").replace("\r", "\n")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise Unreadable(path, f"no whole parquet file ({e})") from e

@@ -1,9 +1,9 @@
-"""Cleaned text on its way from the sources to the tokenizer, on disk.
+"""Cleaned documents on their way from the sources to the tokenizer, on disk.
 
-First all documents in one file, with an index of them; then one file for each split, in which each
-document is ended by a zero byte, which no cleaned text contains. That is read in chunks of about a
-megabyte that are cut where no token would go across, each a function of its number alone: so
-several processes can share the work in any order.
+First all of them in one file, with an index; then one file for each split, in which each document
+is ended by a zero byte, which no cleaned text contains. That is read in chunks of about a megabyte
+that are cut where no token would go across, each a function of its number alone: so several
+processes can share the work in any order. A row is a document, too: one line of JSON.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.prepared import SPLITS
 from engine.sources import PIECE
 
-SPLITS = ("train", "val", "test")
-ENTRY = struct.Struct("<Q16s")  # of the index: size and digest of a document
+ENTRY = struct.Struct("<Q16s16s16sB")  # of the index: a document, with the number of its split
 INSIDE = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
 # A place where text may be cut without changing its tokens: no published split pattern joins a
 # newline with a letter behind it, if a visible character stands before. \0 ends a document.
@@ -27,6 +27,9 @@ class Document(NamedTuple):
     start: int  # its place in the spool, in bytes
     size: int  # bytes of UTF-8
     digest: bytes  # of its content
+    group: bytes  # a digest, too: documents that are alike in it go to one split
+    prompt: bytes  # likewise: they must not stand in two
+    split: str  # where it was published as train, val or test; else empty
 
 
 class Spool:
@@ -39,6 +42,10 @@ class Spool:
         self.splits = {name: open(folder / f"spool_{name}", "wb") for name in SPLITS}
         self.size = self.count = 0  # bytes, documents
         self.seen: set[bytes] = set()  # all that grows with the input: one digest for each document
+        self.published: set[str] = set()  # the splits that documents came in
+        self.kind = ""  # text or rows, once it is known
+        self.tasks: set[str] = set()  # of rows
+        self.crossing = False  # whether a prompt may stand in two splits
         self.digest = hashlib.sha256()  # of the whole
         self.bytes = dict.fromkeys(SPLITS, 0)
         self.documents = dict.fromkeys(SPLITS, 0)
@@ -53,10 +60,11 @@ class Spool:
         for name in ("spool", "spool_index"):
             (self.folder / name).unlink()
 
-    def add(self, pieces: Iterable[str]) -> str:
+    def add(self, pieces: Iterable[str], split: str = "", group: str = "", prompt: str = "") -> str:
         """Takes one document, unless it is empty or has come before; returns which it was.
 
-        It is written at once, since its digest, and so its fate, is known at its end only.
+        It is written at once, since its digest, and so its fate, is known at its end only. What a
+        test was published with stays, repeated or not: so its figures are those of others.
         """
         self.text.seek(self.size)  # where one that was not taken is written over
         digest, size, empty = hashlib.blake2b(digest_size=16), 0, True
@@ -67,16 +75,23 @@ class Spool:
             size += len(data)
             empty = empty and not piece.strip()
         if empty:
-            return "empty documents"
-        if digest.digest() in self.seen:
-            return "repeated documents"
-        self.seen.add(digest.digest())
-        entry = ENTRY.pack(size, digest.digest())
+            return "empty"
+        digest = digest.digest()
+        if digest + split.encode() in self.seen and split != "test":
+            return "repeated"
+        self.seen.add(digest + split.encode())
+        asked = digest_of(prompt) if prompt else digest
+        together = digest_of(group) if group else asked
+        number = SPLITS.index(split) if split else len(SPLITS)
+        entry = ENTRY.pack(size, digest, together, asked, number)
         self.index.write(entry)
-        self.digest.update(entry)
+        self.published |= {split} - {""}
+        self.crossing = self.crossing or bool(split or group)
+        # of a text, only what it is: so it is in folders that were prepared before there were rows
+        self.digest.update(entry if split or group else entry[:24])
         self.size += size
         self.count += 1
-        return "documents taken"
+        return "taken"
 
     def describe(self) -> dict:
         """Equal for equal text in equal order."""
@@ -86,8 +101,8 @@ class Spool:
         self.index.seek(0)
         start = 0
         for block in iter(lambda: self.index.read(4096 * ENTRY.size), b""):
-            for size, digest in ENTRY.iter_unpack(block):
-                yield Document(start, size, digest)
+            for size, *digests, number in ENTRY.iter_unpack(block):
+                yield Document(start, size, *digests, (*SPLITS, "")[number])
                 start += size
 
     def written(self, split: str) -> dict:
@@ -127,15 +142,20 @@ class Spool:
         return position + (near.find(b"\n") + 1 or near.find(b" ") + 1 or inside)
 
 
+def digest_of(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
+
+
 def chunks(path: Path) -> int:
     """The number of chunks of a spool file."""
     return -(-path.stat().st_size // PIECE)
 
 
-def read_chunk(path: Path, number: int) -> str:
-    """Chunk `number` of a spool file, about PIECE bytes: chunks meet at safe cuts."""
+def read_chunk(path: Path, number: int, rows: bool = False) -> str:
+    """Chunk `number` of a spool file, about PIECE bytes: chunks meet at safe cuts, or at `rows`."""
     with open(path, "rb") as f:
-        start, end = boundary(f, number * PIECE), boundary(f, (number + 1) * PIECE)
+        cut = end_of_row if rows else boundary
+        start, end = cut(f, number * PIECE), cut(f, (number + 1) * PIECE)
         f.seek(start)
         return f.read(end - start).decode()
 
@@ -150,3 +170,15 @@ def boundary(f, position: int) -> int:
     text = window[inside:].decode(errors="ignore")
     cut = SAFE_CUT.search(text)
     return position + inside + (len(text[: cut.end()].encode()) if cut else 0)
+
+
+def end_of_row(f, position: int) -> int:
+    """Where the row ends in which the byte before `position` stands."""
+    position = max(0, position - 1)
+    f.seek(position)
+    while position and (window := f.read(PIECE // 16)):
+        found = window.find(b"\0") + 1
+        if found:
+            return position + found
+        position += len(window)
+    return position

@@ -214,7 +214,7 @@ def test_prepared_before_is_said_and_nothing_is_touched(tmp_path, text_file, cap
 
 
 def test_the_built_in_corpus_is_the_standard_library():
-    heads = [next(iter(text))[:300] for text in sources.documents("python", "", "text")]
+    heads = [next(iter(text))[:300] for text in sources.documents("python")]
     assert len(heads) > 300
     assert any("Command-line parsing library" in head for head in heads)  # argparse
     assert not any("Lib/test" in head for head in heads)
@@ -446,8 +446,8 @@ def test_two_at_once_prepare_one_set(tmp_path, text_file):
 def test_a_text_too_small_for_the_vocabulary_gives_a_smaller_one_aloud(
     tmp_path, text_file, monkeypatch, capsys
 ):
-    def smaller(words, vocab_size, progress):
-        return bpe_tokenizer(words, vocab_size - 10, progress)
+    def smaller(words, vocab_size, *more):
+        return bpe_tokenizer(words, vocab_size - 10, *more)
 
     monkeypatch.setattr(prepare, "bpe_tokenizer", smaller)
     prepare.main([str(text_file), f"--out={tmp_path / 'out'}", "--vocab_size=300"])

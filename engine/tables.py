@@ -1,0 +1,223 @@
+"""Rows of tables (jsonl, csv, tsv, parquet), and what each is: a text, or a conversation.
+
+A table is an iterator over pairs: where a row stands, in words, and the row by column, or what is
+wrong with it.
+"""
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from engine import encodings
+from engine.settings import Fraction
+from tokenizer import ROLES, check_task
+
+OWN = ("messages", "task", "group", "probability")  # fields with a meaning of their own
+csv.field_size_limit(1 << 24)  # a quote that is never closed would take all of the memory
+
+
+class Unreadable(ValueError):
+    """A document that is no text or no row, or not in the encoding it should be in."""
+
+    def __init__(self, where, why):
+        super().__init__(f"{where}: {why}")
+        self.where, self.why = where, str(why)
+
+
+@dataclass
+class Reading:
+    """How a source is read."""
+
+    pattern: str = "*.txt,*.md,*.py,*.jsonl,*.jsonl.gz,*.parquet"  # which files of a folder count
+    field: str = "text"  # field or column that holds the text of a row
+    encoding: str = "utf-8"  # of files that are not UTF-8, such as gb18030 or cp1252
+    prompt: tuple = ()  # column of a table with what is asked; several are joined by a line end
+    answer: str = ""  # column with what is answered. Without a header, columns are 1, 2, ...
+    task: str = ""  # what the rows ask for, such as translate: a marker in front of each
+    group: str = ""  # column: rows that are alike in it go to the same split
+    above: Fraction = 0.0  # leave out rows whose "probability" is not above this
+
+    def columns(self) -> list[str]:
+        """Those that a table has to have."""
+        if not self.answer:
+            return [self.field]
+        return [*self.prompt, self.answer, *([self.group] if self.group else [])]
+
+
+class Row(NamedTuple):
+    """A conversation."""
+
+    messages: list[tuple[str, str]]  # role and text of each turn
+    task: str
+    group: str
+    sure: bool = True  # its probability is above the bound, if it has one
+
+    def content(self) -> str:
+        """All that is learned from it, in one form."""
+        return json.dumps([self.task, self.messages], ensure_ascii=False)
+
+    def prompt(self) -> str:
+        """All that stands before the last answer, likewise."""
+        last = max(i for i, (role, _) in enumerate(self.messages) if role == "assistant")
+        return self._replace(messages=self.messages[:last]).content()
+
+
+# --- what a row is
+
+
+def document(row, reading: Reading) -> Iterable[str] | Row:
+    """The text of a row of a table, or its conversation. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError(f"it should be an object with the field {reading.field!r} or 'messages'")
+    if reading.answer:
+        asked = [text_of(row, column, "prompt") for column in reading.prompt]
+        asked = "\n".join(text for text in asked if text.strip())
+        messages = [("user", asked), ("assistant", text_of(row, reading.answer, "answer"))]
+        task = reading.task
+    elif "messages" in row:
+        messages = turns(row["messages"])
+        task = row.get("task") or reading.task
+    elif isinstance(row.get(reading.field, ""), str):
+        return [text_of(row, reading.field, "field")]
+    else:
+        raise ValueError(f"field {reading.field!r} is no text but {row[reading.field]!r:.60}")
+    for role, text in messages:
+        if role != "system" and not text.strip():
+            raise ValueError(f"the {'answer' if role == 'assistant' else 'prompt'} is empty")
+    if task:
+        check_task(task)
+    group = text_of(row, reading.group, "group") if reading.group else row.get("group") or ""
+    sure = not reading.above or float(row.get("probability", 1)) > reading.above
+    return Row(messages, task, str(group), sure)
+
+
+def text_of(row: dict, column: str, option: str) -> str:
+    require_columns(row, [column], option)
+    value = "" if row[column] is None else row[column]
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"field {column!r} is no text but {value!r:.60}")
+    return one_newline(str(value))
+
+
+def one_newline(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def turns(messages) -> list[tuple[str, str]]:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("messages should be a list of objects with role and content")
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise ValueError(f"unknown role {message.get('role')!r}: {', '.join(ROLES)} are known")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"a message's content is no text but {message.get('content')!r:.60}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("its messages have no assistant's, and nothing else is to be learned")
+    return [(message["role"], one_newline(message["content"])) for message in messages]
+
+
+def require_columns(there: Iterable[str], wanted: list[str], option: str) -> None:
+    """Raises ValueError for the first that is `wanted` and not there."""
+    for name in wanted:
+        if name not in there:
+            near = difflib.get_close_matches(name, there, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"name it with --{option}"
+            raise ValueError(f"no field {name!r} (it has {', '.join(there) or 'none'}): {remedy}")
+
+
+# --- where rows come from
+
+
+def check_header(header: list[str], path: Path, reading: Reading) -> None:
+    option = "prompt and --answer" if reading.answer else "field"
+    try:
+        require_columns(header, reading.columns(), option)
+    except ValueError as e:
+        raise Unreadable(path, e) from e
+
+
+def jsonl(f: io.BufferedReader, path: Path, encoding: str) -> Iterator[tuple]:
+    """One JSON object a line; empty lines are none."""
+    mark = encodings.of_mark(f.peek(4))
+    try:
+        for number, line in enumerate(io.TextIOWrapper(f, mark) if mark else f, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", json_row(line, encoding)
+    except UnicodeError as e:
+        raise Unreadable(path, f"not {mark}, as its mark says ({e})") from e
+
+
+def json_row(line: bytes | str, encoding: str):
+    try:
+        if isinstance(line, bytes):
+            line = encodings.decoded(line, encoding)
+        return json.loads(line)
+    except RecursionError as e:
+        return ValueError(f"not JSON ({e})")
+    except ValueError as e:
+        return e if type(e) is ValueError else ValueError(f"not JSON ({e})")
+
+
+def separated(pieces: Iterable[str], path: Path, reading: Reading) -> Iterator[tuple]:
+    """The rows of a csv, or of a table with tabs between its columns, where quotes are text.
+
+    A first line names the columns, unless they are asked for by number, from 1.
+    """
+    comma = path.name.removesuffix(".gz").endswith(".csv")
+    form = dict(strict=True) if comma else dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+    reader = csv.reader(lines(pieces), **form)
+    header = None
+    if all(column.isdigit() for column in reading.columns()):
+        header = []
+    while True:
+        where = f"{path}, line {reader.line_num + 1}"
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield where, ValueError(f"no csv ({e})")
+            continue
+        if header is None:
+            header = row
+            check_header(header, path, reading)
+        elif header and row and len(row) != len(header):
+            yield where, ValueError(f"{len(row)} columns, and its first line has {len(header)}")
+        elif row:
+            names = header or map(str, range(1, len(row) + 1))
+            yield where, dict(zip(names, row, strict=True))
+
+
+def lines(pieces: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for piece in pieces:
+        *whole, rest = (rest + piece).split("\n")
+        yield from (line + "\n" for line in whole)
+    if rest:
+        yield rest
+
+
+def parquet(path: Path, reading: Reading) -> Iterator[tuple]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as e:
+        raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from e
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        there = file.schema_arrow.names
+        if reading.answer or "messages" not in there:
+            check_header(there, path, reading)
+        wanted = [name for name in there if name in (*reading.columns(), *OWN)]
+        number = 0
+        for batch in file.iter_batches(batch_size=1000, columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", {k: "" if v is None else v for k, v in row.items()}
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise Unreadable(path, f"no whole parquet file ({e})") from e

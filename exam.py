@@ -1,0 +1,247 @@
+"""An exam on rows: a model answers the prompts of a split. grading.py says what that is worth.
+
+    rows ── prompts ──▶ answers ── references ──▶ figures, their intervals, and floors beside them
+
+An answer is what the model writes behind `<|assistant|>`; or, with choices, the label that it finds
+likeliest there. It is also asked how likely it finds the reference, and its own answer.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import grading
+from dataset import Dataset, Split
+from engine import inference, machine
+from engine.files import write_durably
+from engine.machine import Machine
+from engine.packing import fit
+from engine.pipeline import Progress
+from generate import answers, beam, prefill
+from grading import Exam, Result, Row
+from model import GPT
+from tokenizer import Tokenizer
+
+FLOOR_ROWS = 20_000  # of each task, from which floors learn
+POSITIONS = 16_384  # in one forward pass that scores answers
+LOGITS = 1 << 26  # numbers of them at once
+LONGER = 8  # tokens by which an answer may exceed the longest reference
+
+
+def examine(s, model: GPT, tokenizer: Tokenizer, data: Dataset, file: Path, baseline=None) -> None:
+    """Asks the rows of a split, writes the answers to `file`, prints what they are worth.
+
+    `s` are the settings of evaluate.py, `baseline` is another model with its tokenizer. Raises
+    ValueError before anything is asked.
+    """
+    rows = rows_of(data.split(s.split), s.limit, s.task)
+    learned = rows_of(data.split("train"), FLOOR_ROWS)
+    sources = {str(source) for folder in data.folders for source in folder.made["source"]}
+    exams = []
+    for task, some in rows.items():
+        built_in = any(task == source or task.startswith(f"{source}_") for source in sources)
+        exams.append(Exam(some, learned.get(task, []), choices_of(s), built_in))
+    for package in grading.lacking():
+        print(f"{package} is not installed (pip install {package}): its scores are left out")
+    lines = []
+    for exam in exams:
+        result = ask(model, tokenizer, exam.rows, exam.labels, s)
+        lines += grading.written_down(exam, result)
+        print(f"\n{exam.task or 'rows'}: {len(exam.rows):,} rows of the {s.split} split")
+        print(*grading.table(exam, result), sep="\n")
+        if baseline:
+            other = ask(*baseline, exam.rows, exam.labels, s)
+            same_tokens = baseline[1].digest() == tokenizer.digest()
+            print(*grading.comparison(exam, result, other, same_tokens), sep="\n")
+    write_lines(file, lines)
+
+
+def label(s, model: GPT, tokenizer: Tokenizer, file: Path) -> None:
+    """Answers the rows of the file `s.label`, and writes them with the probability of the answer:
+    `prepare.py --above=0.9` takes those of which the model was sure (pseudo-labels, Lee 2013)."""
+    rows = list(unanswered(Path(s.label)))
+    choices = choices_of(s)
+    if choices == ["auto"]:
+        raise ValueError("choices='auto' needs a training split to find labels in: name them")
+    result = ask(model, tokenizer, rows, choices, s)
+    said = zip(rows, result.answers, result.probabilities, strict=True)
+    write_lines(
+        file,
+        [
+            dict(
+                messages=[*row.messages, dict(role="assistant", content=answer)],
+                task=row.task,
+                probability=probability,
+            )
+            for row, answer, probability in said
+        ],
+    )
+
+
+def unanswered(path: Path) -> Iterator[Row]:
+    """The rows of a jsonl file; an answer at the end is left out. Raises ValueError."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            turns = [dict(role=turn["role"], content=turn["content"]) for turn in row["messages"]]
+            if turns[-1]["role"] == "assistant":
+                turns.pop()
+            yield Row(row.get("task", ""), turns, "")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            raise ValueError(
+                f'{path}, line {number}: no row such as {{"messages": [{{"role": "user",'
+                f' "content": "..."}}]}} ({e!r:.60})'
+            ) from e
+
+
+def choices_of(s) -> list[str]:
+    return s.choices.split(",") if s.choices else []
+
+
+def write_lines(file: Path, lines: Iterable[dict]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_durably(file, text.encode(errors="replace"))
+    print(f"\nwrote {file}: {text.count(chr(10)):,} lines")
+
+
+def ready(model: GPT, here: Machine, s) -> GPT:
+    """The model, made to answer many prompts at once as fast as it can."""
+    model = model.eval().to(here.device, here.dtype)
+    machine.use_threads(s.threads, here, model, s.slots)
+    return inference.ready(model, rows=s.slots, parts=s.fast)
+
+
+def rows_of(split: Split, limit: int = 0, task: str = "") -> dict[str, list[Row]]:
+    """The rows of each task, or of one; at most `limit` of each, evenly spread."""
+    found = defaultdict(list)
+    for ids in split.rows():
+        found[ids[0]].append(ids)  # the marker of the task, or else of a role
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for some in found.values():
+        kept = min(limit or len(some), len(some))
+        for i in range(kept):
+            name, messages = split.tokenizer.decode_row(some[i * len(some) // kept])
+            last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
+            rows[name].append(Row(name, messages[:last], messages[last]["content"]))
+    if task and task not in rows:
+        there = ", ".join(name or "only rows without a task" for name in rows)
+        raise ValueError(f"task={task!r} is not in the data: there is {there}")
+    return {task: rows[task]} if task else dict(rows)
+
+
+# --- asking
+
+
+def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s) -> Result:
+    """Lets a model answer `rows` with one of `labels`, if there are any, or in its own words."""
+
+    def with_end(text: str) -> list[int]:
+        return [*tokenizer.encode(text), tokenizer.markers.end]
+
+    references = [with_end(row.reference) for row in rows]
+    longest = max(map(len, [*references, *map(with_end, labels)]))
+    most = longest if labels else s.max_tokens or longest + LONGER
+    most = min(most, model.config.block_size // 2)
+    prompts = list(prompts_of(model, tokenizer, rows, s.marker, most))
+    known = [[ids[:most]] for ids in references]
+    tokens = [len(ids) for [ids] in known]
+    nats = [found for [found] in surprise(model, tokenizer, prompts, known)]
+    exchanged = []
+    if s.exchange:
+        others = prompts[1:] + prompts[:1]
+        exchanged = [found for [found] in surprise(model, tokenizer, others, known)]
+    if labels:
+        choices = [with_end(label)[:most] for label in labels]
+        ln_p = -torch.tensor(surprise(model, tokenizer, prompts, [choices] * len(prompts)))
+        if s.normalise:
+            ln_p /= torch.tensor([len(ids) for ids in choices])
+        best = ln_p.softmax(dim=1).max(dim=1)
+        said = [labels[i] for i in best.indices]
+        return Result(said, best.values.tolist(), nats, tokens, exchanged)
+    found = written(model, tokenizer, prompts, most, s, s.temperature)
+    ended = [[[*ids, tokenizer.markers.end][:most]] for ids in found]
+    likely = [math.exp(-cost) for [cost] in surprise(model, tokenizer, prompts, ended)]
+    return Result([tokenizer.decode(ids) for ids in found], likely, nats, tokens, exchanged)
+
+
+def prompts_of(
+    model: GPT, tokenizer: Tokenizer, rows: list[Row], marker: str, most: int
+) -> Iterator[list[int]]:
+    """The ids of each prompt, with room for `most` tokens of an answer: long ones lose their front.
+
+    `marker` is asked under instead of the row's own task; "none" is no marker.
+    """
+    block_size = model.config.block_size
+    for row in rows:
+        task = {"": row.task, "none": ""}.get(marker, marker)
+        ids = np.array(tokenizer.encode_row(row.messages, task, open=True))
+        fitted = fit(ids, block_size + 1 - most, tokenizer.markers)
+        if not len(fitted):
+            raise ValueError(
+                f"a context of {block_size} tokens has no room for a prompt and {most} tokens of an"
+                " answer: use a smaller --max_tokens"
+            )
+        yield fitted.tolist()
+
+
+def written(
+    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], most: int, s, temperature: float
+) -> list[list[int]]:
+    """The ids of an answer to each prompt, many at a time; by beam search one by one."""
+    found: list[list[int]] = [[] for _ in prompts]
+    options = dict(slots=s.slots, seed=s.seed, temperature=temperature)
+    stream = answers(model, tokenizer, prompts, most, **options)
+    if s.beam > 1:
+        each = enumerate(prompts)
+        options = dict(width=s.beam, length_penalty=s.length_penalty)
+        stream = ((i, beam(model, tokenizer, prompt, most, **options)) for i, prompt in each)
+    with Progress("answering", len(prompts), unit=1, name=" prompts") as progress:
+        for done, (i, ids) in enumerate(stream, start=1):
+            found[i] = ids
+            progress(done)
+    return found
+
+
+@torch.inference_mode()
+def surprise(
+    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], choices: list[list[list[int]]]
+) -> list[list[float]]:
+    """-ln p of each choice (ids) behind its prompt; all prompts have equally many."""
+    found: list[list[float]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    each, T = len(choices[0]), max(len(ids) for some in choices for ids in some)
+    most = LOGITS // (each * T * model.config.vocab_size)
+    while order:  # those of about one length together, the longest first
+        count = max(1, min(most, POSITIONS // (each * (len(prompts[order[-1]]) + T))))
+        some = order[-count:]
+        del order[-count:]
+        both = [prompts[i] for i in some], [choices[i] for i in some]
+        for i, nats in zip(some, one_pass(model, tokenizer, *both).tolist(), strict=True):
+            found[i] = nats
+    return found
+
+
+def one_pass(model: GPT, tokenizer: Tokenizer, prompts: list, choices: list) -> Tensor:
+    """As `surprise`, (prompts, choices of each). A prompt is read once for all of its choices."""
+    each = len(choices[0])
+    flat = [ids for some in choices for ids in some]  # N of them
+    T = max(len(ids) for ids in flat)
+    device = model.wte.weight.device
+    ids = torch.tensor([ids + [0] * (T - len(ids)) for ids in flat], device=device)  # (N, T)
+    counted = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in flat], device=device)
+    cache = model.new_cache(len(prompts), max(map(len, prompts)) + T)
+    first = prefill(model, prompts, cache, tokenizer.markers)  # (prompts, V)
+    repeated = [i for i in range(len(prompts)) for _ in range(each)]
+    logits = first[repeated][:, None]  # (N, 1, V)
+    if T > 1:
+        cache.take(repeated)
+        rest = model.logits(model.trunk(ids[:, :-1], cache=cache))  # (N, T - 1, V)
+        logits = torch.cat([logits, rest], dim=1)
+    ln_p = logits.float().log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]  # (N, T)
+    return -(ln_p * counted).sum(dim=1).view(-1, each)

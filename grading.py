@@ -1,0 +1,175 @@
+"""What answers are worth: figures that suit the task, their intervals, and floors beside them.
+
+    labels    few different answers: accuracy, and the mean of the labels' F1
+    checked   a built-in task that works each answer out by itself, such as sums: exact match
+    texts     all others: exact match, BLEU, chrF, ROUGE
+
+and of all of them the perplexity of the references. A figure alone says little: where nine of ten
+answers are "yes", 90% is nothing. So what needs no understanding answers the same prompts: the most
+frequent answer; naive Bayes for labels; the prompt or its beginning, copied, for texts. All that
+they know is from the training split.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from statistics import median
+from typing import NamedTuple
+
+import scores
+import tasks
+from scores import NaiveBayes, Score
+
+LABELS = 50  # different answers at most, with ten rows for each: then they are labels
+
+
+class Row(NamedTuple):
+    task: str
+    messages: list[dict]  # the turns before the answer
+    reference: str
+
+    @property
+    def prompt(self) -> str:
+        return "\n".join(turn["content"] for turn in self.messages)
+
+    @property
+    def asked(self) -> str:
+        """The last turn alone."""
+        return self.messages[-1]["content"] if self.messages else ""
+
+
+class Result(NamedTuple):
+    """What a model made of the rows of a task."""
+
+    answers: list[str]
+    probabilities: list[float]  # of its answers, as it sees them
+    nats: list[float]  # of the references: -ln p
+    tokens: list[int]  # of the references, with their ends
+    exchanged: list[float]  # nats of the references behind the prompt of another row, if asked for
+
+
+class Exam:
+    """The rows of a task, what is measured of it, and `learned`: rows from which floors learn.
+
+    `choices` are labels, or auto for those of the training split. A task that is `built_in` is
+    checked by its own file. Raises ValueError for choices that cannot be the answers.
+    """
+
+    def __init__(self, rows: list[Row], learned: list[Row], choices: list[str], built_in: bool):
+        self.task, self.rows, self.learned = rows[0].task, rows, learned
+        self.references = [row.reference for row in rows]
+        self.module = tasks.find(self.task) if built_in else None
+        there = sorted({row.reference for row in learned})
+        few = 0 < len(there) <= min(LABELS, len(learned) // 10)
+        self.labels = there if choices == ["auto"] else choices
+        if self.labels:
+            self.check_labels()
+        if self.labels or few:
+            self.kind = "labels"
+        elif self.module and all(self.module.right(row.prompt, row.reference) for row in rows):
+            self.kind = "checked"
+        else:
+            self.kind = "texts"
+
+    def check_labels(self) -> None:
+        unknown = sorted({*self.references} - {*self.labels})
+        if len(self.labels) > LABELS:
+            raise ValueError(
+                f"the task {self.task!r} has {len(self.labels):,} different answers, too many to be"
+                " labels: leave out --choices=auto"
+            )
+        if unknown:
+            raise ValueError(
+                f"{unknown[0][:60]!r} is an answer in the data, but not among the choices"
+                f" {','.join(self.labels)}"
+            )
+
+    def figures(self, said: list[str]) -> dict[str, Score]:
+        """By name, without those whose packages lack (see `lacking`)."""
+        right = scores.exact(said, self.references)
+        if self.module:
+            both = zip(self.rows, said, strict=True)
+            right = [self.module.right(row.prompt, text, row.reference) for row, text in both]
+        if self.kind == "labels":
+            f1 = scores.macro_f1(said, self.references)
+            return {"accuracy": scores.mean(right), "macro-F1": f1}
+        found = {"exact match": scores.mean(right)}
+        if self.kind == "texts" and "sacrebleu" not in lacking():
+            found["BLEU"] = scores.bleu(said, self.references)
+            found["chrF"] = scores.chrf(said, self.references)
+        if self.kind == "texts" and "rouge_score" not in lacking():
+            found |= scores.rouge(said, self.references)
+        return found
+
+    def all_figures(self, result: Result) -> dict[str, Score]:
+        """Also how well a model knows the references."""
+        found = self.figures(result.answers)
+        found["perplexity"] = scores.perplexity(result.nats, result.tokens)
+        if result.exchanged:
+            found["prompts exchanged"] = scores.perplexity(result.exchanged, result.tokens)
+        return found
+
+    def floors(self) -> dict[str, list[str]]:
+        """By name, answers that need no understanding."""
+        known = [row.reference for row in self.learned]
+        if not known:
+            return {}
+        found = {"most frequent": [scores.most_frequent(known)] * len(self.rows)}
+        if self.kind == "labels":
+            bayes = NaiveBayes([row.prompt for row in self.learned], known)
+            return found | {"naive Bayes": [bayes(row.prompt) for row in self.rows]}
+        copies = {"prompt": str}
+        if self.kind == "texts":
+            count = int(median(len(scores.WORDS.findall(text)) for text in known))
+            copies["first line"] = scores.first_line
+            copies[f"{count} words"] = lambda text: scores.first_words(text, count)
+        copies |= getattr(self.module, "FLOORS", {})
+        return found | {
+            name: [copy(row.asked) for row in self.rows] for name, copy in copies.items()
+        }
+
+
+def lacking() -> list[str]:
+    """Packages that are not installed; what needs them is left out."""
+    wanted = ("sacrebleu", "rouge_score")
+    return [package for package in wanted if not importlib.util.find_spec(package)]
+
+
+def table(exam: Exam, result: Result) -> Iterator[str]:
+    """Lines: each figure with its interval, and what the floors reach."""
+    floors = {name: exam.figures(said) for name, said in exam.floors().items()}
+    lines = [["", "model", "95% interval", *floors]]
+    for name, score in exam.all_figures(result).items():
+        low, high = scores.interval(scores.resampled(score))
+        beside = [f"{found[name].value:.1f}" if name in found else "" for found in floors.values()]
+        lines.append([name, f"{score.value:.2f}", f"{low:.2f} to {high:.2f}", *beside])
+    yield from aligned(lines)
+
+
+def comparison(exam: Exam, result: Result, other: Result, same_tokens: bool) -> Iterator[str]:
+    """Lines: another model's figures, and whether the two differ."""
+    lines = [["", "baseline", "difference", "95% interval", ""]]
+    theirs = exam.all_figures(other)
+    for name, score in exam.all_figures(result).items():
+        if same_tokens or name not in ("perplexity", "prompts exchanged"):  # these count tokens
+            gap, low, high, verdict = scores.compared(score, theirs[name])
+            beside = [f"{gap:+.2f}", f"{low:+.2f} to {high:+.2f}", verdict]
+            lines.append([name, f"{theirs[name].value:.2f}", *beside])
+    yield from aligned(lines)
+
+
+def aligned(lines: list[list[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
+
+
+def written_down(exam: Exam, result: Result) -> Iterator[dict]:
+    """An object for each row: what was asked, answered and wanted, and how good it is."""
+    figures = exam.figures(result.answers).items()
+    of_rows = {name: score.rows[:, 0] for name, score in figures if score.figure is scores.ratio}
+    for i, row in enumerate(exam.rows):
+        found = dict(task=row.task, prompt=row.prompt, answer=result.answers[i])
+        found |= dict(reference=row.reference, probability=result.probabilities[i])
+        found |= {name: float(values[i]) for name, values in of_rows.items()}
+        yield found | dict(nats=result.nats[i], tokens=result.tokens[i])

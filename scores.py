@@ -1,0 +1,235 @@
+"""Scores of answers, the floors to put beside them, and how sure a figure is. No torch here.
+
+A figure over rows is a Score: what each row adds, and what makes one number of the sums. So every
+figure can be computed anew from rows drawn with replacement, as if the test had been another one of
+the same kind (the bootstrap, Efron 1979): between the 2.5th and the 97.5th percentile of a thousand
+such figures lies its 95% interval. Two systems are compared on the same drawn rows, since a row
+that is hard for one is hard for the other (Koehn 2004): they differ if the interval of their
+difference leaves out 0. Figures are percentages, but for perplexities.
+
+BLEU (Papineni et al. 2002) asks how many of the answer's words, pairs, triples and fours stand in
+the reference, and punishes short answers; chrF (Popović 2015) compares characters; ROUGE (Lin 2004)
+words, pairs, and the longest common subsequence. By the packages that published figures come from.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.settings import require_package
+
+RESAMPLES = 1000
+CHINESE = "\u3400-\u9fff"  # has no spaces between words: a character counts as one
+WORDS = re.compile(rf"[{CHINESE}]|[^\W{CHINESE}]+|[^\w\s]")
+MOST_TEXTS = 100  # each is compared with all others
+
+
+class Score(NamedTuple):
+    rows: np.ndarray  # (rows, parts): what each row adds
+    figure: Callable[[np.ndarray], float]  # of the sums of the parts
+
+    @property
+    def value(self) -> float:
+        return self.figure(self.rows.sum(axis=0))
+
+
+# --- how sure
+
+
+def resampled(score: Score, seed: int = 0) -> np.ndarray:
+    """The figures (RESAMPLES,) of rows drawn with replacement: the same rows for the same seed."""
+    count = len(score.rows)
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)  # how often each is drawn
+    return np.array([score.figure(sums) for sums in times @ score.rows])
+
+
+def interval(figures: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(figures, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def compared(a: Score, b: Score) -> tuple[float, float, float, str]:
+    """a - b over the same rows, its interval, and what that says."""
+    low, high = interval(resampled(a) - resampled(b))
+    verdict = "they differ" if low > 0 or high < 0 else "no difference is shown"
+    return a.value - b.value, low, high, verdict
+
+
+# --- figures
+
+
+def ratio(sums: np.ndarray) -> float:
+    return 100 * float(sums[0]) / float(sums[1])
+
+
+def mean(values: Sequence[float]) -> Score:
+    """The mean of numbers from 0 to 1, or of true and false, as a percentage."""
+    return Score(np.stack([np.asarray(values, float), np.ones(len(values))], axis=1), ratio)
+
+
+def perplexity(nats: Sequence[float], tokens: Sequence[int]) -> Score:
+    """exp(mean surprise of a token), from the sums of rows."""
+    rows = np.stack([np.asarray(nats, float), np.asarray(tokens, float)], axis=1)
+    return Score(rows, lambda sums: math.exp(sums[0] / sums[1]))
+
+
+def plain(text: str) -> str:
+    """What counts as the same text: white space is not compared."""
+    return " ".join(text.split())
+
+
+def exact(answers: list[str], references: list[str]) -> list[bool]:
+    return [plain(a) == plain(b) for a, b in zip(answers, references, strict=True)]
+
+
+def macro_f1(answers: list[str], references: list[str]) -> Score:
+    """The mean of the labels' F1, each counting the same however rare: 2 hits / (said + true)."""
+    labels = sorted(set(references))
+    said = np.array([[plain(a) == label for label in labels] for a in answers], float)
+    true = np.array([[r == label for label in labels] for r in references], float)
+    rows = np.concatenate([said * true, said + true], axis=1)
+
+    def figure(sums: np.ndarray) -> float:
+        hits, both = np.split(sums, 2)
+        drawn = both > 0
+        return 100 * float(np.mean(2 * hits[drawn] / both[drawn]))
+
+    return Score(rows, figure)
+
+
+def is_chinese(texts: list[str]) -> bool:
+    return any(re.search(f"[{CHINESE}]", text) for text in texts)
+
+
+def by_sacrebleu(metric, answers: list[str], references: list[str]) -> Score:
+    """What each row adds is not public there, but sacrebleu's own significance test uses it too."""
+    rows = np.array(metric._extract_corpus_statistics(answers, [references]))
+    return Score(rows, lambda sums: metric._compute_score_from_stats(sums.tolist()).score)
+
+
+def bleu(answers: list[str], references: list[str]) -> Score:
+    """Raises ValueError if sacrebleu lacks, as chrf does."""
+    require_package("sacrebleu", True)
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU(tokenize="zh" if is_chinese(references) else "13a")
+    return by_sacrebleu(metric, answers, references)
+
+
+def chrf(answers: list[str], references: list[str]) -> Score:
+    require_package("sacrebleu", True)
+    from sacrebleu.metrics import CHRF
+
+    return by_sacrebleu(CHRF(), answers, references)
+
+
+class Words:
+    """What rouge-score asks of a tokenizer; its own knows only a to z and digits."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return WORDS.findall(text.lower())
+
+
+def rouge(answers: list[str], references: list[str]) -> dict[str, Score]:
+    """ROUGE-1, -2 and -L (F1, without stemming). Raises ValueError if rouge-score lacks."""
+    require_package("rouge_score", True)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, tokenizer=Words() if is_chinese(references) else None)
+    found = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
+    names = {kind: f"ROUGE-{kind.removeprefix('rouge')}" for kind in kinds}
+    return {names[kind]: mean([row[kind].fmeasure for row in found]) for kind in kinds}
+
+
+# --- texts without reference
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = WORDS.findall(text)
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """Different n-grams of words / all of them (Li et al. 2016): falls with the amount of text."""
+    found = [ngram for text in texts for ngram in ngrams(text, n)]
+    return 100 * len(set(found)) / max(1, len(found))
+
+
+def repetition(texts: list[str]) -> float:
+    """How many of the fours of words have stood in the same text before."""
+    found = [ngrams(text, 4) for text in texts]
+    return 100 * sum(len(f) - len(set(f)) for f in found) / max(1, sum(map(len, found)))
+
+
+def self_bleu(texts: list[str]) -> float:
+    """The mean BLEU of each text with all others as references (Zhu et al. 2018): high is alike."""
+    require_package("sacrebleu", True)
+    from sacrebleu.metrics import BLEU
+
+    texts = texts[:MOST_TEXTS]
+    metric = BLEU(tokenize="zh" if is_chinese(texts) else "13a", effective_order=True)
+    found = [metric.sentence_score(t, texts[:i] + texts[i + 1 :]) for i, t in enumerate(texts)]
+    return sum(score.score for score in found) / max(1, len(found))
+
+
+VARIETY = {
+    "distinct-1": lambda texts: distinct(texts, 1),
+    "distinct-2": lambda texts: distinct(texts, 2),
+    "repetition": repetition,
+    "self-BLEU": self_bleu,
+}
+
+
+# --- floors
+
+
+def most_frequent(answers: list[str]) -> str:
+    return Counter(answers).most_common(1)[0][0]
+
+
+def first_words(text: str, count: int) -> str:
+    """The first `count` words; characters, where words are not parted by spaces."""
+    found = list(WORDS.finditer(text))
+    return text[: found[min(count, len(found)) - 1].end()] if found and count else ""
+
+
+def first_line(text: str) -> str:
+    return text.strip().split("\n")[0]
+
+
+class NaiveBayes:
+    """Counts of words and of pairs of neighbours, each taken for independent of the others given
+    the label; one is added to each count, so that what was never seen rules nothing out."""
+
+    def __init__(self, texts: list[str], labels: list[str]):
+        self.labels = Counter(labels)
+        self.counts: defaultdict[str, Counter] = defaultdict(Counter)
+        for text, label in zip(texts, labels, strict=True):
+            self.counts[label].update(self.features(text))
+        self.known = set().union(*self.counts.values())
+        self.sizes = {
+            label: found.total() + len(self.known) for label, found in self.counts.items()
+        }
+
+    @staticmethod
+    def features(text: str) -> list:
+        words = WORDS.findall(text.lower())
+        return [*words, *pairwise(words)]
+
+    def __call__(self, text: str) -> str:
+        features = [feature for feature in self.features(text) if feature in self.known]
+
+        def log_probability(label: str) -> float:
+            counts, size = self.counts[label], self.sizes[label]
+            return math.log(self.labels[label]) + sum(
+                math.log((counts[feature] + 1) / size) for feature in features
+            )
+
+        return max(sorted(self.labels), key=log_probability)

@@ -1,0 +1,62 @@
+"""Tasks that need nothing from outside: generated, or made from Python's own library.
+
+Each is a file with two functions. `rows(split, seed, val, test)` yields rows (conversations of a
+user and an assistant, with a marker that names the task), where val and test are the fractions held
+back; `right(prompt, answer, reference)` tells whether an answer is right, by working it out from
+the prompt where that is possible.
+
+    python prepare.py sums numbers --out=data/tasks     one data set of two tasks
+"""
+
+import hashlib
+import importlib
+import random
+from collections.abc import Callable, Hashable, Iterator
+from types import ModuleType
+from typing import TypeVar
+
+NAMES = ("docstrings", "facts", "modules", "numbers", "sums", "sums_plain")
+VAL = TEST = 0.05  # what is held back of all that there is, as in prepare.py
+DRAWS = 1_000_000  # after so many, there is nothing new to be found
+Drawn = TypeVar("Drawn", bound=Hashable)
+
+
+def find(task: str) -> ModuleType | None:
+    """The file of a task, by its name or by the marker of one of its rows; None if it has none."""
+    names = [name for name in NAMES if task == name or task.startswith(f"{name}_")]
+    return importlib.import_module(f"tasks.{max(names, key=len)}") if names else None
+
+
+def row(task: str, prompt: str, answer: str, group: str = "") -> dict:
+    turns = [dict(role="user", content=prompt), dict(role="assistant", content=answer)]
+    return dict(messages=turns, task=task) | (dict(group=group) if group else {})
+
+
+def split_of(u: float, val: float, test: float) -> str:
+    """The split of what has the number `u`, uniform in [0, 1), if val and test are its shares."""
+    return "val" if u < val else "test" if u < val + test else "train"
+
+
+def distinct(
+    draw: Callable[[random.Random], Drawn],
+    key: Callable[[Drawn], Hashable],
+    split: str,
+    seed: int,
+    val: float,
+    test: float,
+) -> Iterator[Drawn]:
+    """What `draw` draws, each thing once, if its `key` belongs to `split`: very many of them.
+
+    A hash of the key decides, whatever the seed: no seed shows a test in training.
+    """
+    if not dict(train=1 - val - test, val=val, test=test)[split]:
+        return
+    rng = random.Random(f"{split} {seed}")
+    seen = set()
+    for _ in range(DRAWS):
+        drawn = draw(rng)
+        hashed = hashlib.blake2b(repr(key(drawn)).encode(), digest_size=8).digest()
+        u = int.from_bytes(hashed, "big") / 2**64
+        if drawn not in seen and split_of(u, val, test) == split:
+            seen.add(drawn)
+            yield drawn

@@ -1,0 +1,156 @@
+"""Figures as one computes them by hand; intervals that hold the truth; floors that learn."""
+
+import importlib.util
+import math
+import random
+
+import numpy as np
+import pytest
+
+import scores
+from scores import NaiveBayes, Score
+
+needs_sacrebleu = pytest.mark.skipif(
+    not importlib.util.find_spec("sacrebleu"), reason="sacrebleu is not installed"
+)
+needs_rouge = pytest.mark.skipif(
+    not importlib.util.find_spec("rouge_score"), reason="rouge-score is not installed"
+)
+
+
+def test_exact_match_compares_all_but_white_space():
+    answers = ["a  b\n", "a b c", "A b", ""]
+    assert scores.exact(answers, ["a b", "a b", "a b", "a b"]) == [True, False, False, False]
+    assert scores.mean([True, False, False, False]).value == 25
+
+
+def test_macro_f1_counts_each_label_the_same():
+    """x: said 3, true 3, hits 2, so 4/6; y: said 0, true 1, so 0; what is no label is a miss."""
+    answers, references = ["x", "x", "?", "x"], ["x", "x", "x", "y"]
+    assert scores.macro_f1(answers, references).value == pytest.approx(100 * (4 / 6 + 0) / 2)
+    assert scores.macro_f1(references, references).value == 100
+
+
+def test_perplexity_is_a_mean_over_tokens_and_not_over_rows():
+    found = scores.perplexity([2.0, 10.0], [1, 3])
+    assert found.value == pytest.approx(math.exp(12 / 4))
+
+
+def test_an_interval_of_accuracy_is_that_of_the_binomial():
+    """Of 400 rows at 75%, the standard error is sqrt(0.75 * 0.25 / 400) = 2.17 points."""
+    score = scores.mean([True] * 300 + [False] * 100)
+    low, high = scores.interval(scores.resampled(score))
+    assert low == pytest.approx(75 - 1.96 * 2.165, abs=0.6)
+    assert high == pytest.approx(75 + 1.96 * 2.165, abs=0.6)
+    assert scores.interval(scores.resampled(score)) == (low, high)
+
+
+def test_the_95_percent_interval_holds_the_truth_about_19_times_of_20():
+    rng, held = random.Random(0), 0
+    for _ in range(100):
+        found = scores.mean([rng.random() < 0.6 for _ in range(200)])
+        low, high = scores.interval(scores.resampled(found))
+        held += low <= 60 <= high
+    assert 88 <= held <= 100
+
+
+def test_a_paired_comparison_sees_what_two_intervals_do_not():
+    """b is right wherever a is, and on 12 more of 400: each interval is some 4 points wide."""
+    a = scores.mean([True] * 200 + [False] * 200)
+    b = scores.mean([True] * 212 + [False] * 188)
+    gained, low, high, verdict = scores.compared(b, a)
+    assert gained == 3 and 0 < low < 3 < high < 6 and verdict == "they differ"
+    assert scores.interval(scores.resampled(a))[1] > b.value
+    assert scores.compared(a, a) == (0, 0, 0, "no difference is shown")
+
+
+def test_the_figure_of_resampled_rows_is_computed_anew():
+    """Not averaged: of one row in ten drawn with replacement, the ratio of sums is never 0.5."""
+    score = Score(np.array([[1.0, 1.0], [0.0, 3.0]]), lambda sums: sums[0] / sums[1])
+    assert set(np.round(scores.resampled(score), 3)) == {0, 0.25, 1}
+
+
+@needs_sacrebleu
+def test_bleu_of_the_papers_example_and_of_equal_texts():
+    """Papineni 2002: two of seven "the" count; no pair does: sacrebleu takes a half, a quarter."""
+    references = ["The cat is on the mat ."]
+    assert scores.bleu(references, references).value == pytest.approx(100)
+    found = scores.bleu(["the the the the the the the"], ["the cat is on the mat"])
+    precisions = [2 / 7, 0.5 / 6, 0.25 / 5, 0.125 / 4]
+    assert found.value == pytest.approx(100 * math.prod(precisions) ** 0.25)
+
+
+@needs_sacrebleu
+def test_bleu_and_chrf_of_many_rows_are_those_of_sacrebleu():
+    import sacrebleu
+
+    answers = ["a man walks his dog .", "two birds", "she reads a long book", ""]
+    references = ["a man walks a dog .", "two small birds fly", "she reads a book", "nothing"]
+    ours = scores.bleu(answers, references).value, scores.chrf(answers, references).value
+    bleu = sacrebleu.corpus_bleu(answers, [references]).score
+    assert ours == pytest.approx((bleu, sacrebleu.corpus_chrf(answers, [references]).score))
+
+
+@needs_sacrebleu
+def test_chinese_is_compared_by_characters():
+    assert scores.bleu(["他今天去上海。"], ["他今天去北京。"]).value > 30
+    assert scores.is_chinese(["ab", "中"]) and not scores.is_chinese(["für é"])
+
+
+@needs_rouge
+def test_rouge_by_hand():
+    """Of "the cat sat down" and "the cat lay down": 3 of 4 words, 1 of 3 pairs, 3 in order."""
+    found = scores.rouge(["the cat sat down"], ["The cat lay down."])
+    values = [found[name].value for name in ("ROUGE-1", "ROUGE-2", "ROUGE-L")]
+    assert values == pytest.approx([75, 100 / 3, 75])
+    assert scores.rouge(["去上海"], ["去北京"])["ROUGE-1"].value == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize("package, score", [("sacrebleu", "bleu"), ("rouge_score", "rouge")])
+def test_a_package_that_lacks_is_named(package, score, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"{package} is not installed: pip install {package}"):
+        getattr(scores, score)(["a"], ["a"])
+
+
+def test_distinct_and_repetition_by_hand():
+    """Of "a b a b a b": 6 words, 2 kinds; 5 pairs, 2 kinds; fours abab baba abab: 1 of 3 again."""
+    assert scores.distinct(["a b a b a b"], 1) == pytest.approx(100 * 2 / 6)
+    assert scores.distinct(["a b a", "b a b"], 2) == pytest.approx(100 * 2 / 4)
+    assert scores.repetition(["a b a b a b"]) == pytest.approx(100 / 3)
+    assert scores.repetition(["a b c d e", "a b c d e"]) == 0  # of one text, not of all
+    assert scores.repetition(["a"]) == scores.distinct([""], 1) == 0
+
+
+@needs_sacrebleu
+def test_self_bleu_is_high_for_texts_alike():
+    alike = [
+        "the model reads a book today",
+        "the model reads a book again",
+        "the model reads a book",
+    ]
+    other = ["the model reads a book today", "we never went so far before", "birds sing at noon"]
+    assert scores.self_bleu(alike) > 60 > 10 > scores.self_bleu(other)
+    assert scores.self_bleu(["the same words again"] * 2) == pytest.approx(100)
+
+
+def test_floors_that_copy():
+    text = "Two birds fly.\nThey sing."
+    assert scores.first_words(text, 2) == "Two birds"
+    assert scores.first_words(text, 99) == text
+    assert scores.first_words("我去上海了", 2) == "我去"
+    assert scores.first_words("", 3) == scores.first_words(text, 0) == ""
+    assert scores.first_line(text) == "Two birds fly."
+    assert scores.most_frequent(["b", "a", "b"]) == "b"
+
+
+def test_naive_bayes_by_hand():
+    """P(x) = 2/3, P(y) = 1/3; known: good, bad, film, good film, bad film.
+
+    "bad film": x 2/3 * (1/9) * (3/9) * (1/9), y 1/3 * (2/8) * (2/8) * (2/8): y, by the pair.
+    """
+    bayes = NaiveBayes(["good film", "film", "bad film"], ["x", "x", "y"])
+    assert bayes("bad film") == "y"
+    assert bayes("good film") == "x"
+    assert bayes("unknown") == "x"  # the more frequent label
+    assert bayes.sizes == {"x": 4 + 5, "y": 3 + 5}
