@@ -329,10 +329,11 @@ def test_what_a_tokenizer_does_not_use_is_in_no_answer():
 
 def test_a_prompt_that_sees_itself_whole_is_read_so():
     tokenizer = bytes_tokenizer().extended([])
-    model = make_model(block_size=32, vocab_size=tokenizer.vocab_size, mask="prefix")
+    shape = dict(vocab_size=tokenizer.vocab_size, logit_cap=0.0, n_head=2)
+    model = make_model(block_size=32, mask="prefix", **shape)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(5)  # so that what is seen shows
+            p.mul_(10)  # so that what is seen shows
     rows = [[dict(role="user", content="one, two, three"[: 2 * n])] for n in range(1, 9)]
     prompts = [tokenizer.encode_row(row, open=True) for row in rows]
     found = dict(answers(model, tokenizer, prompts, 6, slots=3, temperature=0))
@@ -412,7 +413,7 @@ def test_a_beam_of_one_is_greedy(prompt):
 
 
 def test_a_wider_beam_finds_what_greedy_misses():
-    """Greedy takes 0, which is likelier than 1; but behind 0 nothing is likely, and behind 1 is 2."""
+    """0 is likelier than 1, so greedy takes it; but only behind 1 comes something likely, 2."""
     table = torch.full((4, 4), 1e-9)
     table[3] = torch.tensor([0.6, 0.4, 1e-9, 1e-9])
     table[0] = torch.tensor([0.25, 0.25, 0.25, 0.25])
