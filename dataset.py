@@ -61,6 +61,10 @@ class Batch(NamedTuple):
     positions: np.ndarray | None = None  # (B, T) int64
     mask: np.ndarray | None = None  # (B, 1, T, T) bool, True where a position (row) sees another
 
+    def windows(self, start: int, end: int) -> "Batch":
+        """Some of the windows."""
+        return Batch(*(z if z is None else z[start:end] for z in self))
+
 
 def layout(tokens: np.ndarray, markers: Markers, policy: str) -> tuple[np.ndarray, np.ndarray]:
     """Who may see whom, read off the tokens (B, T): positions (B, T) and mask (B, 1, T, T).

@@ -49,13 +49,11 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float, final: flo
     return final + (1 - final) * left
 
 
-def set_rates(optimizers: list, step: int, s) -> float:
-    """Sets all rates for the update that makes it `step`; returns that of the matrices."""
-    factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
+def set_rates(optimizers: list, factor: float) -> None:
+    """Sets every rate to `factor` times what its group began with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-    return s.lr * factor
 
 
 def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
@@ -127,22 +125,25 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """The optimizers of settings `s`; each group keeps its full rate as `base_lr`.
 
-    muon: block matrices by Muon at `lr`; embeddings at `embed_lr`, head and vectors at `head_lr`
-    by AdamW. adamw, nadamw (Nesterov's momentum in it): everything at `lr`. Weight decay falls on
-    matrices only, and under Muon, as in its source, not on embeddings and head.
+    muon: block matrices by Muon at `lr`; embeddings at `embed_lr`, head, vectors and the matrices
+    of lora.py at `head_lr` by AdamW. adamw, nadamw (Nesterov's momentum in it): everything at `lr`.
+    Weight decay falls on matrices only, and under Muon, as in its source, on those of Muon only.
     """
-    named = dict(model.named_parameters())
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in named.items() if p.ndim >= 2}
     vectors = [p for p in named.values() if p.ndim < 2]
     betas = (s.beta1, s.beta2)
     if s.optimizer == "muon":
-        inner = [p for n, p in matrices.items() if n.startswith("blocks.")]
-        embed = [p for n, p in matrices.items() if n in ("wte.weight", "wpe.weight")]
-        head = [p for n, p in matrices.items() if n == "head.weight"]
+        thin = {n: p for n, p in matrices.items() if n.endswith((".A", ".B"))}  # of lora.py
+        inner = [p for n, p in matrices.items() if n.startswith("blocks.") and n not in thin]
+        embed = [p for n, p in matrices.items() if n.startswith(("wte.", "wpe."))]
+        head = [p for n, p in matrices.items() if n.startswith("head.")] + [*thin.values()]
         groups = [dict(params=embed, lr=s.embed_lr), dict(params=head + vectors, lr=s.head_lr)]
         adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0, fused=True)
-        muon = Muon(inner, s.lr, s.momentum, weight_decay=s.weight_decay, dtype=dtype)
-        optimizers = [adamw, muon]
+        optimizers: list = [adamw]
+        if inner:
+            muon = Muon(inner, s.lr, s.momentum, weight_decay=s.weight_decay, dtype=dtype)
+            optimizers.append(muon)
     else:
         decaying = dict(params=list(matrices.values()), weight_decay=s.weight_decay)
         groups = [decaying, dict(params=vectors, weight_decay=0.0)] if vectors else [decaying]
@@ -172,7 +173,8 @@ class LossScale:
 
     def unscale(self, parameters: list[nn.Parameter]) -> None:
         if self.on:
-            torch._foreach_mul_([p.grad for p in parameters], 1 / self.value)
+            grads = [p.grad for p in parameters if p.grad is not None]  # frozen ones have none
+            torch._foreach_mul_(grads, 1 / self.value)
 
     def update(self, finite: bool) -> None:
         if not self.on:

@@ -63,12 +63,10 @@ def main(argv: list[str]) -> None:
 
 def prepare(s: Settings) -> None:
     """Writes the data set of settings `s`, or finds that it is there already. Raises ValueError."""
-    settings.check(
-        s,
-        ("val", "a fraction, with test below 1", s.val + s.test < 1),
-        ("vocab_size", "at least 257: the bytes and end-of-text", s.vocab_size >= 257),
-        ("bpe_bytes", f"at least {PIECE}", s.bpe_bytes >= PIECE),
-    )
+    settings.require(s.val + s.test < 1, s, "val", "a fraction, with test below 1")
+    least = "at least 257: the bytes and end-of-text"
+    settings.require(s.vocab_size >= 257, s, "vocab_size", least)
+    settings.require(s.bpe_bytes >= PIECE, s, "bpe_bytes", f"at least {PIECE}")
     s.encoding = encodings.find(s.encoding)
     # known at once, and so are mistakes in it; bpe is learned below
     tokenizer = None if s.tokenizer == "bpe" else find_tokenizer(s.tokenizer)

@@ -64,12 +64,11 @@ def __getattr__(name: str):
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Generate text from a checkpoint.", "run")
-    settings.check(
-        s,
-        ("prompt", "left out when prompt_file is given", not (s.prompt and s.prompt_file)),
-        ("prompt", "left out in interactive mode", not (s.prompt and s.interactive)),
-        ("prompt_file", "left out in interactive mode", not (s.prompt_file and s.interactive)),
-    )
+    given = "left out when prompt_file is given"
+    talking = "left out in interactive mode"
+    settings.require(not (s.prompt and s.prompt_file), s, "prompt", given)
+    settings.require(not (s.prompt and s.interactive), s, "prompt", talking)
+    settings.require(not (s.prompt_file and s.interactive), s, "prompt_file", talking)
     prompt = s.prompt
     if s.prompt_file:
         file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")

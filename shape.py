@@ -48,7 +48,7 @@ class GPTConfig:
     zero_init: bool = True  # residual projections and head begin at zero: the first loss is ln V
 
     def __post_init__(self):
-        settings.check_each(self)
+        settings.require_bounds(self)
         self.n_kv_head = self.n_kv_head or self.n_head
         self.mlp_dim = self.mlp_dim or 4 * self.n_embd
         given = "head_dim" if self.head_dim else "n_embd"
@@ -56,14 +56,14 @@ class GPTConfig:
         shared = f"a multiple of n_kv_head={self.n_kv_head}"
         even = "such that a head has an even width, for rotary positions turn pairs"
         known = f"at least 1, for rope_factor={self.rope_factor:g} extends that context"
-        settings.check(
-            self,
-            ("n_embd", whole, bool(self.head_dim) or self.n_embd % self.n_head == 0),
-            ("n_head", shared, self.n_head % self.n_kv_head == 0),
-            ("rope_original", known, self.rope_factor == 1 or self.rope_original > 0),
-        )
+        divides = self.head_dim or self.n_embd % self.n_head == 0
+        settings.require(divides, self, "n_embd", whole)
+        settings.require(self.n_head % self.n_kv_head == 0, self, "n_head", shared)
+        extends = self.rope_factor == 1 or self.rope_original > 0
+        settings.require(extends, self, "rope_original", known)
         head_dim = self.head_dim or self.n_embd // self.n_head
-        settings.check(self, (given, even, self.position != "rotary" or head_dim % 2 == 0))
+        turns = self.position != "rotary" or head_dim % 2 == 0
+        settings.require(turns, self, given, even)
         self.head_dim = head_dim
 
     def parameters(self) -> int:

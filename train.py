@@ -36,7 +36,15 @@ class Settings:
     tokenizer: str = ""  # vocabulary of a folder of public shards, which has no meta.json
     out: str = ""  # folder of the run; by default out/<name of the config file>
     init_from: str = ""  # begin with the weights of this run or checkpoint
+    lora_rank: Count = 0  # with init_from: learn matrices of this rank beside frozen ones; 0 is off
+    lora_alpha: NotNegative = 16.0  # they count lora_alpha / lora_rank: see lora.py
+    lora_on: Literal["qv", "attention", "all"] = "all"  # which matrices have some beside them
     seed: Count = 1  # of weights, order of the data, dropout
+
+    # what is learned from rows: questions with answers and the like, if the data hold any
+    train_on: Literal["answers", "all"] = "answers"  # all: prompts, too, as GPT-1 did beside labels
+    mix: str = ""  # how often each task: by size, temperature=2, or sums=0.5,text=0.2
+    label_smoothing: BelowOne = 0.0  # this share of each target goes to all tokens alike
 
     # the model: n_layer, n_embd and the others stand in shape.py; vocab_size is that of the data
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
@@ -89,15 +97,14 @@ class Settings:
     split: Literal["train", "val", "test"] = "val"  # which split eval_only takes
 
 
-def update(model, optimizers, loss_scale, gradient_sum, x, y, step: int, s: Settings, here):
+def update(model, optimizers, scale, batch, step: int, s: Settings, here):
     """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
     gradient (infinite: float16 overflowed, and the update was left out).
 
-    `x` and `y`, (B, T), are this process's share of the batch: inputs, and at each position the
-    token that comes next. `here` is the machine: its device, its type of numbers, and the other
-    processes, over which `gradient_sum` adds up gradients; `loss_scale` is 1 but for float16.
-    Raises FloatingPointError, with no weight changed, if loss or gradient are not finite and a
-    smaller loss scale is no remedy.
+    `batch` is this process's share of it: tokens (B, T), and at each position the token that comes
+    next, see dataset.py. `here` is the machine: its device, its type of numbers, the other
+    processes. `scale` is 1 but for float16, see optim.py. Raises FloatingPointError, with no weight
+    changed, if loss or gradient are not finite and a smaller scale is no remedy.
     """
     import torch  # takes a second to load: mistakes in settings have been told by now
 
@@ -105,39 +112,41 @@ def update(model, optimizers, loss_scale, gradient_sum, x, y, step: int, s: Sett
 
     # the loss is the mean over all targets of the global batch. Each pass gives a sum, divided by
     # their number in all passes and processes: means of means would weigh some targets more
-    (targets,) = here.sum([int((y != IGNORE).sum())])
+    (counted,) = here.sum([int((batch.targets != IGNORE).sum())])
     mean_loss = torch.zeros((), device=here.device)
-    rows = rows_in_a_pass(len(x), s)
+    B = len(batch.tokens)
+    rows = rows_in_a_pass(B, s)
     # 1. forward, and backward: by the chain rule, from the loss back to the first layer, how much
     # the loss would change with each weight: p.grad. A batch too large for memory is taken in
     # passes of some rows, since backward() adds to the p.grad that is there: gradient accumulation
-    for i in range(0, len(x), rows):
+    for i in range(0, B, rows):
         machine.seed(s.seed, step, here.rank, i)  # of dropout, which is so the same when resumed
         # the processes (DDP) hold equal weights and learn from different rows. Once, while the last
         # backward pass runs, their gradients are summed: then all make the same update
-        gradient_sum.active = i + rows == len(x)
+        here.gradients.active = i + rows == B
+        tokens, targets, positions, mask = (here.put(z) for z in batch.windows(i, i + rows))
         # autocast: products in 16 bits are faster where the hardware has them; weights, gradients
         # and the optimizer's sums stay in 32, where a small update to a large number is not rounded
         # away (arXiv:1710.03740)
         with here.autocast():
-            summed = model(here.put(x[i : i + rows]), here.put(y[i : i + rows]), reduction="sum")
-        part = summed / targets
-        (part * loss_scale.value).backward()  # scaled, where float16 would round gradients to zero
-        mean_loss += part.detach()
-    gradient_sum.wait()
-    loss_scale.unscale(list(model.parameters()))
+            nats = model(tokens, targets, "sum", mask, positions, smoothing=s.label_smoothing)
+        loss = nats / counted
+        (loss * scale.value).backward()  # scaled, where float16 would round gradients to zero
+        mean_loss += loss.detach()
+    here.gradients.wait()
+    scale.unscale(list(model.parameters()))
     # 2. clipping: a gradient longer than grad_clip is shortened, its direction kept, so that one
     # odd batch does not outweigh all others in the optimizers' running means (arXiv:1211.5063)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
     # 3. the step itself, unless there is nothing sound to follow
     (loss,) = here.sum([mean_loss.item()])
     finite = math.isfinite(loss) and math.isfinite(norm)
-    if not finite and (loss_scale.value == 1 or not math.isfinite(loss)):
+    if not finite and (scale.value == 1 or not math.isfinite(loss)):
         raise FloatingPointError(f"its loss is {loss} and its gradient norm {norm}")
     if finite:
         for optimizer in optimizers:
             optimizer.step()
-    loss_scale.update(finite)
+    scale.update(finite)
     model.zero_grad(set_to_none=True)
     return loss, norm
 
@@ -145,118 +154,69 @@ def update(model, optimizers, loss_scale, gradient_sum, x, y, step: int, s: Sett
 def train(s: Settings, stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status."""
     from dataset import Dataset
-    from engine import checkpoint, fast, machine
-    from engine.run import NEW, Run
-    from optim import LossScale, make_optimizers, set_rates
+    from engine import machine
+    from engine.run import Run
+    from evaluate import evaluate
+    from optim import LossScale, learning_rate, make_optimizers, set_rates
 
-    # 1. the machine, the data, the folder of the run
+    # 1. the machine, the folder of the run, the data
     here = machine.pick(s.device, s.dtype, s.compile)
-    here.say(f"machine: {here.why}")
     machine.start(here, s.deterministic)
-    stop.at_once = here.world == 1 or here.compile  # otherwise all processes stop after a step
-    data = Dataset(s.data, s.tokenizer)
-    digest = here.first_does(data.verify)
-    learned, held_out = data.split("train"), data.split("val")
-    learned.require(s.model.block_size)
-    sizes = f"{learned.tokens:,} tokens to train on, {held_out.tokens:,} to validate"
-    here.say(f"data: {s.data}, {sizes}, vocabulary {data.tokenizer.vocab_size:,}")
     run = Run(s, here, stop, START)
+    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix)
+    learned = data.split("train")
+    held_out = data.split("val")
+    learned.require(s.model.block_size)
 
     # 2. the model and its optimizers: new, or as the newest checkpoint of the run has them
-    if run.step:
-        model, _, state = checkpoint.load_weights(run.path)
-    else:
-        model, state = new_model(s, data, here), NEW
-    model.to(here.device)
-    work = rows_in_a_pass(s.batch_tokens // s.model.block_size // here.world, s)
-    machine.use_threads(s.threads, here, model, work * s.model.block_size, state["machine"])
-    fast.use(model, here, s.fast, state["machine"])
+    model = run.load_model() if run.step else new_model(s, data, here)
+    rows = s.batch_tokens // s.model.block_size  # windows in a batch; each process has its share
+    in_a_pass = rows_in_a_pass(rows // here.world, s)
+    run.make_ready(model, in_a_pass)
     optimizers = make_optimizers(model, s, here.dtype)
-    if run.step:
-        checkpoint.load_optimizers(run.path, model, optimizers)
-    loss_scale = LossScale(here.dtype, state["loss_scale"])
-    run.begin(state, digest, model)
-
-    # 3. what an interruption has left undone, and whether anything else is to do
-    if run.evaluation_missing():
-        evaluated = validate(model, held_out, run.step, s, here, run)
-        if not evaluated:
-            return run.stopped(run.step)
-    run.prune()
+    scale = LossScale(here.dtype, run.state["loss_scale"])
+    validate = partial(evaluate, model, held_out, here, stop, s.device_batch, s.eval_tokens)
+    run.begin(data, model, optimizers, scale, validate)
     if run.finished():
         return 0
+    runner = machine.compiled(model, here, in_a_pass) if here.compile else model
 
-    # 4. the steps
-    runner = machine.compiled(model, here, work) if here.compile else model
-    gradient_sum = machine.GradientSum(list(model.parameters()) if here.world > 1 else [])
-    with stop.deferred():  # from here on a request to stop waits for the end of a step
-        for step in range(run.step + 1, s.steps + 1):  # the update that makes it `step`
-            with run.timed():
-                lr = set_rates(optimizers, step, s)
-                x, y, *_ = next_batch(learned, step, s, here)
-                try:
-                    loss, norm = update(
-                        runner, optimizers, loss_scale, gradient_sum, x, y, step, s, here
-                    )
-                except FloatingPointError as e:
-                    return run.not_finite(step, e)
-            if run.logs(step):
-                run.report(step, loss, lr, norm)
-            stopping = here.any(stop.asked)
-            if stopping or run.saves(step):
-                run.save(step, model, optimizers, loss_scale.state(), data.tokenizer)
-            if stopping:
-                return run.stopped(step)
-            if run.evaluates(step):
-                evaluated = validate(model, held_out, step, s, here, run)
-                if not evaluated:  # a stop was asked for meanwhile
-                    return run.stopped(step)
-            if run.saves(step):
-                run.prune()
-            if run.evaluates(step) and run.out_of_patience():
-                break
-    if here.rank == 0:
+    # 3. the steps. Number 1000 learns from batch 999, a function of it and the seed: it needs no
+    # memory of those before. Whatever is interrupted here goes on as if it had not been
+    with run:
+        for step in run.steps():
+            factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
+            set_rates(optimizers, factor)
+            batch = learned.batch(step - 1, rows, s.model.block_size, s.seed, here.rank, here.world)
+            loss, norm = update(runner, optimizers, scale, batch, step, s, here)
+            run.log(step, loss, s.lr * factor, norm)
+            run.save(step)
+            run.evaluate(step)
+    if run.completed and here.rank == 0:
         show_result(model, data, s, run)
-    return 0
+    return run.status
 
 
 def new_model(s: Settings, data, here):
     """A model with random weights, or with those of the checkpoint `init_from` (fine-tuning)."""
-    from engine.checkpoint import adopt
+    import lora
+    from engine.adopt import adopt
     from model import GPT
 
     if s.init_from:
-        return adopt(s.init_from, s.model, data, here.say)
+        model, added = adopt(s.init_from, s.model, data, here.say)
+        if s.lora_rank:
+            lora.add(model, s.lora_rank, s.lora_alpha, s.lora_on, added, s.seed)
+        return model
     model = GPT(replace(s.model, vocab_size=data.tokenizer.vocab_size))
     model.init_weights(s.seed)
     return model
-
-
-def next_batch(split, step: int, s: Settings, here) -> tuple:
-    """Inputs and targets for the update that makes it `step`, a function of it and the seed alone:
-    step 1000 needs no memory of those before it. dataset.py has how."""
-    T = s.model.block_size
-    return split.batch(step - 1, s.batch_tokens // T, T, s.seed, here.rank, here.world)
 
 
 def rows_in_a_pass(share: int, s: Settings) -> int:
     """The most rows that device_batch allows and that divide the share of a process evenly."""
     most = min(s.device_batch or share, share)
     return next(n for n in range(most, 0, -1) if share % n == 0)
-
-
-def validate(model, split, step: int, s: Settings, here, run) -> bool:
-    """Records the loss on text that is not learned from; false if a stop was asked for meanwhile.
-
-    Without it, nobody could tell learning from learning by heart.
-    """
-    from evaluate import evaluate
-
-    with run.stop.honoured(at_once=here.world == 1):  # the weights of this step are saved
-        result = evaluate(model, split, here, run.stop, s.device_batch, s.eval_tokens)
-    if result:
-        run.evaluated(step, *result)
-    return result is not None
 
 
 def show_result(model, data, s: Settings, run) -> None:
@@ -267,7 +227,6 @@ def show_result(model, data, s: Settings, run) -> None:
     from evaluate import compressors
 
     run.stop.at_once = True  # all is saved
-    run.close()
     run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
     if s.sample_tokens:
         print("\na sample, by the weights of the last step:\n")
@@ -302,14 +261,13 @@ def check(s: Settings) -> None:
     begin = Path(s.init_from).resolve()
     itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
     public = not (Path(s.data) / "meta.json").exists()
-    settings.check(
-        s,
-        ("batch_tokens", whole, s.batch_tokens % rows == 0),
-        ("warmup", f"at most steps={s.steps}", s.warmup <= s.steps),
-        ("show_batch", f"at most steps={s.steps}", s.show_batch <= s.steps),
-        ("init_from", f"another run than out={s.out!r}: choose another --out", not itself),
-        ("tokenizer", f"left out: {s.data} has its own", public or not s.tokenizer),
-    )
+    another = f"another run than out={s.out!r}: choose another --out"
+    settings.require(s.batch_tokens % rows == 0, s, "batch_tokens", whole)
+    settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
+    settings.require(s.show_batch <= s.steps, s, "show_batch", f"at most steps={s.steps}")
+    settings.require(not itself, s, "init_from", another)
+    settings.require(s.init_from or not s.lora_rank, s, "lora_rank", "0 without --init_from")
+    settings.require(public or not s.tokenizer, s, "tokenizer", f"left out: {s.data} has its own")
     settings.require_package("tensorboard", s.tensorboard)
     settings.require_package("wandb", s.wandb)
     settings.require_memory(

@@ -6,6 +6,8 @@
 
 A checkpoint is written beside its final name, flushed to disk and then renamed, so its name never
 stands on half of one. The manifest holds size and sha256 of every other file and is written last.
+A run of lora.py has one base.safetensors, the frozen weights, and in each checkpoint instead of
+all weights an adapter.safetensors, which is small; state.json knows the sha256 of the base.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
 from engine import files
-from engine.files import atomic_folder, require_space, write_manifest
+from engine.files import sha256_of, verify
 from engine.metrics import best_row
 from engine.settings import Setting, convert, settings_of
 from shape import GPTConfig
@@ -28,11 +30,10 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:  # torch is imported where it is used: finding and verifying needs none
     from torch import Tensor
 
-    from dataset import Dataset
     from model import GPT
 
-TO_SAMPLE = ("model.safetensors", "state.json", "encoding.json", "vocab.tiktoken")
-FILES = (*TO_SAMPLE, "optimizer.safetensors")
+BASE = "base.safetensors"
+NEEDED = ("state.json", "encoding.json", "vocab.tiktoken")  # in every checkpoint, beside weights
 
 
 def name(step: int) -> str:
@@ -43,27 +44,31 @@ def name(step: int) -> str:
 
 
 def save(
-    run: Path,
-    step: int,
-    model: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    state: dict,
-    tokenizer: Tokenizer,
+    run: Path, step: int, model: GPT, optimizers: list, state: dict, tokenizer: Tokenizer
 ) -> None:
     """Writes `run`/step-… whole or not at all. Raises OSError, say if the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    require_space(run, sum(t.nbytes for t in [*model.values(), *optimizer.values()]))
-    final = run / name(step)
+    import lora
+
+    final, adapted = run / name(step), lora.facts(model)
+    weights = {"adapter": lora.learned(model)} if adapted else {"model": model.state_dict()}
+    parts = weights | {"optimizer": optimizer_tensors(model, optimizers)}
+    files.require_space(run, sum(t.nbytes for part in parts.values() for t in part.values()))
     try:
-        with atomic_folder(final) as partial:
-            save_file(model, partial / "model.safetensors")
-            save_file(optimizer, partial / "optimizer.safetensors")
+        if adapted and "base" not in adapted:  # the first time
+            with files.atomic_file(run / BASE) as beside:
+                save_file(lora.frozen(model), beside)
+                adapted["base"] = sha256_of(beside)
+        state |= {"lora": adapted} if adapted else {}
+        with files.atomic_folder(final) as partial:
+            for part, tensors in parts.items():
+                save_file(tensors, partial / f"{part}.safetensors")
             text = json.dumps(state, indent=2) + "\n"
             (partial / "state.json").write_text(text, encoding="utf-8")
             tokenizer.save(partial)
-            write_manifest(partial)
+            files.write_manifest(partial)
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or e
         raise OSError(
@@ -90,12 +95,6 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def verify(path: Path, names: tuple[str, ...] = FILES) -> int:
-    """Checks files of a checkpoint (default: all); returns how many. Raises ValueError."""
-    files.verify(path, names)
-    return len(names)
-
-
 def newest(run: Path) -> tuple[int, int]:
     """Step of the newest sound checkpoint, and how many files were verified; zeros without one.
 
@@ -104,7 +103,7 @@ def newest(run: Path) -> tuple[int, int]:
     """
     for path in checkpoints(run):
         try:
-            return int(path.name[5:]), verify(path)
+            return int(path.name[5:]), verify(path, NEEDED)
         except ValueError as e:
             aside = path.with_name(f"{path.name}.corrupt")
             shutil.rmtree(aside, ignore_errors=True)
@@ -145,48 +144,73 @@ STATE = dict(step=int, settings=dict, model=dict, data_digest=(str, NoneType), s
 STATE |= dict(metrics=(dict, NoneType), loss_scale=(list, NoneType), machine=(dict, NoneType))
 
 
-def read_state(path: Path) -> tuple[dict, GPTConfig]:
-    """state.json and the shape of its model; a setting that is newer than it has its default.
+@contextmanager
+def named(path: Path):
+    """Within, content that train.py would not have written is a ValueError that names `path`: a
+    manifest says that nothing has changed since, and not who wrote it."""
+    from safetensors import SafetensorError
 
-    Raises ValueError for anything that train.py would not have written.
-    """
+    errors = (SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
     try:
+        yield
+    except errors as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise ValueError(f"{path} is damaged, or of another shape: {reason:.200}") from e
+
+
+def read_state(path: Path) -> tuple[dict, GPTConfig]:
+    """state.json and the shape of its model; a setting that is newer than it has its default."""
+    with named(path / "state.json"):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for key, kinds in STATE.items():
             if not isinstance(state[key], kinds):
-                raise ValueError(f"{key}={state[key]!r}")
-        known = settings_of(GPTConfig) | {"vocab_size": Setting(int, (), [], None, "")}
+                raise TypeError(f"{key}={state[key]!r}")
+        known = settings_of(GPTConfig) | {"vocab_size": Setting(int)}
         shape = {key: convert(key, value, known[key]) for key, value in state["model"].items()}
         return state, GPTConfig(**shape)
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path}/state.json is damaged: {e!r:.200}") from e
 
 
-def load_weights(path: Path) -> tuple[GPT, Tokenizer, dict]:
+def load_weights(path: Path, merge: bool = True) -> tuple[GPT, Tokenizer, dict]:
     """Model (on the CPU), tokenizer and state of a checkpoint folder, verified.
 
-    Raises ValueError if it is damaged, or if model.py makes another model of its shape.
+    An adapter becomes part of the weights; without `merge` it stays apart, and learns on. Raises
+    ValueError if anything is damaged, or if model.py makes another model of its shape.
     """
     with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(verify, path, TO_SAMPLE)  # while torch is loaded
-        import torch
-        from safetensors import SafetensorError
+        verified = pool.submit(verify, path, NEEDED, skip=["optimizer.safetensors"])
+        import torch  # meanwhile
         from safetensors.torch import load_file
 
+        import lora
         from model import GPT
     verified.result()
     state, config = read_state(path)
-    try:
+    adapted = state.get("lora")
+    file = base_of(path, adapted) if adapted else path / "model.safetensors"
+    with named(file):
         # the header is compared with the size of the file before anything is allocated, and the
         # model has shapes only, until it is given the weights of the file
-        weights = load_file(path / "model.safetensors")
+        weights = load_file(file)
         with torch.device("meta"):
             model = GPT(config)
         model.load_state_dict(weights, assign=True)
-    except (SafetensorError, RuntimeError) as e:
-        reason = " ".join(str(e).split())
-        raise ValueError(f"{path}/model.safetensors is not of this model: {reason:.200}") from e
+    if adapted:
+        file = path / "adapter.safetensors"
+        with named(file):
+            lora.restore(model, adapted, load_file(file))
+    if adapted and merge:
+        lora.merge(model)
     return model, Tokenizer.load(path), state
+
+
+def base_of(path: Path, adapted: dict) -> Path:
+    """The frozen weights that the adapter of a checkpoint belongs to. Raises ValueError."""
+    base = path.parent / BASE
+    if not base.exists():
+        raise ValueError(f"{base} is missing, to which {path} is a change: bring it back")
+    if sha256_of(base) != adapted["base"]:
+        raise ValueError(f"{base} is not what {path} is a change to (sha256): bring it back")
+    return base
 
 
 def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tuple[GPT, Tokenizer]:
@@ -197,22 +221,6 @@ def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tupl
     """
     model, tokenizer, _ = load_weights(find(path, checkpoint))
     return model.to(device).eval(), tokenizer
-
-
-def adopt(path: str, shape: GPTConfig, data: Dataset, say) -> GPT:
-    """The model of another run or checkpoint, with the context and dropout of `shape`.
-
-    Raises ValueError unless it reads the tokens of `data`.
-    """
-    model, theirs, _ = load_weights(find(path))
-    data.require_tokenizer(theirs, path)
-    free = ("vocab_size", "block_size", "dropout", "zero_init")
-    found = asdict(model.config)
-    other = [f"{k}={v}" for k, v in found.items() if v != getattr(shape, k) and k not in free]
-    if other:
-        say(f"the shape is that of {path}, not of the settings: {', '.join(other)}")
-    model.set_context(shape.block_size, shape.dropout)
-    return model
 
 
 # --- optimizers as named tensors
@@ -232,16 +240,13 @@ def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
 
 def load_optimizers(path: Path, model: GPT, optimizers: list) -> None:
     """Puts the optimizer state of a checkpoint folder back into the optimizers of `model`."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    try:
+    with named(path / "optimizer.safetensors"):
         for key, value in load_file(path / "optimizer.safetensors").items():
             parameter, entry = key.rsplit("/", 1)
             p = parameters[parameter]
             on_cpu = entry in ("step", "mu_product") and not owner[p].defaults.get("fused")
             owner[p].state[p][entry] = value if on_cpu else value.to(p.device)
-    except (SafetensorError, KeyError, ValueError) as e:
-        raise ValueError(f"{path}/optimizer.safetensors is not of this model: {e!r:.200}") from e

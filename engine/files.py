@@ -50,13 +50,20 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replaces a file in one step: readers see the old content or the new, even after a crash."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file to write, which replaces `path` at the end: readers see the old content or the new,
+    even after a crash."""
     beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
+    yield beside
     fsync(beside)
     beside.replace(path)
     fsync(path.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    with atomic_file(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -119,9 +126,7 @@ def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
                 shutil.copymode(note, path)  # some writers make their files for the owner only
                 fsync(path)
             fsync(folder)
-            if target.is_dir() and not any(target.iterdir()):
-                target.rmdir()
-            elif replace and target.exists():
+            if target.exists() and (replace or not any(target.iterdir())):
                 target.rename(old)
             folder.rename(target)
             fsync(target.parent)
@@ -139,13 +144,13 @@ def claim(partial: Path, note: Path):
     """Makes `partial` with its note, or takes over one whose owner is dead; returns the lock."""
     while True:
         with suppress(FileNotFoundError):  # another process has just finished, and removed it
-            empty = partial.is_dir() and not any(partial.iterdir())
-            if os.path.lexists(partial) and not note.exists() and not empty:
+            partial.mkdir(parents=True, exist_ok=True)
+            inside = os.listdir(partial)
+            if inside and NOTE not in inside:
                 raise ValueError(
                     f"{partial} is in the way and was not made here: rename it, or write to"
                     " another place"
                 )
-            partial.mkdir(parents=True, exist_ok=True)
             handle = lock_file(note)
             if note.exists() and os.path.samestat(note.stat(), os.fstat(handle.fileno())):
                 handle.truncate(0)  # by the handle that holds the lock: Windows lets no other write
@@ -175,19 +180,22 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / "manifest.json", files)
 
 
-def verify(folder: Path, names: Iterable[str]) -> None:
-    """Compares files with the manifest of `folder`. Raises ValueError, naming the damaged one."""
+def verify(folder: Path, needed: Iterable[str], skip: Iterable[str] = ()) -> int:
+    """Compares the files of `folder`, but for `skip`, with its manifest; returns how many.
+
+    Raises ValueError, naming the damaged one, or the `needed` one that is not listed.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        names = [*needed, *(manifest.keys() - set(needed) - set(skip))]
         expected = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in names}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{folder} is damaged: manifest.json is missing or broken ({e!r})") from e
     for name, (size, sha256) in expected.items():
         path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder} is damaged: {name} is missing")
-        if path.stat().st_size != size:
-            found = path.stat().st_size
+        found = path.stat().st_size if path.is_file() else "no"
+        if found != size:
             raise ValueError(f"{folder} is damaged: {name} has {found} bytes instead of {size}")
         if sha256_of(path) != sha256:
             raise ValueError(f"{folder} is damaged: {name} is not what was written (sha256)")
+    return len(expected)

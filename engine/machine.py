@@ -22,7 +22,6 @@ AVAILABLE = torch.get_num_threads()  # torch knows affinity, physical cores and 
 BUCKET = 25_000_000  # bytes of gradients in one message, as measured in arXiv:2006.15704
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
 PR_SET_PDEATHSIG = 1  # of prctl, from linux/prctl.h
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -35,6 +34,7 @@ class Machine:
     rank: int
     world: int
     why: str
+    gradients: "GradientSum | None" = None  # of the model that learns
 
     def autocast(self):
         """The context of a forward pass: matrix products in `dtype`, parameters stay float32."""
@@ -42,8 +42,10 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def put(self, array: np.ndarray) -> torch.Tensor:
-        """An array of token ids as a tensor on the device."""
+    def put(self, array: np.ndarray | None) -> torch.Tensor | None:
+        """An array as a tensor on the device; None stays None."""
+        if array is None:
+            return None
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def first_does(self, function):
@@ -58,7 +60,10 @@ class Machine:
             except (ValueError, OSError) as e:
                 problem = e
         if self.sum([problem is not None])[0]:
-            raise problem or SystemExit(2)
+            try:
+                raise problem or SystemExit(2)
+            finally:
+                del problem  # whose traceback knows this frame: a circle would keep locks held
         return result
 
     def say(self, text: str) -> None:
@@ -92,44 +97,30 @@ def pick(
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = pick_device(device, world)
-    kind = chosen.type
-
-    fast, reason = fast_dtype(chosen, rows)
-    name = fast if dtype == "auto" else dtype
-    if name not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
     why = [f"{world} process{'es' if world > 1 else ''} on {chosen}"]
-    why.append(f"{name} ({reason if dtype == 'auto' else 'as asked'})")
-
-    if compile not in ("auto", "true", "false"):
-        raise ValueError(f"compile={compile!r} should be auto, true or false")
+    fast, reason = (dtype, "as asked") if dtype != "auto" else fast_dtype(chosen, rows)
+    why.append(f"{fast} ({reason})")
     compiled, reason = compile == "true", "as asked"
     if compile == "auto":
         compiled, reason = worth_compiling(chosen)
-    if compiled and kind == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise ValueError("compile='true' needs a C++ compiler on a CPU: install g++ or use false")
     why.append(f"{'compiled' if compiled else 'not compiled'} ({reason})")
-    return Machine(chosen, DTYPES[name], compiled, rank, world, ", ".join(why))
+    if compiled and chosen.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ValueError("compile='true' needs a C++ compiler on a CPU: install g++ or use false")
+    return Machine(chosen, getattr(torch, fast), compiled, rank, world, ", ".join(why))
 
 
 def pick_device(device: str, world: int) -> torch.device:
     """The device of this process, one of `world`. Raises ValueError if it is not to be had."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = ", ".join(k for k in has if has[k])
-    kind = next(k for k in has if has[k]) if device == "auto" else device.split(":")[0]
-    if world > 1 and kind == "mps" and has["mps"]:
-        if device != "auto":
-            raise ValueError(f"device={device!r} serves one process: use cpu, or no torchrun")
-        kind = "cpu"
-    try:
-        chosen = torch.device(kind if device == "auto" else device)
-    except RuntimeError:
-        chosen = None
-    if not chosen or not has.get(kind):
+    can = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    can["mps"] &= world == 1  # it serves one process
+    there = [kind for kind in can if can[kind]]
+    kind, _, number = (there[0] if device == "auto" else device).partition(":")
+    if kind not in there or not (number or "0").isdecimal():
+        there = ", ".join(there)
         raise ValueError(f"device={device!r} is not to be had here: choose auto or one of {there}")
     if kind != "cuda":
-        return chosen
-    count, index = torch.cuda.device_count(), chosen.index or 0
+        return torch.device(kind)
+    count, index = torch.cuda.device_count(), int(number or 0)
     if world > 1:
         # every process looks at the number of all, so that all say the same, and one of them aloud
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -258,7 +249,8 @@ class GradientSum:
     def __init__(self, parameters: list[nn.Parameter]):
         self.active, self.buckets, self.home = False, [], {}
         room = 0
-        for p in reversed(parameters):  # about the order in which the backward pass reaches them
+        learned = [p for p in parameters if p.requires_grad]
+        for p in reversed(learned):  # about the order in which the backward pass reaches them
             if not self.buckets or p.nbytes > room:
                 self.buckets.append([])
                 room = BUCKET

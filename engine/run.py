@@ -3,58 +3,66 @@
 out/<run>/  lock  config.json  metrics.jsonl  metrics.sha256  step-00000400/  step-00000800/
 """
 
-import json
 import math
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from engine import checkpoint, fast, settings
-from engine.files import WINDOWS, lock_file, require_space, write_durably
+import lora
+from engine import checkpoint, fast, machine, resume, settings
+from engine.files import WINDOWS, require_space, write_durably
 from engine.machine import Machine
 from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
+from model import GPT
 
-# What may differ when a run is resumed; anything else would make it another run. First where things
-# are and what is shown, then where and how it is computed: the data and the mathematics stay.
-FREE = {"config", "data", "tokenizer", "out", "init_from", "fresh", "steps", "patience"}
-FREE |= {"eval_tokens", "log_every", "eval_every", "save_every"}
-FREE |= {"sample_tokens", "sample_prompt"}
-FREE |= {"tensorboard", "wandb", "eval_only", "split", "show_batch"}
-FREE |= {"device", "dtype", "compile", "threads", "fast", "deterministic", "device_batch"}
 NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None)  # the state of a run at step 0
-ALOUD = {"steps": "the learning rate follows", "eval_tokens": "losses compare less exactly"}
 
 
 class Run:
     """Settings `s` at work in the folder `s.out`, since `start` (of time.monotonic).
 
-    `step` updates are done in its newest sound checkpoint, the folder `path`. Raises ValueError if
-    another process works there.
+    `step` updates are done in its newest sound checkpoint, the folder `path`. After `begin`,
+
+        with run:
+            for step in run.steps():
+                ...                     # an update
+                run.log(...)
+                run.save(step)
+                run.evaluate(step)      # each of the three when it is due
+
+    takes the steps that are left, and ends them early for a request to stop, for want of patience,
+    or by FloatingPointError, which leaves the `with` quietly. `status` is then that of the process,
+    and `completed` tells whether the last step was reached. Raises ValueError if another process
+    works in the folder.
     """
 
     def __init__(self, s, here: Machine, stop: Stop, start: float):
         self.s, self.here, self.stop, self.start = s, here, stop, start
+        here.say(f"machine: {here.why}")
+        # until the first step one process may end at once; several stop together, after a step
+        stop.at_once = here.world == 1 or here.compile
         self.folder, self.lock, self.files = Path(s.out), None, 0
         # what torchrun restarts must not begin anew once more
         self.fresh = s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         self.step = int(here.from_first(here.first_does(self.open) or 0))
         self.path = self.folder / checkpoint.name(self.step)
+        self.state = NEW
         self.shown = self.saved = self.step
         self.busy = 0.0
+        self.stopping = self.completed = False
+        self.status = 0
 
     def open(self) -> int:
         """Locks the folder and clears what was interrupted there; returns the newest step."""
         if not self.folder.exists():
             return 0  # made in `begin`, when no mistake has been found
-        self.lock = lock(self.folder)
+        self.lock = resume.lock(self.folder)
         if self.fresh:
             return 0  # moved aside in `begin`, likewise
         for pattern in ("step-*.partial", "step-*.old"):  # an interrupted save or deletion
@@ -64,86 +72,89 @@ class Run:
         step, self.files = checkpoint.newest(self.folder)
         return step
 
-    def begin(self, state: dict, digest: str | None, model: nn.Module) -> None:
-        """Opens the log where `state` ends; `digest` is that of the data.
+    def load_model(self) -> GPT:
+        """The model of the checkpoint that the run goes on from."""
+        model, _, self.state = checkpoint.load_weights(self.path, merge=False)
+        return model
 
-        Raises ValueError if the checkpoint belongs to other settings or other data, OSError if the
-        disk has no room for the next one.
+    def make_ready(self, model: GPT, rows: int) -> None:
+        """Takes `model` to the device, to learn from `rows` windows in a pass, with fast parts."""
+        model.to(self.here.device)
+        before = self.state["machine"]
+        tokens = rows * self.s.model.block_size
+        machine.use_threads(self.s.threads, self.here, model, tokens, before)
+        fast.use(model, self.here, self.s.fast, before)
+        shared = list(model.parameters()) if self.here.world > 1 else []
+        self.here.gradients = machine.GradientSum(shared)
+
+    def begin(self, data, model: GPT, optimizers: list, scale, validate: Callable) -> None:
+        """Takes up the state of the optimizers, and opens the log where the run stands.
+
+        `validate()` is the loss on text that is not learned from, as (nats a token, bits a byte),
+        or None if it was stopped. Makes up an evaluation that an interruption has left undone.
+        Raises ValueError if data are damaged, or the checkpoint belongs to other settings or other
+        data, OSError if the disk has no room for the next one.
         """
-        self.digest, self.seconds_before = digest, state["seconds"]
+        here, s = self.here, self.s
+        self.digest = here.first_does(data.verify)
+        self.model, self.optimizers, self.scale = model, optimizers, scale
+        self.validate, self.tokenizer = validate, data.tokenizer
+        learned, held_out = (f"{data.split(name).tokens:,} tokens" for name in ("train", "val"))
+        known = f"vocabulary {data.tokenizer.vocab_size:,}"
+        here.say(f"data: {s.data}, {learned} to train on, {held_out} to validate, {known}")
+        number = torch.get_num_threads()
         self.circumstances = dict(  # what equal bits depend on, beside settings and data
-            processes=self.here.world,
-            threads=torch.get_num_threads(),
+            processes=here.world,
+            threads=number,
             torch=torch.__version__,
-            device=self.here.device.type,
-            dtype=str(self.here.dtype),
-            compile=self.here.compile,
+            device=here.device.type,
+            dtype=str(here.dtype),
+            compile=here.compile,
             fast=fast.installed(model),
-            deterministic=self.s.deterministic,
-            device_batch=self.s.device_batch,
+            deterministic=s.deterministic,
+            device_batch=s.device_batch,
         )
-        self.here.first_does(lambda: self.open_log(state, model))
-        count, number = sum(p.numel() for p in model.parameters()), torch.get_num_threads()
+        here.first_does(self.open_log)
+        if self.step:
+            checkpoint.load_optimizers(self.path, model, optimizers)
         threads = f"{number} thread{'s' if number > 1 else ''}"
-        batch = f"{self.s.batch_tokens:,} tokens a step"
-        self.here.say(f"model: {count:,} parameters, {batch}, {threads}")
-        if self.s.fresh:  # would begin anew once more
+        count = f"{model.num_parameters():,} parameters"
+        here.say(f"model: {count}, {s.batch_tokens:,} tokens a step, {threads}")
+        if lora.facts(model):
+            here.say(lora.describe(model))
+        if s.fresh:  # would begin anew once more
             self.stop.advice = "the same command without --fresh continues"
+        if self.evaluation_missing():
+            self.evaluate(self.step)
+        self.prune()
 
-    def open_log(self, state: dict, model: nn.Module) -> None:
+    def open_log(self) -> None:
+        state = self.state
         now = settings.flat(self.s)
         before = settings.known(type(self.s), state["settings"]) if self.step else now
         if self.step:
-            self.check(state, before, now)
-        need = 3 * sum(p.nbytes for p in model.parameters())  # weights, at most two moments of each
+            resume.check(self, before, now)
+        need = sum(p.nbytes * (3 if p.requires_grad else 1) for p in self.model.parameters())
         free = require_space(self.folder, need)
         if self.fresh and self.lock:
             if WINDOWS:  # where nothing in a folder may be open when it is renamed
                 self.lock.close()
-            move_aside(self.folder)
+            resume.move_aside(self.folder)
             self.lock = None
-        self.lock = self.lock or lock(self.folder)
-        self.log = MetricsLog(self.folder, self.step, state["metrics"])
+        self.lock = self.lock or resume.lock(self.folder)
+        self.log_file = MetricsLog(self.folder, self.step, state["metrics"])
         path = self.folder / "config.json"
-        sound = (as_file(state["settings"]), as_file(now)) if self.step else ()
+        sound = (resume.as_file(state["settings"]), resume.as_file(now)) if self.step else ()
         if self.step and (not path.exists() or path.read_bytes() not in sound):
             print(f"{path} is not that of the checkpoint: written anew")
-        write_durably(path, as_file(now))
+        write_durably(path, resume.as_file(now))
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder, self.step)
 
-    def check(self, state: dict, before: dict, now: dict) -> None:
-        """Says where the run goes on. Raises ValueError if that would make it another run."""
-        differ = [k for k in now if k not in FREE and before[k] != now[k]]
-        if differ:
-            changes = ", ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in differ)
-            raise ValueError(
-                f"{self.path} belongs to a run with other settings ({changes}): choose another"
-                " --out, or begin anew with --fresh"
-            )
-        if state["data_digest"] != self.digest:
-            raise ValueError(
-                f"the data in {self.s.data} (digest {self.digest[:8]}) is not what {self.path} was"
-                f" trained on ({state['data_digest'][:8]}): bring it back, or begin anew with"
-                " --fresh"
-            )
-        verified = f"{self.files} files verified, data digest {self.digest[:8]}"
-        print(f"resumed from step {self.step} of {self.folder} ({verified})")
-        if self.s.init_from:
-            print(f"init_from={self.s.init_from!r} is not read again: the run has its own weights")
-        for name, meaning in ALOUD.items():
-            if before[name] != now[name]:
-                print(f"{name} was {before[name]}, is {now[name]}: {meaning}")
-        for name, value in self.circumstances.items():
-            was = state["machine"].get(name, value)
-            if was != value:
-                print(f"{name} was {was}, is {value}: the same data, but not the same bits")
+    # --- the steps
 
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.s.steps
-
-    def logs(self, step: int) -> bool:
-        return self.due(step, self.s.log_every)
 
     def evaluates(self, step: int) -> bool:
         return self.due(step, self.s.eval_every)
@@ -152,23 +163,45 @@ class Run:
         """What is evaluated is saved before: an evaluation that fails costs nothing else."""
         return self.due(step, self.s.save_every) or self.evaluates(step)
 
+    def steps(self) -> Iterator[int]:
+        """Yields the number of each update that is left: what it is called when it is made."""
+        for step in range(self.step + 1, self.s.steps + 1):
+            self.current = step
+            self.began = time.monotonic()
+            yield step
+            if self.stopping:
+                return self.tell_stopped(step)
+            if self.evaluates(step) and self.out_of_patience():
+                break
+        self.completed = True
+
+    def __enter__(self):
+        self.stop.at_once = False  # from here on a request to stop waits for the end of a step
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        not_finite = isinstance(error, FloatingPointError)
+        if not_finite:
+            self.tell_not_finite(self.current, error)
+            self.status = 3
+        if self.here.rank == 0 and (not error or not_finite):
+            for track in self.trackers:
+                track(None)
+        return not_finite
+
     def evaluation_missing(self) -> bool:
         """Whether the newest checkpoint was to be evaluated, and no row tells how good it is."""
-        missing = self.here.rank == 0 and self.step and not self.log.evaluated
+        missing = self.here.rank == 0 and self.step and not self.log_file.evaluated
         missing = self.evaluates(self.step) and self.here.from_first(bool(missing)) > 0
         if missing:
             self.here.say(f"the evaluation of step {self.step} is made again")
         return missing
 
-    @contextmanager
-    def timed(self):
-        """The time spent within is that of the updates: speed does not count evaluations."""
-        began = time.monotonic()
-        yield
-        self.busy += time.monotonic() - began
-
-    def report(self, step: int, loss: float, lr: float, norm: float) -> None:
+    def log(self, step: int, loss: float, lr: float, norm: float) -> None:
         """Records the update that made `step`, and says how fast things go."""
+        self.busy += time.monotonic() - self.began  # of updates alone
+        if not self.due(step, self.s.log_every):
+            return
         known = norm if math.isfinite(norm) else None  # JSON has no infinity
         tokens = step * self.s.batch_tokens
         speed = (step - self.shown) * self.s.batch_tokens / max(self.busy, 1e-9)
@@ -185,19 +218,31 @@ class Run:
         """Writes a row of metrics; `seconds` are wall-clock time, added up over interruptions."""
         if self.here.rank == 0:
             row = row | dict(seconds=round(self.elapsed(), 3))
-            self.log.write(row)
+            self.log_file.write(row)
             for track in self.trackers:
                 track(row)
 
-    def evaluated(self, step: int, loss: float, bpb: float | None) -> None:
-        """Says and records how good the weights after `step` updates are."""
+    def evaluate(self, step: int) -> None:
+        """Says and records how good the weights after `step` updates are, which are saved.
+
+        Without text that is not learned from, nobody could tell learning from learning by heart.
+        """
+        if self.stopping or not self.evaluates(step):
+            return
+        with self.stop.honoured(at_once=self.here.world == 1):
+            result = self.validate()
+        if result is None:
+            self.stopping = True
+            return
+        loss, bpb = result
         bits = f", {bpb:.4f} bits per byte" if bpb else ""
         self.here.say(f"step {step}: validation loss {loss:.4f}{bits}")
         if not math.isfinite(loss):
             loss = bpb = None  # JSON has no such number, and it is never the best
         self.record(step=step, val_loss=loss, val_bpb=bpb, tokens=step * self.s.batch_tokens)
         if self.here.rank == 0:
-            self.log.mark()
+            self.log_file.mark()
+        self.prune()
 
     def tell_best(self, compressors) -> None:
         """Prints the best evaluation, beside what `compressors()` has to say of the same text."""
@@ -211,20 +256,26 @@ class Run:
             print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
 
     def elapsed(self) -> float:
-        return self.seconds_before + time.monotonic() - self.start
+        return self.state["seconds"] + time.monotonic() - self.start
 
-    def save(self, step: int, model: nn.Module, optimizers: list, scale: list, tokenizer) -> None:
+    def save(self, step: int) -> None:
         """Writes the checkpoint after `step` updates, whole or not at all."""
+        self.stopping = self.here.any(self.stop.asked)
+        if not (self.stopping or self.saves(step)):
+            return
 
         def write():
-            state = dict(step=step, settings=settings.flat(self.s), model=asdict(model.config))
-            state |= dict(data_digest=self.digest, metrics=self.log.mark(), loss_scale=scale)
-            state |= dict(seconds=self.elapsed(), machine=self.circumstances)
-            tensors = checkpoint.optimizer_tensors(model, optimizers)
-            checkpoint.save(self.folder, step, model.state_dict(), tensors, state, tokenizer)
+            model, settings_now = self.model, settings.flat(self.s)
+            state = dict(step=step, settings=settings_now, model=asdict(model.config))
+            state |= dict(data_digest=self.digest, metrics=self.log_file.mark())
+            state |= dict(loss_scale=self.scale.state(), seconds=self.elapsed())
+            state |= dict(machine=self.circumstances)
+            checkpoint.save(self.folder, step, model, self.optimizers, state, self.tokenizer)
 
         self.here.first_does(write)
         self.saved = step
+        if not self.evaluates(step):
+            self.prune()
 
     def prune(self) -> None:
         """Deletes all checkpoints but the newest two and the best."""
@@ -240,52 +291,23 @@ class Run:
 
     def finished(self) -> bool:
         """Whether there is nothing to do, which it says."""
+        if self.stopping:  # while the missing evaluation was made
+            self.tell_stopped(self.step)
+            return True
         done = self.step >= self.s.steps or self.out_of_patience()
         if done:
             self.here.say(f"nothing to do: {self.s.out} has reached step {self.step}")
         return done
 
-    def stopped(self, step: int) -> int:
-        self.close()
-        self.here.say(f"stopped by a signal after step {step}, which is saved; {self.stop.advice}")
-        return 0
+    def tell_stopped(self, step: int) -> None:
+        saved = f"stopped by a signal after step {step}, which is saved"
+        self.here.say(f"{saved}; {self.stop.advice}")
 
-    def not_finite(self, step: int, what: Exception) -> int:
-        """Tells what can be read of an update that was not made; returns the exit status."""
-        self.close()
+    def tell_not_finite(self, step: int, what: Exception) -> None:
+        """Tells what can be read of an update that was not made."""
         rows = self.s.batch_tokens // self.s.model.block_size
         self.here.say(
             f"stopped at step {step}: {what}, so no update was made. Its batch is windows"
             f" {(step - 1) * rows} to {step * rows - 1} (--show_batch={step} prints it); the last"
             f" saved step is {self.saved or 'none'}"
         )
-        return 3
-
-    def close(self) -> None:
-        for track in self.trackers if self.here.rank == 0 else ():
-            track(None)
-
-
-def as_file(values: dict) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def lock(folder: Path):
-    """Makes `folder` this process's own until the returned handle is closed. Raises ValueError."""
-    parts = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if parts and "lock" not in parts:
-        raise ValueError(f"{folder} holds something else than a run: choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return lock_file(folder / "lock", wait=False)
-    except BlockingIOError as e:
-        raise ValueError(f"another process works in {folder}: choose another --out") from e
-
-
-def move_aside(folder: Path) -> None:
-    """Renames the folder of a run that has something in it to the next free <name>.1, .2, ..."""
-    if not any(path.name != "lock" for path in folder.iterdir()):
-        return
-    aside = next(p for n in count(1) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
-    folder.rename(aside)
-    print(f"the old run is now {aside}")

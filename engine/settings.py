@@ -18,7 +18,6 @@ import difflib
 import errno
 import importlib.util
 import inspect
-import math
 import os
 import re
 import signal
@@ -54,10 +53,10 @@ class Setting(NamedTuple):
     """One line of a dataclass."""
 
     kind: type
-    choices: tuple
-    bounds: list[Bound]
-    default: Any
-    comment: str
+    choices: tuple = ()
+    bound: Bound = Bound("anything", lambda value: True)
+    default: Any = None
+    comment: str = ""
 
 
 @lru_cache
@@ -67,18 +66,18 @@ def settings_of(cls) -> dict[str, Setting]:
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
     found = {}
     for f in dataclasses.fields(cls):
-        kind, choices, bounds = f.type, (), []
-        if dataclasses.is_dataclass(kind):
-            found |= settings_of(kind)
-            continue
-        if get_origin(kind) is Annotated:
-            kind, *bounds = get_args(kind)
-        if get_origin(kind) is Literal:
-            choices = get_args(kind)
-            kind = str
-            bounds = [Bound(f"one of {', '.join(choices)}", choices.__contains__)]
-        if f.default is not dataclasses.MISSING:
-            found[f.name] = Setting(kind, choices, bounds, f.default, comments[f.name])
+        if dataclasses.is_dataclass(f.type):
+            found |= settings_of(f.type)
+        elif f.default is not dataclasses.MISSING:
+            line = Setting(f.type, default=f.default, comment=comments[f.name])
+            if get_origin(f.type) is Annotated:
+                kind, bound = get_args(f.type)
+                line = line._replace(kind=kind, bound=bound)
+            elif get_origin(f.type) is Literal:
+                choices = get_args(f.type)
+                bound = Bound(f"one of {', '.join(choices)}", choices.__contains__)
+                line = line._replace(kind=str, choices=choices, bound=bound)
+            found[f.name] = line
     return found
 
 
@@ -87,8 +86,8 @@ def make(cls, values: dict):
     own = {}
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(f.type):
-            names = settings_of(f.type)
-            own[f.name] = f.default_factory(**{n: v for n, v in values.items() if n in names})
+            inside = {n: values[n] for n in settings_of(f.type) if n in values}
+            own[f.name] = f.default_factory(**inside)
         elif f.name in values:
             own[f.name] = values[f.name]
     return cls(**own)
@@ -96,10 +95,10 @@ def make(cls, values: dict):
 
 def flat(s) -> dict:
     """The settings of `s` and of dataclasses inside it, by name: what `make` takes."""
-    inside = [v for v in vars(s).values() if dataclasses.is_dataclass(v)]
-    names = settings_of(type(s))
-    values = {name: value for part in inside for name, value in flat(part).items()}
-    return {name: values[name] if name in values else getattr(s, name) for name in names}
+    values = dataclasses.asdict(s)
+    for inside in [v for v in values.values() if isinstance(v, dict)]:
+        values |= inside
+    return {name: values[name] for name in settings_of(type(s))}
 
 
 def known(cls, values: dict) -> dict:
@@ -134,14 +133,10 @@ def load(cls, argv: list[str], description: str, positional: str, nargs: str | N
             many = {"action": "append"} if kind is tuple else {}
             shown = "|".join(choices) or kind.__name__
             parser.add_argument("--" + name, metavar=shown, help=text, **many)
+    flags = {"--" + name for name, setting in settings.items() if setting.kind is bool}
     argv = [
-        f"{word}=true"  # a bare --flag, not followed by its value
-        if word.startswith("--")
-        and word[2:] in settings
-        and settings[word[2:]].kind is bool
-        and after.lower() not in ("true", "false")
-        else word
-        for word, after in zip(argv, [*argv[1:], ""], strict=False)
+        word if word not in flags or after.lower() in ("true", "false") else f"{word}=true"
+        for word, after in zip(argv, [*argv, ""][1:], strict=True)
     ]
     given, rest = parser.parse_known_intermixed_args(argv)
     for word in rest:
@@ -171,38 +166,30 @@ def unknown(name: str, known, where: str) -> ValueError:
 def read_file(path: str, settings: dict[str, Setting]) -> dict:
     """Runs a config file; returns its assignments, each checked."""
     root = Path(__file__).parent.parent
-    if not Path(path).is_file() and (root / path).is_file():
-        path = str(root / path)  # as config/small.py, from any folder
-    if not Path(path).is_file():
-        known = [f"config/{file.name}" for file in (root / "config").glob("*.py")]
-        near = difflib.get_close_matches(path, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "the folder config/ holds those there are"
-        raise ValueError(f"no config file {path!r}: {hint}")
+    file = Path(path) if Path(path).is_file() else root / path  # config/small.py, from any folder
+    if not file.is_file():
+        there = ", ".join(sorted(f"config/{file.name}" for file in (root / "config").glob("*.py")))
+        raise ValueError(f"no config file {path!r}: there are {there}")
     try:
-        refuse_other_languages(path)
+        # JSON and YAML can be valid Python that does nothing
+        if file.suffix != ".py":
+            raise ValueError("settings are assignments in a .py file, such as n_layer = 6")
+        text = file.read_text(encoding="utf-8")
+        tree = ast.parse(text, path)
+        for node in tree.body[ast.get_docstring(tree) is not None :]:
+            if isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and not node.value):
+                raise ValueError(f"line {node.lineno} assigns nothing: write n_layer = 6, say")
         names: dict = {}
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
+        exec(compile(text, path, "exec"), names)
         values = {name: value for name, value in names.items() if not name.startswith("_")}
         for name, value in values.items():
-            if inspect.ismodule(value):
-                raise ValueError(f"import {name} under a name like _{name}")
             if name not in settings or name == "config":
-                raise unknown(name, settings, "it")
+                raise unknown(name, settings, "it (names of your own begin with _)")
             values[name] = convert(name, value, settings[name])
     except (Exception, SystemExit) as e:  # whatever it is, it is a mistake in the file
         reason = e if type(e) is ValueError else f"{type(e).__name__}: {e}"
         raise ValueError(f"config file {path}: {reason}") from e
     return values
-
-
-def refuse_other_languages(path: str) -> None:
-    """Raises ValueError for what would do nothing: JSON and YAML can be valid Python."""
-    if Path(path).suffix != ".py":
-        raise ValueError("settings are assignments in a .py file, such as n_layer = 6")
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
-    for node in tree.body[ast.get_docstring(tree) is not None :]:
-        if isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and not node.value):
-            raise ValueError(f"line {node.lineno} assigns nothing: write n_layer = 6, for example")
 
 
 def convert(name: str, value, setting: Setting):
@@ -211,43 +198,40 @@ def convert(name: str, value, setting: Setting):
     Booleans are true and false and nothing else; an int is accepted for a float, and a whole float
     for an int (--steps=1e4).
     """
-    kind, text = setting.kind, isinstance(value, str)
-    found = None
+    kind, word, found = setting.kind, str(value).lower(), None
     if kind is tuple:
         found = tuple(value)
-    elif kind is bool or (setting.choices and isinstance(value, bool)):
-        word = str(value).lower()
-        if word in ("true", "false"):
-            found = word == "true" if kind is bool else word
+    elif kind is bool and word in ("true", "false"):
+        found = word == "true"
+    elif isinstance(value, bool):
+        found = word if setting.choices else None  # compile = True
     elif kind is str:
-        found = value if text else None
-    elif not isinstance(value, bool):
+        found = value if isinstance(value, str) else None
+    elif kind in (int, float):
         try:
-            number = int(value) if text and kind is int and value.isdigit() else float(value)
-            if math.isfinite(number) and (kind is float or number == int(number)):
-                found = kind(number)
+            number = int(value) if word.isdigit() else float(value)
+            whole = number == int(number) and abs(number) < 2**63  # nan and inf end here
+            found = kind(number) if whole or kind is float else None
         except (ValueError, TypeError, OverflowError):
             pass
-    if found is None or (kind is int and abs(found) >= 2**63):
+    if found is None:
         want = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
         raise ValueError(f"{name}={str(value)[:60]!r} should be {want[kind]}")
-    for bound in setting.bounds:
-        if not bound.kept(found):
-            raise ValueError(f"{name}={found!r} should be {bound.words}")
+    if not setting.bound.kept(found):
+        raise ValueError(f"{name}={found!r} should be {setting.bound.words}")
     return found
 
 
-def check_each(s) -> None:
-    """Raises ValueError for the first setting of `s` beyond its own bounds."""
+def require(kept, s, name: str, words: str) -> None:
+    """Raises ValueError unless `kept`: the setting `name` of `s` should be what `words` say."""
+    if not kept:
+        raise ValueError(f"{name}={getattr(s, name)!r} should be {words}")
+
+
+def require_bounds(s) -> None:
+    """Raises ValueError for the first setting of `s` beyond its own bound."""
     for name, setting in settings_of(type(s)).items():
-        check(s, *((name, bound.words, bound.kept(getattr(s, name))) for bound in setting.bounds))
-
-
-def check(s, *rules: tuple[str, str, bool]) -> None:
-    """Raises ValueError for the first rule (setting, what it must be, whether it is) not kept."""
-    for name, want, kept in rules:
-        if not kept:
-            raise ValueError(f"{name}={getattr(s, name)!r} should be {want}")
+        require(setting.bound.kept(getattr(s, name)), s, name, setting.bound.words)
 
 
 def require_package(name: str, wanted) -> None:
@@ -279,38 +263,37 @@ def run(main) -> None:
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         if sys.stdout:  # may be closed from the beginning
             sys.stdout.flush()
-        sys.exit(status)
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:  # the reader has seen enough, as in `... | head`
-        forget_stdout()
-        sys.exit(141)  # as the shell reports it
+        status = 141  # as the shell reports it
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        memory = any(word in str(e) for word in ("out of memory", "can't allocate memory"))
-        lost = stop.peer_lost(e)
-        if isinstance(e, MemoryError) or memory:
-            e = ValueError("out of memory: use a smaller --device_batch, --block_size or model")
-        elif lost:
-            e = ValueError("another process of this run has ended, and so does this one")
-        elif isinstance(e, RuntimeError):
-            raise  # no user's mistake
-        if sys.flags.dev_mode:
+        said = sentence(e)
+        if not said or sys.flags.dev_mode:
             raise
-        text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
-        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            text = f"the disk is full ({text}): nothing that was there before is lost"
-        who = stop.speaker(victim=lost)
-        print(f"{Path(sys.argv[0]).name}: error: {who}{text}", file=sys.stderr, flush=True)
-        try:
+        who = stop.speaker(victim=stop.peer_lost(e))
+        print(f"{Path(sys.argv[0]).name}: error: {who}{said}", file=sys.stderr, flush=True)
+        status = 2
+    try:
+        if sys.stdout:
             sys.stdout.flush()
-        except (OSError, AttributeError):  # standard output is closed, or its disk is full
-            forget_stdout()
-        if "LOCAL_RANK" in os.environ:
-            os._exit(2)  # to leave the other processes politely would be to wait for them
-        sys.exit(2)
-
-
-def forget_stdout() -> None:
-    """Lets Python close its standard output without another complaint."""
-    if sys.stdout:
+    except OSError:  # its reader is gone, or its disk is full: Python need not say so once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if status == 2 and "LOCAL_RANK" in os.environ:
+        os._exit(2)  # to leave the other processes politely would be to wait for them
+    sys.exit(status)
+
+
+def sentence(e: Exception) -> str:
+    """What to tell the user; nothing, if it is no mistake of theirs."""
+    starved = any(word in str(e) for word in ("out of memory", "can't allocate memory"))
+    if starved or isinstance(e, MemoryError):
+        return "out of memory: use a smaller --device_batch, --block_size or model"
+    if stop.peer_lost(e):
+        return "another process of this run has ended, and so does this one"
+    if isinstance(e, RuntimeError):
+        return ""
+    text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+    if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        text = f"the disk is full ({text}): nothing that was there before is lost"
+    return text

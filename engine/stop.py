@@ -27,10 +27,6 @@ class Stop:
             if hasattr(signal, name):  # Windows lacks one
                 signal.signal(getattr(signal, name), self.note)
 
-    def deferred(self):
-        """Within, a request waits for whoever asks: all that is done here is done, or nothing."""
-        return self.honoured(at_once=False)
-
     @contextmanager
     def honoured(self, at_once: bool):
         """Sets for a while whether a request ends the process at once."""

@@ -60,6 +60,7 @@ NEAR = {
     "engine/machine.py": ("updates", "train"),
     "engine/metrics.py": ("kept", "train", "interruptions"),
     "engine/prepared.py": ("prepare", "mistakes"),
+    "engine/resume.py": ("kept", "train", "interruptions"),
     "engine/run.py": ("kept", "train", "interruptions"),
     "engine/settings.py": ("mistakes",),
     "engine/shards.py": ("dataset", "splits", "prepare"),

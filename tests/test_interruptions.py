@@ -22,7 +22,7 @@ from test_train import rows, training, weights
 
 from engine import checkpoint
 from engine.metrics import read_metrics
-from engine.run import lock
+from engine.resume import lock
 
 BUSY = ["--steps=120", "--eval_every=20", "--save_every=7", "--dropout=0.1", "--device_batch=4"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -224,7 +224,8 @@ def finished(data, tmp_path_factory):
     return folder / "run", argv
 
 
-FILES = [f"step-00000008/{name}" for name in (*checkpoint.FILES, "manifest.json")]
+FILES = [*checkpoint.NEEDED, "model.safetensors", "optimizer.safetensors", "manifest.json"]
+FILES = [f"step-00000008/{name}" for name in FILES]
 FILES += ["metrics.jsonl", "metrics.sha256", "config.json"]
 
 
@@ -298,7 +299,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(train, monkeypatch):
         patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(OSError, match=r"step-00000008 could not be saved \(No space left"):
             train("run")
-    assert checkpoint.verify(run / "step-00000004") == 5
+    assert checkpoint.verify(run / "step-00000004", checkpoint.NEEDED) == 5
     assert not list(run.glob("*.partial"))
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     with monkeypatch.context() as patch:

@@ -594,7 +594,7 @@ def test_no_cuda(place, monkeypatch, capsys):
 
 
 def test_two_runs_in_one_folder(place, monkeypatch, capsys):
-    handle = importlib.import_module("engine.run").lock(Path("run"))
+    handle = importlib.import_module("engine.resume").lock(Path("run"))
     check_mistake("train", [*RESUME, "--steps=8"], ["another process", "run"], monkeypatch, capsys)
     handle.close()
 

@@ -27,12 +27,14 @@ def test_a_request_while_nothing_is_under_way_ends_at_once_with_status_0():
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_a_request_within_a_step_waits_also_behind_an_evaluation():
     """An evaluation can be ended at once; what comes behind it in the same step can not."""
-    code = "with stop.deferred():\n    with stop.honoured(at_once=True): pass\n    "
+    code = "with stop.honoured(at_once=False):\n    with stop.honoured(at_once=True): pass\n    "
     status, said = run(code + ASK.strip() + "\n    print('the step', stop.asked)")
     assert status == 0 and said == "the step True\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_a_second_request_ends_anywhere_with_the_signals_status():
-    status, said = run("with stop.deferred():\n    " + ASK + "    " + ASK + "    print('went on')")
+    status, said = run(
+        "with stop.honoured(at_once=False):\n    " + ASK + "    " + ASK + "    print('went on')"
+    )
     assert status == 128 + 15 and said == ""

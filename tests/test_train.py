@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, script
 
 from engine import checkpoint
 from engine.metrics import read_metrics
-from engine.run import lock
+from engine.resume import lock
 from optim import LossScale, learning_rate
 
 
@@ -302,15 +302,15 @@ def interrupted(train, name: str, monkeypatch, *settings: str):
     """A run that is asked to stop while it makes step 3."""
     from engine.run import Run
 
-    report = Run.report
+    log = Run.log
 
     def ask(run, step, *more):
-        report(run, step, *more)
+        log(run, step, *more)
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "report", ask)
+        patch.setattr(Run, "log", ask)
         return train(name, *settings)
 
 

@@ -1,0 +1,72 @@
+"""Whether a run may go on: whose its folder is, and what must not have changed since it stopped."""
+
+import json
+from itertools import count
+from pathlib import Path
+
+from engine.files import lock_file
+
+# What may differ when a run is resumed; anything else would make it another run. First where things
+# are and what is shown, then where and how it is computed: the data and the mathematics stay.
+FREE = {"config", "data", "tokenizer", "out", "init_from", "fresh", "steps", "patience"}
+FREE |= {"eval_tokens", "log_every", "eval_every", "save_every"}
+FREE |= {"sample_tokens", "sample_prompt"}
+FREE |= {"tensorboard", "wandb", "eval_only", "split", "show_batch"}
+FREE |= {"device", "dtype", "compile", "threads", "fast", "deterministic", "device_batch"}
+ALOUD = {"steps": "the learning rate follows", "eval_tokens": "losses compare less exactly"}
+
+
+def check(run, before: dict, now: dict) -> None:
+    """Says where `run` goes on, given its settings before and now.
+
+    Raises ValueError if that would make it another run.
+    """
+    differ = [k for k in now if k not in FREE and before[k] != now[k]]
+    if differ:
+        changes = ", ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in differ)
+        raise ValueError(
+            f"{run.path} belongs to a run with other settings ({changes}): choose another"
+            " --out, or begin anew with --fresh"
+        )
+    digest = run.state["data_digest"]
+    if digest != run.digest:
+        raise ValueError(
+            f"the data in {run.s.data} (digest {run.digest[:8]}) is not what {run.path} was"
+            f" trained on ({digest[:8]}): bring it back, or begin anew with --fresh"
+        )
+    verified = f"{run.files} files verified, data digest {digest[:8]}"
+    print(f"resumed from step {run.step} of {run.folder} ({verified})")
+    if run.s.init_from:
+        print(f"init_from={run.s.init_from!r} is not read again: the run has its own weights")
+    for name, meaning in ALOUD.items():
+        if before[name] != now[name]:
+            print(f"{name} was {before[name]}, is {now[name]}: {meaning}")
+    for name, value in run.circumstances.items():
+        was = run.state["machine"].get(name, value)
+        if was != value:
+            print(f"{name} was {was}, is {value}: the same data, but not the same bits")
+
+
+def as_file(values: dict) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def lock(folder: Path):
+    """Makes `folder` this process's own until the returned handle is closed. Raises ValueError."""
+    parts = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if parts and "lock" not in parts:
+        raise ValueError(f"{folder} holds something else than a run: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return lock_file(folder / "lock", wait=False)
+    except BlockingIOError as e:
+        raise ValueError(f"another process works in {folder}: choose another --out") from e
+
+
+def move_aside(folder: Path) -> None:
+    """Renames the folder of a run that has something in it to the next free <name>.1, .2, ..."""
+    if not any(path.name != "lock" for path in folder.iterdir()):
+        return
+    aside = next(p for n in count(1) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
+    folder.rename(aside)
+    print(f"the old run is now {aside}")
