@@ -3,7 +3,6 @@
     train     training steps of GPT-2's smallest shape, beside transformers (if installed)
     decode    text from that shape, one sequence and eight, beside transformers and CTranslate2
     prepare   the whole of prepare.py with GPT-2's vocabulary, beside tiktoken's own batch call
-    loss      the whole command of config/shakespeare.py and config/small.py: seconds and loss
 
 Every figure comes from a process of its own. The variants take turns for `rounds` rounds, and the
 table shows medians, so that a machine that is slower for a while is slower for all. Whatever is not
@@ -18,13 +17,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 import peers
 from engine import settings
-from engine.settings import NotNegative, Positive
+from engine.settings import Positive
 
 try:
     import resource
@@ -32,16 +32,16 @@ except ImportError:  # on Windows nobody tells the peak of memory
     resource = None
 
 ROOT = Path(__file__).parent
-TRAIN_STEPS = 4  # training steps measured: a number, since several processes must agree on it
-WARM_UP = 2  # runs of each measurement that do not count
+WARM_UP = 2  # calls in each measurement that do not count
 GPT2 = dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, embed_norm=False)
 GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
 
 
 @dataclass
 class Settings:
-    what: str = "train"  # train, decode, prepare or loss
-    rounds: Positive = 3  # times that each variant runs
+    what: str = "train"  # train, decode or prepare
+    rounds: Positive = 3  # times that each variant runs, in a process of its own
+    calls: Positive = 6  # in each of them, what is measured is done so often
     shape: Literal["gpt2", "modern"] = "gpt2"  # train, decode: ours; modern is train.py's default
     n_layer: Positive = 12  # of that shape
     n_head: Positive = 12  # of that shape
@@ -51,9 +51,7 @@ class Settings:
     length: Positive = 256  # train: tokens of a sequence
     fast: bool = True  # train, decode: false measures model.py itself
     tokens: Positive = 64  # decode: tokens to generate
-    seconds: NotNegative = 4.0  # decode: how long a variant is measured
     tokenizer: str = "gpt2"  # prepare: the vocabulary
-    seeds: Positive = 1  # loss: runs of each config
     only: str = ""  # run this variant alone, in this process, and print its figures as JSON
 
 
@@ -103,16 +101,17 @@ def figure(value: float, unit: str, more: str = "") -> dict:
     return dict(value=value, unit=unit, peak_mb=peak, more=more)
 
 
-def timed(function, seconds: float = 2.0, steps: int = 0) -> float:
-    """The median duration of `function`, called `steps` times or for `seconds`, after a warm-up."""
-    for _ in range(WARM_UP):
-        function()
-    times: list[float] = []
-    while len(times) < steps or (not steps and (sum(times) < seconds or len(times) < 3)):
+def timed(s: Settings, function) -> float:
+    """The median duration of a call of `function`, in seconds, after a warm-up.
+
+    The calls are counted, not timed as a whole: several processes must agree on their number.
+    """
+    times = []
+    for _ in range(WARM_UP + s.calls):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times[WARM_UP:])
 
 
 def machine_for(dtype: str, products: bool = True):
@@ -149,7 +148,7 @@ def matrix_product(s: Settings, dtype: str) -> dict:
     here = machine_for(dtype)
     n = 2048
     a, b = (torch.randn(n, n, device=here.device, dtype=here.dtype) for _ in range(2))
-    return figure(2 * n**3 / timed(lambda: (a @ b)[0, 0].item()) / 1e9, "GFLOP/s")
+    return figure(2 * n**3 / timed(s, lambda: (a @ b)[0, 0].item()) / 1e9, "GFLOP/s")
 
 
 def memory_read(s: Settings) -> dict:
@@ -157,7 +156,7 @@ def memory_read(s: Settings) -> dict:
 
     # 256 MB, beyond any cache
     x = torch.ones(1 << 25, dtype=torch.int64, device=machine_for("float32").device)
-    return figure(x.nbytes / timed(lambda: x.sum().item()) / 1e9, "GB/s")
+    return figure(x.nbytes / timed(s, lambda: x.sum().item()) / 1e9, "GB/s")
 
 
 # --- train
@@ -166,7 +165,6 @@ def memory_read(s: Settings) -> dict:
 def train(s: Settings, dtype: str, peer: bool = False) -> dict:
     """Training steps, ours or of transformers: the model differs and nothing else."""
     import torch
-    import torch.nn.functional as F
 
     from engine import fast, machine
 
@@ -179,30 +177,22 @@ def train(s: Settings, dtype: str, peer: bool = False) -> dict:
         fast.use(model, here, s.fast)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True)
-    gradients = machine.GradientSum(parameters) if here.world > 1 else None
+    gradients = machine.GradientSum(parameters if here.world > 1 else [])
+    gradients.active = True
     x = torch.randint(s.vocab_size, (s.rows, s.length + 1), device=here.device)
-    tokens, targets = x[:, :-1], x[:, 1:].contiguous()
-
-    def loss_of_batch() -> torch.Tensor:
-        if not peer:
-            return model(tokens, targets)
-        logits = model(tokens).logits.float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    mean_loss = partial(peers.transformers_loss, model) if peer else model
 
     def step() -> None:
         with here.autocast():
-            loss = loss_of_batch() / here.world
-        if gradients:
-            gradients.active = True
+            loss = mean_loss(x[:, :-1], x[:, 1:].contiguous()) / here.world
         loss.backward()
-        if gradients:
-            gradients.wait()
+        gradients.wait()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
 
-    speed = s.rows * s.length * here.world / timed(step, steps=TRAIN_STEPS)
+    speed = s.rows * s.length * here.world / timed(s, step)
     # products: 6 for each weight and token, but for rows that are only looked up: GPT-2's positions
     # (its tokens are the head as well), or our tokens; and attention's scores and sums
     looked_up = (s.vocab_size if s.shape == "modern" else 1024) * s.n_embd
@@ -235,18 +225,17 @@ def decode(s: Settings, dtype: str, samples: int = 1, context: int = 1, quantize
         for _ in range(count):
             next(steps)
 
-    return figure(samples * count / timed(some, s.seconds), "tokens/s")
+    return figure(samples * count / timed(s, some), "tokens/s")
 
 
 def decode_transformers(s: Settings, dtype: str) -> dict:
-    here = machine_for(dtype)
-    run = peers.transformers_decoder(dimensions(s), s.tokens, here)
-    return figure(s.tokens / timed(run, s.seconds), "tokens/s")
+    run = peers.transformers_decoder(dimensions(s), s.tokens, machine_for(dtype))
+    return figure(s.tokens / timed(s, run), "tokens/s")
 
 
 def decode_ctranslate2(s: Settings, dtype: str) -> dict:
-    with peers.ctranslate2_decoder(dimensions(s), s.tokens, dtype) as run:
-        return figure(s.tokens / timed(run, s.seconds), "tokens/s")
+    run = peers.ctranslate2_decoder(dimensions(s), s.tokens, dtype)
+    return figure(s.tokens / timed(s, run), "tokens/s")
 
 
 # --- prepare
@@ -267,8 +256,8 @@ def encode(s: Settings) -> dict:
         path.write_text(library_text(), encoding="utf-8")
         command = [sys.executable, str(ROOT / "prepare.py"), str(path), f"--out={out}"]
         start = time.perf_counter()
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        subprocess.run([*command, f"--tokenizer={s.tokenizer}"], check=True, **quiet)
+        # standard output is for figures: what it prints goes to standard error
+        subprocess.run([*command, f"--tokenizer={s.tokenizer}"], check=True, stdout=2)
         seconds = time.perf_counter() - start
         meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
     tokens = sum(split["tokens"] for split in meta["splits"].values())
@@ -282,58 +271,27 @@ def encode_tiktoken(s: Settings) -> dict:
     return figure(tokens / (time.perf_counter() - start) / 1e6, "M tokens/s", "encoding only")
 
 
-# --- loss
+# --- all of them
 
 
-def whole_command(s: Settings, name: str) -> dict:
-    """The whole command of a config: its wall-clock time, and the loss it ends with."""
-    from engine.metrics import best_row
-
-    losses, seconds = [], []
-    for seed in range(1, s.seeds + 1):
-        with TemporaryDirectory() as folder:
-            command = [sys.executable, "train.py", f"config/{name}.py", f"--seed={seed}"]
-            start = time.perf_counter()
-            out = f"--out={folder}/run"
-            subprocess.run([*command, out], check=True, cwd=ROOT, stdout=sys.stderr)
-            seconds.append(time.perf_counter() - start)
-            row = best_row(Path(folder) / "run")
-            losses.append((row["val_loss"], row["val_bpb"]))
-    loss, bpb = sorted(losses)[len(losses) // 2]
-    return figure(statistics.median(seconds), "s", f"loss {loss:.4f}, {bpb:.4f} bits per byte")
+def in_both(name: str, function, more: str = "", **options) -> dict:
+    """The variants of `function` in both number types."""
+    kinds = ("bfloat16", "float32")
+    return {f"{name}, {kind}{more}": partial(function, dtype=kind, **options) for kind in kinds}
 
 
-LIMITS = {
-    "matrix product, float32": lambda s: matrix_product(s, "float32"),
-    "matrix product, bfloat16": lambda s: matrix_product(s, "bfloat16"),
-    "memory read": memory_read,
-}
+LIMITS = in_both("matrix product", matrix_product) | {"memory read": memory_read}
 VARIANTS = {
-    "train": LIMITS
-    | {
-        "ours, bfloat16": lambda s: train(s, "bfloat16"),
-        "ours, float32": lambda s: train(s, "float32"),
-        "transformers, bfloat16": lambda s: train(s, "bfloat16", peer=True),
-        "transformers, float32": lambda s: train(s, "float32", peer=True),
-    },
+    "train": LIMITS | in_both("ours", train) | in_both("transformers", train, peer=True),
     "decode": LIMITS
-    | {
-        "ours, bfloat16": lambda s: decode(s, "bfloat16"),
-        "ours, float32": lambda s: decode(s, "float32"),
-        "ours, int8": lambda s: decode(s, "bfloat16", quantize="int8"),
-        "ours, bfloat16, eight sequences": lambda s: decode(s, "bfloat16", samples=8),
-        "ours, float32, eight sequences": lambda s: decode(s, "float32", samples=8),
-        "ours, bfloat16, behind 900 tokens": lambda s: decode(s, "bfloat16", context=900),
-        "transformers, bfloat16": lambda s: decode_transformers(s, "bfloat16"),
-        "transformers, float32": lambda s: decode_transformers(s, "float32"),
-        "CTranslate2, float32": lambda s: decode_ctranslate2(s, "float32"),
-        "CTranslate2, int8": lambda s: decode_ctranslate2(s, "int8"),
-    },
+    | in_both("ours", decode)
+    | {"ours, int8": partial(decode, dtype="bfloat16", quantize="int8")}
+    | in_both("ours", decode, ", eight sequences", samples=8)
+    | {"ours, bfloat16, behind 900 tokens": partial(decode, dtype="bfloat16", context=900)}
+    | in_both("transformers", decode_transformers)
+    | {"CTranslate2, float32": partial(decode_ctranslate2, dtype="float32")}
+    | {"CTranslate2, int8": partial(decode_ctranslate2, dtype="int8")},
     "prepare": {"ours": encode, "tiktoken": encode_tiktoken},
-    "loss": {
-        "config/shakespeare.py": lambda s: whole_command(s, "shakespeare"),
-        "config/small.py": lambda s: whole_command(s, "small"),
-    },
 }
 
 

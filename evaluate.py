@@ -101,11 +101,12 @@ def evaluate(
     was_training = model.training
     model.eval()  # no dropout
     with torch.no_grad(), here.autocast():
-        for x, y in split.in_order(
+        for batch in split.in_order(
             rows, model.config.block_size, here.rank, here.world, eval_tokens
         ):
-            loss = model(here.put(x), here.put(y), reduction="sum").item()
-            found = y[y != IGNORE]
+            tokens, targets_here, positions, mask = map(here.put, batch)
+            loss = model(tokens, targets_here, "sum", mask, positions).item()
+            found = batch.targets[batch.targets != IGNORE]
             mine = split.bytes_of(found) if part_of_it and split.text_bytes else 0
             part = here.sum([loss, len(found), mine, bool(stop and stop.asked)])
             nats, targets, size = nats + part[0], targets + part[1], size + part[2]

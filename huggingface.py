@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
 def import_model(source: str, folder: Path, target: Path) -> None:
     """Writes the model in `folder` as checkpoint `target`. Raises ValueError if it does not fit."""
     from engine import families, tensors, tokenizer_json
+    from engine.run import NEW
 
     # 1. what it is, and whether it has the tensors of such a model
     theirs = tensors.read_json(folder / "config.json")
@@ -64,12 +65,11 @@ def import_model(source: str, folder: Path, target: Path) -> None:
             yield from families.split(family, found[name].read(), parts, c.head_dim)
 
     shapes = {name: [*w.shape] for parts in there.values() for name, w in parts.items()}
-    facts = dict(step=0, settings={}, model=asdict(c), data_digest=None, metrics=None)
-    facts |= dict(loss_scale=None, seconds=0.0, machine=None, source=source)
+    facts = dict(step=0, settings={}, model=asdict(c), data_digest=None, source=source)
     with atomic_folder(target) as new:
         tensors.write_safetensors(new / "model.safetensors", shapes, weights())
         tensors.write_safetensors(new / "optimizer.safetensors", {}, [])
-        write_json(new / "state.json", facts)
+        write_json(new / "state.json", NEW | facts)
         tokenizer.save(new)
         write_manifest(new)
     count = sum(prod(shape) for shape in shapes.values())
@@ -86,17 +86,13 @@ def locate(source: str) -> Path:
         raise ValueError(f"{missing} (of a model, with its config.json)")
     try:
         from huggingface_hub import snapshot_download
-    except ImportError as e:
-        raise ValueError(
-            f"{missing}; to download a model of that name, pip install huggingface_hub, or put its"
-            " files into a folder and name that"
-        ) from e
-    try:
+
         return Path(snapshot_download(source, allow_patterns=WANTED))
     except Exception as e:  # there are many; all of them mean that there is no model
         raise ValueError(
             f"{missing}, and no model of that name can be downloaded ({type(e).__name__}): check"
-            " the name and the network, or put its files into a folder and name that"
+            " the name, the network, and that huggingface_hub is installed; or put its files into a"
+            " folder and name that"
         ) from e
 
 
@@ -112,21 +108,19 @@ def export_model(source: str, which: str, target: Path) -> None:
 
     path = checkpoint.find(source, which)
     model, tokenizer, facts = checkpoint.load_weights(path)
-    family, full, theirs = families.to_config(model.config)
-    state, there = model.state_dict(), families.layout(family, full)
+    family, stored, theirs = families.to_config(model.config)
+    state, there = model.state_dict(), families.layout(family, stored)
 
     def weights() -> Iterator:
         for parts in there.values():
             ours = {n: state[n] if n in state else torch.zeros(w.shape) for n, w in parts.items()}
-            yield families.join(family, ours, full.head_dim)
+            yield families.join(family, ours, stored.head_dim)
 
-    shapes = {
-        name: [*families.join(family, parts, full.head_dim).shape] for name, parts in there.items()
-    }
+    shapes = {n: families.join(family, parts, stored.head_dim).shape for n, parts in there.items()}
     end, ends = tokenizer.end_of_text, tokenizer.ends
     bos = tokenizer.begin[0] if tokenizer.begin else end
     ids = dict(bos_token_id=bos, eos_token_id=ends if len(ends) > 1 else end, pad_token_id=end)
-    words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=full.block_size)
+    words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=stored.block_size)
     for key, i in dict(bos_token=bos, eos_token=end, pad_token=end).items():
         words[key] = tokenizer_json.text_of(tokenizer, i)
     # text is text, as here: no space is tidied up, and no special token read out of it

@@ -26,58 +26,51 @@ class Settings:
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Draw loss curves.", "runs", nargs="+")
-    curves = {run: (training(run, s), validation(run, s)) for run in s.runs}
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise ValueError("drawing needs matplotlib: pip install matplotlib") from e
+    curves = {run: (training(run, s), curve(run, f"val_{s.y}", s)) for run in s.runs}
+    settings.require_package("matplotlib", True)
+    import matplotlib
+
     matplotlib.use("agg")  # draws files, needs no screen
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for number, (run, (trained, evaluated)) in enumerate(curves.items()):
         color = f"C{number}"
-        name = f"{run}, training" if s.y == "loss" else f"{run}, training (estimated)"
+        name = f"{run}, training" + (" (estimated)" if s.y == "bpb" else "")
         axes.plot(*trained, color=color, alpha=0.45, linewidth=1, label=name)
         if evaluated[1]:
             name = f"{run}, validation (best {min(evaluated[1]):.3f})"
             axes.plot(*evaluated, color=color, marker="o", markersize=3.5, label=name)
-    axes.set_xlabel(s.x)
-    axes.set_ylabel(UNITS[s.y])
-    axes.set_title(s.title)
+    axes.set(xlabel=s.x, ylabel=UNITS[s.y], title=s.title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(s.out, dpi=130)
     print(f"wrote {s.out}")
 
 
+def curve(run: str, key: str, s: Settings) -> tuple[list, list]:
+    """What the rows of a run say of `key`: xs and ys."""
+    rows = read_metrics(Path(run))
+    if not rows:
+        raise ValueError(f"{run} has no metrics.jsonl with rows: is it the folder of a run?")
+    rows = [row for row in rows if row.get(key) is not None and s.x in row]
+    return [row[s.x] for row in rows], [row[key] for row in rows]
+
+
 def training(run: str, s: Settings) -> tuple[list, list]:
-    """The training curve of a run, smoothed: its xs and ys.
+    """The training curve of a run, smoothed.
 
     In bits per byte it is an estimate: a row does not say how many bytes its tokens have, and they
     are taken to have as many as those of the validation text.
     """
-    rows = [row for row in rows_of(run) if "loss" in row and s.x in row]
-    a_nat = 1.0
+    xs, ys = curve(run, "loss", s)
     if s.y == "bpb":
-        known = [row for row in rows_of(run) if row.get("val_bpb")]
-        if not known:
+        _, bits = curve(run, "val_bpb", s)
+        _, nats = curve(run, "val_loss", s)
+        if not bits:
             raise ValueError(f"{run} has no bits per byte (val_bpb): draw it with --y=loss")
-        a_nat = known[-1]["val_bpb"] / known[-1]["val_loss"]
-    return [row[s.x] for row in rows], smoothed([a_nat * row["loss"] for row in rows], s.smooth)
-
-
-def validation(run: str, s: Settings) -> tuple[list, list]:
-    """The evaluations of a run: xs and ys."""
-    rows = [row for row in rows_of(run) if row.get(f"val_{s.y}") is not None and s.x in row]
-    return [row[s.x] for row in rows], [row[f"val_{s.y}"] for row in rows]
-
-
-def rows_of(run: str) -> list[dict]:
-    rows = read_metrics(Path(run))
-    if not rows:
-        raise ValueError(f"{run} has no metrics.jsonl with rows: is it the folder of a run?")
-    return rows
+        ys = [y * bits[-1] / nats[-1] for y in ys]
+    return xs, smoothed(ys, s.smooth)
 
 
 def smoothed(values: list[float], share: float) -> list[float]:

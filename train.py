@@ -41,6 +41,11 @@ class Settings:
     lora_on: Literal["qv", "attention", "all"] = "all"  # which matrices have some beside them
     seed: Count = 1  # of weights, order of the data, dropout
 
+    # what is learned from rows: questions with answers and the like, if the data hold any
+    train_on: Literal["answers", "all"] = "answers"  # all: prompts, too, as GPT-1 did beside labels
+    mix: str = ""  # how often each task: by size, temperature=2, or sums=0.5,text=0.2
+    label_smoothing: BelowOne = 0.0  # this share of each target goes to all tokens alike
+
     # the model: n_layer, n_embd and the others stand in shape.py; vocab_size is that of the data
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
 
@@ -92,12 +97,12 @@ class Settings:
     split: Literal["train", "val", "test"] = "val"  # which split eval_only takes
 
 
-def update(model, optimizers, scale, x, y, step: int, s: Settings, here):
+def update(model, optimizers, scale, batch, step: int, s: Settings, here):
     """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
     gradient (infinite: float16 overflowed, and the update was left out).
 
-    `x` and `y`, (B, T), are this process's share of the batch: inputs, and at each position the
-    token that comes next. `here` is the machine: its device, its type of numbers, the other
+    `batch` is this process's share of it: tokens (B, T), and at each position the token that comes
+    next, see dataset.py. `here` is the machine: its device, its type of numbers, the other
     processes. `scale` is 1 but for float16, see optim.py. Raises FloatingPointError, with no weight
     changed, if loss or gradient are not finite and a smaller scale is no remedy.
     """
@@ -107,23 +112,25 @@ def update(model, optimizers, scale, x, y, step: int, s: Settings, here):
 
     # the loss is the mean over all targets of the global batch. Each pass gives a sum, divided by
     # their number in all passes and processes: means of means would weigh some targets more
-    (targets,) = here.sum([int((y != IGNORE).sum())])
+    (counted,) = here.sum([int((batch.targets != IGNORE).sum())])
     mean_loss = torch.zeros((), device=here.device)
-    rows = rows_in_a_pass(len(x), s)
+    B = len(batch.tokens)
+    rows = rows_in_a_pass(B, s)
     # 1. forward, and backward: by the chain rule, from the loss back to the first layer, how much
     # the loss would change with each weight: p.grad. A batch too large for memory is taken in
     # passes of some rows, since backward() adds to the p.grad that is there: gradient accumulation
-    for i in range(0, len(x), rows):
+    for i in range(0, B, rows):
         machine.seed(s.seed, step, here.rank, i)  # of dropout, which is so the same when resumed
         # the processes (DDP) hold equal weights and learn from different rows. Once, while the last
         # backward pass runs, their gradients are summed: then all make the same update
-        here.gradients.active = i + rows == len(x)
+        here.gradients.active = i + rows == B
+        tokens, targets, positions, mask = (here.put(z) for z in batch.windows(i, i + rows))
         # autocast: products in 16 bits are faster where the hardware has them; weights, gradients
         # and the optimizer's sums stay in 32, where a small update to a large number is not rounded
         # away (arXiv:1710.03740)
         with here.autocast():
-            nats = model(here.put(x[i : i + rows]), here.put(y[i : i + rows]), reduction="sum")
-        loss = nats / targets
+            nats = model(tokens, targets, "sum", mask, positions, smoothing=s.label_smoothing)
+        loss = nats / counted
         (loss * scale.value).backward()  # scaled, where float16 would round gradients to zero
         mean_loss += loss.detach()
     here.gradients.wait()
@@ -156,7 +163,7 @@ def train(s: Settings, stop: Stop) -> int:
     here = machine.pick(s.device, s.dtype, s.compile)
     machine.start(here, s.deterministic)
     run = Run(s, here, stop, START)
-    data = Dataset(s.data, s.tokenizer)
+    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix)
     learned = data.split("train")
     held_out = data.split("val")
     learned.require(s.model.block_size)
@@ -180,8 +187,8 @@ def train(s: Settings, stop: Stop) -> int:
         for step in run.steps():
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
-            x, y = learned.batch(step - 1, rows, s.model.block_size, s.seed, here.rank, here.world)
-            loss, norm = update(runner, optimizers, scale, x, y, step, s, here)
+            batch = learned.batch(step - 1, rows, s.model.block_size, s.seed, here.rank, here.world)
+            loss, norm = update(runner, optimizers, scale, batch, step, s, here)
             run.log(step, loss, s.lr * factor, norm)
             run.save(step)
             run.evaluate(step)
@@ -237,7 +244,7 @@ def show_batch(s: Settings) -> int:
     split = data.split("train")
     split.require(s.model.block_size)
     rows = s.batch_tokens // s.model.block_size
-    x, y = split.batch(s.show_batch - 1, rows, s.model.block_size, s.seed)
+    x, y, *_ = split.batch(s.show_batch - 1, rows, s.model.block_size, s.seed)
     for i, (inputs, targets) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
         text = data.tokenizer.decode([*inputs, targets[-1]])
         print(f"--- step {s.show_batch}, window {(s.show_batch - 1) * rows + i}\n{text}")

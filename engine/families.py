@@ -6,7 +6,7 @@ and a model of it in tests/test_huggingface.py, which holds it against transform
 only if it stores some tensor differently (`turn`).
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 
 import torch
@@ -20,33 +20,58 @@ from shape import GPTConfig
 # --- the families
 
 
+# a word in the name of a parameter of GPT: the word for GPT-2, and for Llama
+NAMES = {
+    "wte": ("wte", "embed_tokens"),
+    "blocks": ("h", "layers"),
+    "attn_norm": ("ln_1", "input_layernorm"),
+    "attn": ("attn", "self_attn"),
+    "wq": ("c_attn", "q_proj"),  # GPT-2's holds all three
+    "wk": ("c_attn", "k_proj"),
+    "wv": ("c_attn", "v_proj"),
+    "wo": ("c_proj", "o_proj"),
+    "mlp_norm": ("ln_2", "post_attention_layernorm"),
+    "gate": ("", "gate_proj"),
+    "up": ("c_fc", "up_proj"),
+    "down": ("c_proj", "down_proj"),
+    "norm": ("ln_f", "norm"),
+    "head": ("lm_head", "lm_head"),
+}
+# a setting that config.json decides: its key there
+KEYS = {
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "block_size": ("n_positions", "max_position_embeddings"),
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_kv_head": ("", "num_key_value_heads"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "head_dim": ("", "head_dim"),
+    "mlp_dim": ("n_inner", "intermediate_size"),
+    "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
+    "tied": ("tie_word_embeddings", "tie_word_embeddings"),
+}
+
+
+def column(table: dict, i: int) -> dict:
+    return {word: row[i] for word, row in table.items() if row[i]}
+
+
 @dataclass
 class Family:
     architecture: str  # the class of transformers
     shape: dict  # settings of GPTConfig that all its models share; what is not named is as default
-    keys: dict  # a setting that config.json decides: its key there
     defaults: dict  # a key that may be missing: its value then; None is derived, or off
     needs: dict  # key: the values whose meaning we have, too; the first is exported
-    names: dict  # a word in the name of a parameter of GPT: the word there
+    keys: dict = field(default_factory=lambda: column(KEYS, 1))
+    names: dict = field(default_factory=lambda: column(NAMES, 1))
     prefix: str = "model."  # of all names there but the head's
-    spare: str = ""  # a setting whose parameters are always there: all zero if it is off here
 
 
 PLAIN = dict(norm_weight=True, embed_norm=False, qk_norm=False, logit_cap=0.0)  # unlike our default
 
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
-    shape=PLAIN | dict(position="learned", norm="layer", mlp="gelu"),
-    keys=dict(
-        vocab_size="vocab_size",
-        block_size="n_positions",
-        n_layer="n_layer",
-        n_head="n_head",
-        n_embd="n_embd",
-        mlp_dim="n_inner",
-        norm_eps="layer_norm_epsilon",
-        tied="tie_word_embeddings",
-    ),
+    shape=PLAIN | dict(position="learned", norm="layer", mlp="gelu", bias=True),
     defaults=dict(n_inner=None, layer_norm_epsilon=1e-5, tie_word_embeddings=True),
     needs=dict(
         activation_function=("gelu_new", "gelu_pytorch_tanh"),
@@ -54,58 +79,20 @@ GPT2 = Family(
         scale_attn_by_inverse_layer_idx=(False,),
         add_cross_attention=(False,),
     ),
-    names=dict(
-        blocks="h",
-        attn_norm="ln_1",
-        wq="c_attn",
-        wk="c_attn",
-        wv="c_attn",
-        wo="c_proj",
-        mlp_norm="ln_2",
-        up="c_fc",
-        down="c_proj",
-        norm="ln_f",
-        head="lm_head",
-    ),
+    keys=column(KEYS, 0),
+    names=column(NAMES, 0),
     prefix="transformer.",
-    spare="bias",
 )
 LLAMA = Family(
     architecture="LlamaForCausalLM",
     shape=PLAIN | dict(mlp="swiglu"),
-    keys=dict(
-        vocab_size="vocab_size",
-        block_size="max_position_embeddings",
-        n_layer="num_hidden_layers",
-        n_head="num_attention_heads",
-        n_kv_head="num_key_value_heads",
-        n_embd="hidden_size",
-        head_dim="head_dim",
-        mlp_dim="intermediate_size",
-        norm_eps="rms_norm_eps",
-        tied="tie_word_embeddings",
-    ),
     defaults=dict(num_key_value_heads=None, head_dim=None, tie_word_embeddings=False),
     needs=dict(hidden_act=("silu", "swish"), attention_bias=(False,), mlp_bias=(False,)),
-    names=dict(
-        wte="embed_tokens",
-        blocks="layers",
-        attn_norm="input_layernorm",
-        attn="self_attn",
-        wq="q_proj",
-        wk="k_proj",
-        wv="v_proj",
-        wo="o_proj",
-        mlp_norm="post_attention_layernorm",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-        head="lm_head",
-    ),
 )
 MISTRAL = replace(  # without its window a Llama, but one whose width need not divide by its heads
     LLAMA,
     architecture="MistralForCausalLM",
+    defaults=LLAMA.defaults | dict(sliding_window=4096),
     needs=dict(hidden_act=("silu",), sliding_window=(None,)),
 )
 QWEN2 = replace(
@@ -134,8 +121,13 @@ FAMILIES = dict(  # by model_type; of those that a shape fits, it leaves as the 
     gpt2=GPT2, llama=LLAMA, mistral=MISTRAL, qwen2=QWEN2, qwen3=QWEN3, nanochat=NANOCHAT
 )
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # stored, but no weights
-SCALED = dict(rope_factor="factor", rope_original="original_max_position_embeddings")
-LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0)  # of Llama 3.1 to 3.3, and in model.py
+
+# settings of rotary positions: their keys; and what else may stand there, with the one value that
+# model.py has for it
+ROPE = dict(
+    rope_base="rope_theta", rope_factor="factor", rope_original="original_max_position_embeddings"
+)
+ROPE_NEEDS = dict(low_freq_factor=1.0, high_freq_factor=4.0, partial_rotary_factor=1.0)
 
 
 # --- config.json
@@ -167,43 +159,32 @@ def from_config(theirs: dict, source: str) -> tuple[Family, GPTConfig]:
         if value is None and key in family.defaults:
             value = 0  # as in GPTConfig: derived, or off
         values[ours] = setting(ours, key, value, source)
-    if family.spare:
-        values[family.spare] = True
     if family is not GPT2:
         values |= from_rope(theirs, source)
     for key, known in (family.needs | dict(quantization_config=(None,))).items():
-        value = theirs.get(key, known[0])
-        if key == "sliding_window":
-            value = theirs.get(key, 4096)  # MistralConfig's default
-            if value and value >= values["block_size"]:
-                value = None  # a window that holds the whole context is none
+        value = theirs.get(key, family.defaults.get(key, known[0]))
+        if key == "sliding_window" and value and value >= values["block_size"]:
+            value = None  # a window that holds the whole context is none
         if value not in known:
             raise lacking(source, f"{key}={value}")
-    kinds = {"full_attention", *(theirs.get("layer_types") or ())}
-    if len(kinds) > 1:
-        raise lacking(source, f"layers of the types {', '.join(sorted(kinds))}")
+    for kind in theirs.get("layer_types") or ():
+        if kind != "full_attention":
+            raise lacking(source, f"layers of the type {kind}")
     return family, GPTConfig(**values)
 
 
 def from_rope(theirs: dict, source: str) -> dict:
     """The settings of rotary positions in a config.json, as since version 5 or as before."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    for_all = not any(isinstance(value, dict) for value in rope.values())  # not by type of layer
-    if kind not in ("default", "llama3") or not for_all:
+    rope = {"rope_theta": theirs.get("rope_theta") or 10000.0, **rope}
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if kind not in ("default", "llama3"):
         raise lacking(source, f"a rotary scaling ({kind})")
-    partial = rope.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1
-    if partial != 1:
-        raise lacking(source, f"a partial rotary embedding ({partial})")
-    base = rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0
-    values = dict(rope_base=setting("rope_base", "rope_theta", base, source))
-    if kind == "llama3":
-        for key, value in LLAMA3.items():
-            if rope.get(key) != value:
-                raise lacking(source, f"{key}={rope.get(key)} of its rotary scaling (not {value})")
-        for ours, key in SCALED.items():
-            values[ours] = setting(ours, key, rope.get(key), source)
-    return values
+    for key, value in rope.items():
+        if key not in ROPE.values() and ROPE_NEEDS.get(key) != value:
+            raise lacking(source, f"{key}={value} of its rotary scaling")
+    wanted = ROPE if kind == "llama3" else ["rope_base"]
+    return {ours: setting(ours, ROPE[ours], rope.get(ROPE[ours]), source) for ours in wanted}
 
 
 def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
@@ -215,9 +196,10 @@ def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
     plain |= dict(n_kv_head=c.n_head, head_dim=c.n_embd / c.n_head)
     differences = {}
     for model_type, family in FAMILIES.items():
-        free = {*family.keys, *SCALED, family.spare, "rope_base", "dropout", "zero_init"}
+        free = {*family.keys, *ROPE, "dropout", "zero_init"}
         wanted = {name: v for name, v in (plain | family.shape).items() if name not in free}
-        differences[model_type] = [name for name, v in wanted.items() if getattr(c, name) != v]
+        stored = with_biases(family, c)
+        differences[model_type] = [name for name, v in wanted.items() if getattr(stored, name) != v]
         if family is LLAMA and c.n_embd % c.n_head:
             differences[model_type].append("n_head")
     model_type = min(differences, key=lambda name: len(differences[name]))
@@ -233,14 +215,18 @@ def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
     if family is NANOCHAT:
         theirs["final_logit_softcapping"] = c.logit_cap or None
     if family is not GPT2:  # in both forms: since version 5, and before
-        rope = dict(rope_type="default")
+        rope = dict(rope_type="default", rope_theta=c.rope_base)
         if c.rope_factor != 1:
-            rope = LLAMA3 | {key: getattr(c, ours) for ours, key in SCALED.items()}
-            rope["rope_type"] = "llama3"
+            rope = {key: getattr(c, ours) for ours, key in ROPE.items()}
+            rope |= ROPE_NEEDS | dict(rope_type="llama3")
             theirs["rope_scaling"] = rope
-        theirs["rope_theta"] = c.rope_base
-        theirs["rope_parameters"] = rope | dict(rope_theta=c.rope_base)
-    return family, replace(c, **{family.spare: True} if family.spare else {}), theirs
+        theirs |= dict(rope_theta=c.rope_base, rope_parameters=rope)
+    return family, with_biases(family, c), theirs
+
+
+def with_biases(family: Family, c: GPTConfig) -> GPTConfig:
+    """The shape as it is stored: GPT-2 always has biases, all zero if they are off here."""
+    return replace(c, bias=True) if family is GPT2 else c
 
 
 # --- tensors
@@ -248,8 +234,6 @@ def to_config(c: GPTConfig) -> tuple[Family, GPTConfig, dict]:
 
 def layout(family: Family, c: GPTConfig) -> dict[str, dict[str, Tensor]]:
     """Each tensor there, by name: the parameters of GPT that it joins, by name and without data."""
-    if c.position == "rotary":
-        c = replace(c, block_size=1)  # no parameter depends on it, but a table does
     with torch.device("meta"):  # shapes only
         state = GPT(c).state_dict()
     there: dict[str, dict[str, Tensor]] = {}
@@ -272,24 +256,20 @@ def turn(family: Family, name: str, w: Tensor, head_dim: int) -> Tensor:
 
 def join(family: Family, parts: dict[str, Tensor], head_dim: int) -> Tensor:
     """The tensor there of these parameters of GPT."""
-    name, *more = parts
-    w = torch.cat([*parts.values()]) if more else parts[name]
-    return turn(family, name, w, head_dim)
+    return turn(family, next(iter(parts)), torch.cat([*parts.values()]), head_dim)
 
 
 def split(family: Family, w: Tensor, parts: dict[str, Tensor], head_dim: int) -> tuple:
     """The way back: the tensor `w` there as parameters of the shapes of `parts`."""
-    name, *_ = parts
-    return turn(family, name, w, head_dim).split([len(part) for part in parts.values()])
+    sizes = [len(part) for part in parts.values()]
+    return turn(family, next(iter(parts)), w, head_dim).split(sizes)
 
 
-def fit(
-    family: Family, c: GPTConfig, found: dict[str, Stored], source: str
-) -> tuple[GPTConfig, dict]:
-    """The shape, without what is spare and zero in the tensors `found`, and its layout.
+def fit(family: Family, c: GPTConfig, found: dict[str, Stored], source: str) -> tuple:
+    """The shape, without biases that are all zero, and its layout, if the tensors `found` fit.
 
-    Raises ValueError if they are not the tensors of such a model. A size that no tensor has is
-    refused before anything is made of it.
+    Raises ValueError if they do not. A size that no tensor has is refused before anything is made
+    of it.
     """
     if c.n_layer > len(found):
         raise ValueError(f"{source} has {len(found)} tensors, too few for {c.n_layer} layers")
@@ -298,22 +278,17 @@ def fit(
         if size > largest:
             raise ValueError(f"{source}: no tensor has the size {size} that config.json implies")
     there = layout(family, c)
-    for name, parts in there.items():
-        if name not in found:
-            raise ValueError(f"{source} lacks the tensor {name}, which its config.json implies")
-        w, shape = found[name], [*join(family, parts, c.head_dim).shape]
-        if w.shape != shape:
-            raise ValueError(
-                f"{source}: {name} has shape {w.shape}, but config.json implies {shape}"
-            )
-        if w.kind not in FLOATS:
-            raise lacking(source, f"{w.kind} weights ({name})")
-    for name in sorted(found.keys() - there.keys()):
-        if not name.endswith(BUFFERS) and not (c.tied and name == "lm_head.weight"):
-            raise lacking(source, name)
-    if family.spare:
-        without = replace(c, **{family.spare: False})
-        fewer = layout(family, without)
-        if not any(found[name].read().any() for name in there.keys() - fewer.keys()):
-            return without, fewer
+    implied = {name: [*join(family, w, c.head_dim).shape] for name, w in there.items()}
+    unread = {"lm_head.weight"} if c.tied else set()
+    unread |= {name for name in found if name.endswith(BUFFERS)}
+    for name in sorted(implied.keys() | found.keys() - unread):
+        shape = found[name].shape if name in found else "missing"
+        if shape != implied.get(name):
+            wanted = implied.get(name, "no such tensor")
+            raise ValueError(f"{name} of {source} is {shape}: its config.json implies {wanted}")
+        if found[name].kind not in FLOATS:
+            raise lacking(source, f"{found[name].kind} weights ({name})")
+    if family is GPT2 and not any(found[n].read().any() for n in there if n.endswith(".bias")):
+        c = replace(c, bias=False)
+        there = layout(family, c)
     return c, there

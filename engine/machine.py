@@ -42,8 +42,10 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def put(self, array: np.ndarray) -> torch.Tensor:
-        """An array of token ids as a tensor on the device."""
+    def put(self, array: np.ndarray | None) -> torch.Tensor | None:
+        """An array as a tensor on the device; None stays None."""
+        if array is None:
+            return None
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def first_does(self, function):

@@ -44,40 +44,41 @@ def find(folder: Path, prefix: str) -> dict[str, Stored]:
 
     Their names begin with `prefix`, all but the head's, whether they do in the file or not.
     """
-    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    shards = {one.name}
-    if not one.exists() and index.exists():
-        shards = read_json(index).get("weight_map")
-        shards = set(shards.values()) if isinstance(shards, dict) else {None}
-    elif not one.exists():
-        for path in folder.iterdir():
-            if path.suffix in PICKLES:
-                raise ValueError(
-                    f"{path} is a pickle, which could run any program, so it is not read: convert"
-                    " it where you trust it, with transformers: AutoModelForCausalLM"
-                    f".from_pretrained({str(folder)!r}).save_pretrained('converted')"
-                )
-        raise ValueError(f"{folder} has no {one.name} and no {index.name}")
-    for shard in shards:
-        if not isinstance(shard, str) or PureWindowsPath(shard).name != shard:
-            raise ValueError(f"{index} is damaged: its weight_map has {shard!r}, no file beside it")
     found = {}
-    for path in [folder / shard for shard in sorted(shards)]:
-        if not path.exists():
-            raise ValueError(f"{path} is missing, though {index.name} names it")
+    for path in files_of(folder):
         try:
-            with safe_open(path, "pt"), open(path, "rb") as f:  # the header fits the file's size
-                header = f.read(int.from_bytes(f.read(8), "little"))
+            with safe_open(path, "pt") as f:  # the header is compared with the file's size
+                for name in sorted(f.keys()):
+                    whole = name if name.startswith((prefix, "lm_head.")) else prefix + name
+                    if whole in found:
+                        raise ValueError(f"{path} is damaged: it has a second tensor {name}")
+                    part = f.get_slice(name)
+                    found[whole] = Stored(path, name, part.get_shape(), part.get_dtype())
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is damaged or cut short ({e})") from e
-        for name, facts in json.loads(header, object_pairs_hook=list):  # no dict: names may recur
-            whole = name if name.startswith((prefix, "lm_head.", "__")) else prefix + name
-            if whole in found:
-                raise ValueError(f"{path} is damaged: it has a second tensor {name}")
-            if name != "__metadata__":
-                facts = dict(facts)
-                found[whole] = Stored(path, name, facts["shape"], facts["dtype"])
+            raise ValueError(f"{path} is missing, damaged or cut short ({e})") from e
     return found
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files with the weights of a model."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if one.exists():
+        return [one]
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        shards = list(shards.values()) if isinstance(shards, dict) else [shards]
+        for shard in shards:
+            if not isinstance(shard, str) or PureWindowsPath(shard).name != shard:
+                raise ValueError(f"{index} is damaged: it names {shard!r}, no file beside it")
+        return [folder / shard for shard in sorted(set(shards))]
+    for path in folder.iterdir():
+        if path.suffix in PICKLES:
+            raise ValueError(
+                f"{path} is a pickle, which could run any program, so it is not read: convert it"
+                " where you trust it, with transformers: AutoModelForCausalLM"
+                f".from_pretrained({str(folder)!r}).save_pretrained('converted')"
+            )
+    raise ValueError(f"{folder} has no {one.name} and no {index.name}")
 
 
 def write_safetensors(path: Path, shapes: dict[str, list[int]], tensors: Iterable) -> None:

@@ -27,7 +27,6 @@ BYTE = {character: b for b, character in SPELLING.items()}
 # the white space before it, a digit is then the end of the text.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}@| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-
 # Qwen's, that of Llama 3 but for digits, which are alone.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -72,21 +71,24 @@ def read_folder(folder: Path, name: str) -> Tokenizer:
 
     # 1. the vocabulary
     config, info = read_json(folder / "config.json"), read("tokenizer.json")
-    kind, vocab_size = config.get("model_type"), config.get("vocab_size")
-    if info and (folder / "vocab.tiktoken").exists() and (folder / "encoding.json").exists():
+    vocab_size = config.get("vocab_size")
+    if (folder / "encoding.json").exists():
         ours = Tokenizer.load(folder)  # it was exported here; unless it was changed since,
         if ours.vocab_size == vocab_size and to_json(ours) == info:
             return ours
-    if not info and kind == "gpt2" and (vocab := read("vocab.json")):  # as in 2019
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        info = dict(model=dict(vocab=vocab, merges=merges), pre_tokenizer=dict(type="ByteLevel"))
-    if not info and [*folder.glob("*.model")]:
-        raise ValueError(f"the tokenizer of {name} needs SentencePiece, which this one lacks")
-    if not info and vocab_size == 50257:
-        return published_tokenizer("gpt2")
     if not info:
-        raise ValueError(f"{name} has no tokenizer.json")
+        vocab = read("vocab.json")  # of GPT-2, as in 2019
+        if vocab and config.get("model_type") == "gpt2":
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+            model = dict(vocab=vocab, merges=merges)
+            info = dict(model=model, pre_tokenizer=dict(type="ByteLevel"))
+        elif any(folder.glob("*.model")):
+            raise ValueError(f"the tokenizer of {name} needs SentencePiece, which this one lacks")
+        elif vocab_size == 50257:
+            return published_tokenizer("gpt2")
+        else:
+            raise ValueError(f"{name} has no tokenizer.json")
 
     # 2. what ends a sample, in the order in which transformers looks for it; else what it is named
     ends = read("generation_config.json").get("eos_token_id")
@@ -235,23 +237,20 @@ def to_json(tokenizer: Tokenizer) -> dict:
     pairs = [last_merge(t, lambda pair: ranks.get(pair[0] + pair[1])) for t in tokens if len(t) > 1]
     # there, a plus behind an interval would repeat it; at the end of a choice it changes nothing
     pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+(?=\||$)", r"\1", tokenizer.encoding._pat_str)
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
-    model = dict(type="BPE", dropout=None, unk_token=None, fuse_unk=False, byte_fallback=False)
-    model |= dict(continuing_subword_prefix=None, end_of_word_suffix=None)
-    model |= dict(ignore_merges=None in pairs)  # what no merge makes is a word looked up whole
-    # special tokens stand here, too: only then they keep their ids
+    # what no merge makes is a word looked up whole; special tokens keep their ids only in here
+    model = dict(type="BPE", ignore_merges=None in pairs)
     model |= dict(vocab={spell(token): ranks[token] for token in tokens} | special)
     model |= dict(merges=[[spell(left), spell(right)] for left, right in filter(None, pairs)])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        dict(id=i, content=text, special=text not in tokenizer.literal, **flags)
+        for text, i in sorted(special.items(), key=lambda item: item[1])
+    ]
     return dict(
         version="1.0",
-        truncation=None,
-        padding=None,
-        added_tokens=[
-            dict(id=i, content=text, **flags, special=text not in tokenizer.literal)
-            for text, i in sorted(special.items(), key=lambda item: item[1])
-        ],
+        added_tokens=added,
         normalizer={"type": tokenizer.normalizer} if tokenizer.normalizer else None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
         post_processor=template(tokenizer) if tokenizer.begin else None,
@@ -263,12 +262,8 @@ def to_json(tokenizer: Tokenizer) -> dict:
 def template(tokenizer: Tokenizer) -> dict:
     """What puts `begin` before every text; of a pair of texts, before the first."""
     names = {text_of(tokenizer, i): i for i in tokenizer.begin}
-    begin = [{"SpecialToken": dict(id=name, type_id=0)} for name in names]
-    first, second = ({"Sequence": dict(id=one, type_id=0)} for one in "AB")
     tokens = {name: dict(id=name, ids=[i], tokens=[name]) for name, i in names.items()}
-    return dict(
-        type="TemplateProcessing",
-        single=[*begin, first],
-        pair=[*begin, first, second],
-        special_tokens=tokens,
-    )
+    single = [{"SpecialToken": dict(id=name, type_id=0)} for name in names]
+    single.append({"Sequence": dict(id="A", type_id=0)})
+    pair = [*single, {"Sequence": dict(id="B", type_id=0)}]
+    return dict(type="TemplateProcessing", single=single, pair=pair, special_tokens=tokens)

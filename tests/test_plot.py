@@ -44,21 +44,22 @@ def test_smoothing_takes_noise_away():
 
 def test_training_does_not_look_worse_than_validation_where_they_are_equal(runs):
     xs, training = plot.training("one", plot.Settings())
-    at, validation = plot.validation("one", plot.Settings())
+    at, validation = plot.curve("one", "val_loss", plot.Settings())
     assert at == [200, 400, 600, 800] and validation == [4.5, 4.0, 3.5, 3.0]
     assert [training[xs.index(x)] for x in at] == pytest.approx(validation)
 
 
 @pytest.mark.parametrize("x, last", [("tokens", 800), ("step", 100), ("seconds", 50)])
 def test_the_axis_is_the_one_asked_for(runs, x, last):
-    for curve in (plot.training, plot.validation):
-        assert curve("one", plot.Settings(x=x))[0][-1] == last
+    s = plot.Settings(x=x)
+    for xs, _ in (plot.training("one", s), plot.curve("one", "val_loss", s)):
+        assert xs[-1] == last
 
 
 def test_bits_per_byte_compare_runs_of_different_vocabularies(runs):
     for run, bytes_a_token in (("one", 1), ("two", 2)):
-        for curve in (plot.training, plot.validation):
-            ys = curve(run, plot.Settings(y="bpb"))[1]
+        s = plot.Settings(y="bpb")
+        for _, ys in (plot.training(run, s), plot.curve(run, "val_bpb", s)):
             assert ys[-1] == pytest.approx(3 / bytes_a_token / math.log(2))
 
 
@@ -69,7 +70,7 @@ def test_bits_per_byte_that_nobody_knows_are_not_drawn(runs):
     path.write_text("".join(json.dumps(row) + "\n" for row in unknown))
     with pytest.raises(ValueError, match=r"one has no bits per byte .* --y=loss"):
         plot.main(["one", "--y=bpb"])
-    assert len(plot.validation("one", plot.Settings())[0]) == 4
+    assert len(plot.curve("one", "val_loss", plot.Settings())[0]) == 4
 
 
 def test_a_training_curve_in_bits_per_byte_is_called_an_estimate(runs, monkeypatch):
