@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_model import make, tokens
 
-from dataset import tokenizer_digest
 from engine.adopt import grow
 from engine.checkpoint import load_model, load_weights
 from tokenizer import Tokenizer
@@ -18,9 +17,10 @@ def grown_data(data, tmp_path):
     """The data set of the tests, whose vocabulary has markers behind its last id."""
     folder = tmp_path / "grown"
     shutil.copytree(data, folder)
-    Tokenizer.load(folder).extended(["translate"]).save(folder)
+    tokenizer = Tokenizer.load(folder).extended(["translate"])
+    tokenizer.save(folder)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    meta["tokenizer_sha256"] = tokenizer_digest(folder)
+    meta["tokenizer_sha256"] = tokenizer.digest()
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
 
