@@ -30,7 +30,7 @@ class GPTConfig:
     head_dim: Count = 0  # width of a head; 0 means n_embd / n_head
     mlp_dim: Count = 0  # width inside the MLP; 0 means 4 * n_embd
     position: Literal["rotary", "learned"] = "rotary"  # how the model knows the order of tokens
-    rope_base: AboveZero = 10000.0  # longest wavelength of rotary positions, over 2 pi
+    rope_base: AboveZero = 10000.0  # the slowest rotary pair turns by almost 1 / rope_base a token
     rope_factor: AtLeastOne = 1.0  # Llama 3.1: long wavelengths turn this much slower; 1 is off
     rope_original: Count = 0  # the context before that extension
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
@@ -45,7 +45,7 @@ class GPTConfig:
     logit_cap: NotNegative = 15.0  # logits = cap * tanh(logits / cap); 0 is none
     mask: Mask = "causal"  # a token sees those before it; prefix: a prompt sees itself; full: all
     dropout: BelowOne = 0.0  # fraction of activations set to zero in training
-    zero_init: bool = True  # residual projections and head begin at zero: the first loss is ln V
+    zero_init: bool = True  # residual layers, and a head of its own, begin at zero; false: as GPT-2
 
     def __post_init__(self):
         settings.require_bounds(self)
