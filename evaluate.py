@@ -136,6 +136,13 @@ class Opened:
         data.require_tokenizer(self.tokenizer, self.name)
         return data
 
+    def make_ready(self, s, here: "Machine") -> None:
+        from engine import fast, machine
+
+        self.model.to(here.device)
+        machine.use_threads(s.threads, here, self.model, EVAL_TOKENS)
+        fast.use(self.model, here, s.fast)
+
     def require_markers(self) -> None:
         if not self.tokenizer.markers:
             raise ValueError(
@@ -203,11 +210,7 @@ def compressors(split: Split, tokenizer: "Tokenizer") -> str:
 
 
 def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
-    from engine import fast, machine
-
-    run.model.to(here.device)
-    machine.use_threads(s.threads, here, run.model, EVAL_TOKENS)
-    fast.use(run.model, here, s.fast)
+    run.make_ready(s, here)
     split = data.split(s.split)
     loss, bpb = evaluate(run.model, split, here, None, s.device_batch, s.eval_tokens)
     bits = f", {bpb:.4f} bits per byte" if bpb else ""
@@ -236,7 +239,8 @@ def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> i
                 f"{s.baseline} has a context of {other.model.config.block_size} tokens, and {s.out}"
                 f" one of {run.model.config.block_size}: their windows are not the same"
             )
-        theirs = perplexity_of(window_nats(other.model.to(here.device), split, here))
+        other.make_ready(s, here)
+        theirs = perplexity_of(window_nats(other.model, split, here))
         gap, low, high, verdict = scores.compared(score, theirs)
         print(f"{s.baseline} has {theirs.value:.3f}, which makes {gap:+.3f}", end="")
         print(f" ({low:+.3f} to {high:+.3f}): {verdict}")

@@ -33,8 +33,9 @@ from pathlib import Path
 import numpy as np
 import regex
 
+import tasks
 from dataset import ShardWriter
-from engine import encodings, settings
+from engine import encodings, settings, tables
 from engine.files import atomic_folder, write_json
 from engine.pipeline import Progress, clean_up_when_told_to_end, processes
 from engine.prepared import SPLITS, AlreadyPrepared, made_like, print_table
@@ -98,7 +99,7 @@ def prepare(s: Settings) -> None:
         if found and fixed:  # a text and a tokenizer that never change: no second download
             raise AlreadyPrepared
         for source in sources:
-            require(source.name)
+            require(source.name, tasks.NAMES)
         with atomic_folder(out, replace=s.overwrite) as folder:
             with Spool(folder) as spool:
                 read(s, sources, spool, report)
@@ -130,9 +131,9 @@ def read(s: Settings, sources: list[Source], spool: Spool, report: Counter) -> N
     bad = Complaints()
     with Progress("reading") as progress:
         for source in sources:
-            for document in documents(source.name, source.reading):
+            for part, document in documents_of(source, s):
                 with bad.noted():
-                    report[take(document, source, spool, report, progress)] += 1
+                    report[take(document, part, spool, report, progress)] += 1
     if bad.count and not s.skip_bad:
         raise ValueError(f"{bad}; --skip_bad leaves out what cannot be read")
     if not spool.size:
@@ -140,9 +141,18 @@ def read(s: Settings, sources: list[Source], spool: Spool, report: Counter) -> N
     report["unreadable"] = bad.count
 
 
-def take(
-    document: Iterable[str] | Row, source: Source, spool: Spool, report: Counter, progress: Progress
-) -> str:
+def documents_of(source: Source, s: Settings) -> Iterator[tuple[str, Iterable[str] | Row]]:
+    """The documents of a source, and the split that each was published in, or nothing."""
+    if source.name in tasks.NAMES and not Path(source.name).exists():
+        for part in SPLITS:
+            for row in tasks.find(source.name).rows(part, s.seed, s.val, s.test):
+                yield part, tables.document(row, source.reading)
+    else:
+        for document in documents(source.name, source.reading):
+            yield source.split, document
+
+
+def take(document: Iterable[str] | Row, part: str, spool: Spool, report: Counter, progress) -> str:
     """Cleans a document and puts it into the spool; returns what became of it."""
     kind = "text"
     if isinstance(document, Row):
@@ -152,13 +162,13 @@ def take(
         if not row.sure:
             return "unsure"
         spool.tasks |= {row.task} - {""}
-        fate = spool.add([row.content()], source.split, row.group, row.prompt())
+        fate = spool.add([row.content()], part, row.group, row.prompt())
     else:
-        fate = spool.add(clean(document, report, progress), source.split)
+        fate = spool.add(clean(document, report, progress), part)
     if spool.kind not in ("", kind):
         raise ValueError(
-            f"{source.name} holds {kind}, and what came before it {spool.kind}: prepare each in a"
-            " folder of its own, and train on both with --data=FOLDER,FOLDER"
+            f"the sources hold both {spool.kind} and {kind}: prepare each in a folder of its own,"
+            " and train on both with --data=FOLDER,FOLDER"
         )
     spool.kind = kind
     return fate
@@ -218,7 +228,7 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
 
     def draws() -> Iterator[float]:
         drawn = (d for d in spool if d.split not in fractions and not is_cut(d))
-        return (draw(document, s.seed) for document in drawn)
+        return (draw(document.group, s.seed) for document in drawn)
 
     val_end, test_end = val, val + test
     if at_least_three(draws()):  # with fewer, nothing would be left to train on
@@ -230,7 +240,7 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
         """The split of a document that is not cut."""
         if document.split in fractions:
             return document.split
-        u = draw(document, s.seed)
+        u = draw(document.group, s.seed)
         return "val" if val and u <= val_end else "test" if u <= test_end else "train"
 
     held: dict[str, set[bytes]] = dict(val=set(), test=set())
@@ -270,9 +280,9 @@ def at_least_three(values: Iterable[float]) -> bool:
     return any(len(found) == 3 for value in values if not found.add(value))
 
 
-def draw(document: Document, seed: int) -> float:
+def draw(digest: bytes, seed: int) -> float:
     """Uniform in [0, 1), and the same for equal documents."""
-    hashed = hashlib.blake2b(b"%d " % seed + document.group, digest_size=8).digest()
+    hashed = hashlib.blake2b(b"%d " % seed + digest, digest_size=8).digest()
     return int.from_bytes(hashed, "big") / 2**64
 
 

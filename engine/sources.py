@@ -32,7 +32,6 @@ SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-BUILT_IN = ("python", "shakespeare")
 TABLES = "*.jsonl,*.jsonl.gz,*.csv,*.tsv,*.parquet"  # the files of a folder, if rows are wanted
 NAMED = 10  # unreadable documents that are named; of the others, only the number is kept
 
@@ -111,10 +110,11 @@ def parse(word: str, common: Reading) -> Source:
     return Source(name, split, reading)
 
 
-def require(source: str) -> None:
+def require(source: str, tasks: Iterable[str] = ()) -> None:
     """Raises ValueError if there is no such source."""
-    if source not in ("-", *BUILT_IN) and not Path(source).exists():
-        raise ValueError(f"no such file or folder: {source!r} (built-in: {', '.join(BUILT_IN)})")
+    built_in = ("python", "shakespeare", *tasks)
+    if source not in ("-", *built_in) and not Path(source).exists():
+        raise ValueError(f"no such file or folder: {source!r} (built-in: {', '.join(built_in)})")
 
 
 def documents(source: str, reading: Reading | None = None) -> Iterator[Iterable[str] | Row]:
