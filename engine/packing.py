@@ -1,6 +1,7 @@
 """Rows into windows, and tasks in turn: what dataset.py needs so that few positions stay empty."""
 
 import difflib
+import re
 from collections import Counter
 from functools import lru_cache
 
@@ -118,38 +119,33 @@ def fit(row: np.ndarray, room: int, markers) -> np.ndarray:
 def shares(sizes: list[tuple[str, int]], mix: str) -> list[float]:
     """How much of all windows each of some parts gets, given its task and its windows an epoch.
 
-    `mix` is "" (by size), a temperature as in "temperature=2" (by size^(1/2), so that small tasks
-    are seen more often; Raffel et al. 2020, section 3.5.2), or shares by name, as in
-    "text=0.2,sums=0.5"; other tasks share by size what is left. Raises ValueError.
+    By size, unless `mix` says more: shares by name, as in "text=0.2,sums=0.5", with the others
+    sharing what is left; and a temperature, as in "temperature=2", by which they share it: by
+    size^(1/2), so that small tasks are seen more often (Raffel et al. 2020, section 3.5.2). Raises
+    ValueError.
     """
     total: Counter = Counter()
     for name, size in sizes:
         total[name] += size
-    weights = {name: float(size) for name, size in total.items()}
     given = {}
     for word in filter(None, mix.split(",")):
         name, _, value = word.strip().partition("=")
-        try:
-            given[name] = float(value)
-        except ValueError:
-            given[name] = -1.0
-        if name not in [*total, "temperature"]:
+        if name not in (*total, "temperature"):
             near = difflib.get_close_matches(name, total, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(total)}"
             raise ValueError(f"mix={mix!r} names the task {name!r}: {hint}")
-        if not 0 <= given[name] < float("inf"):
-            raise ValueError(f"mix={mix!r}: {name} should be a number from 0 on, not {value!r}")
-    if list(given) == ["temperature"] and "temperature" not in total:
-        if not given["temperature"]:
-            raise ValueError(f"mix={mix!r}: a temperature should be above 0")
-        weights = {name: size ** (1 / given["temperature"]) for name, size in weights.items()}
-    elif given:
-        rest = {name: size for name, size in weights.items() if name not in given}
-        left = 1 - sum(given.values())
-        if left < -1e-9 or (rest and left < 1e-9) or (not any(given.values()) and not rest):
-            others = f", and something left for {', '.join(rest)}" if rest else ""
-            raise ValueError(f"mix={mix!r} should add up to 1{others}")
-        weights = given | {name: left * size / sum(rest.values()) for name, size in rest.items()}
+        if not re.fullmatch(r"\d+\.?\d*|\.\d+", value):
+            raise ValueError(f"mix={mix!r}: {name} should be a number, not {value!r}")
+        given[name] = float(value)
+    temperature = given.pop("temperature", 1.0)
+    if not temperature:
+        raise ValueError(f"mix={mix!r}: a temperature should be above 0")
+    others = {name: size ** (1 / temperature) for name, size in total.items() if name not in given}
+    left = 1 - sum(given.values())
+    if left < -1e-9 or (left < 1e-9 if others else not any(given.values())):
+        also = f", and leave something for {', '.join(others)}" if others else ""
+        raise ValueError(f"mix={mix!r} should add up to 1{also}")
+    weights = given | {name: left * size / sum(others.values()) for name, size in others.items()}
     whole = sum(weights.values())
     return [weights[name] / whole * size / total[name] for name, size in sizes]
 
