@@ -92,7 +92,11 @@ def document(row, reading: Reading) -> Iterable[str] | Row:
     if task:
         check_task(task)
     group = text_of(row, reading.group, "group") if reading.group else row.get("group") or ""
-    sure = not reading.above or float(row.get("probability", 1)) > reading.above
+    probability = row.get("probability", 1.0)
+    try:
+        sure = not reading.above or float(probability) > reading.above
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"its probability is no number but {probability!r:.60}") from e
     return Row(messages, task, str(group), sure)
 
 
