@@ -323,10 +323,11 @@ class Dataset:
                     f" with --tokenizer={largest}"
                 )
 
-    def require_tokenizer(self, tokenizer: Tokenizer, run: str) -> None:
-        """Raises ValueError, with the command that mends it, if the model `run` reads other ids."""
+    def require_tokenizer(self, tokenizer: Tokenizer, run: str, grows: bool = False) -> None:
+        """Raises ValueError, with the command that mends it, if the model `run` reads other ids; if
+        it `grows`, it may lack those that came last."""
         ours = self.tokenizer
-        if not tokenizer.extends(ours):
+        if not (ours.extends(tokenizer) if grows else tokenizer.extends(ours)):
             folder = self.folders[0]
             out = f"{folder.path}-{Path(run).name}"
             raise ValueError(

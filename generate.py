@@ -27,8 +27,8 @@ from torch import Tensor
 
 import dataset
 from model import GPT, KVCache
+from pick import penalise, pick, require_finite
 
-COLDEST = 1e-6  # a temperature below this counts as 0, which nothing can be divided by
 PASS = 512  # tokens of prompts that are read in one pass: for fewer, starting it takes as long
 NO_TOKEN = "the prompt has no token: a new document begins with end-of-text"
 
@@ -77,69 +77,6 @@ def decode_one_token(model: GPT, token: Tensor, cache: KVCache) -> Tensor:
     tokens behind a prompt of 56 that is 31,100 positions against 255.
     """
     return model(token[:, None], cache=cache)[:, -1]
-
-
-def pick(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
-    """Chooses a token for each row of logits (B, V) by a number in [0, 1), uniform (B,): (B,).
-
-    Raises ValueError if the logits are not finite. To sample in another way, write a function like
-    this one and hand it to `generate`.
-    """
-    require_finite(logits)
-
-    # 1. greedy: the likeliest token. It soon repeats itself, since nothing is likelier behind a
-    #    sentence that stands there twice than to stand there again (arXiv:1904.09751, figure 4)
-    if temperature < COLDEST:
-        return logits.argmax(dim=-1)
-
-    # 2. top-k: only the k likeliest, likeliest first (top-p needs that order too)
-    ids = None
-    if top_k or top_p < 1:
-        k = min(top_k or logits.size(-1), logits.size(-1))
-        logits, ids = logits.topk(k)  # (B, k) both
-
-    # 3. temperature: probabilities of 0.50 0.30 0.15 0.05 become 0.68 0.25 0.06 0.01 at 0.5, which
-    #    is safer and duller, and 0.38 0.29 0.21 0.12 at 2, bolder and less coherent. (The maximum
-    #    goes first, which changes nothing: a small divisor makes numbers too large for e^x)
-    logits = logits - logits.amax(dim=-1, keepdim=True)
-    probabilities = (logits / temperature).softmax(dim=-1)  # (B, k or V)
-    # their sums, in float64 since there may be 200,000 small ones, and on the CPU, since not every
-    # device has that type
-    cumulative = probabilities.cpu().double().cumsum(dim=-1)
-    end = cumulative[:, -1:]  # 1, but for rounding
-
-    # 4. top-p, the nucleus: of what is left, the fewest tokens that together reach probability
-    #    top_p; at 0.9 the first three of 0.50 0.30 0.15 0.05. Where the model is sure that is one
-    #    or two, where it is not hundreds; any fixed k is wrong for one of them. At 0.95 thousands
-    #    of tokens with almost nothing each are left out, which would otherwise come up in every
-    #    twentieth place and spoil the text (arXiv:1904.09751)
-    if top_p < 1:
-        most = cumulative.size(-1) - 1
-        last = (cumulative < top_p).sum(dim=-1, keepdim=True).clamp(max=most)
-        end = cumulative.gather(-1, last)
-
-    # 5. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
-    #    between the second and the third, so the third token it is. A uniform number falls into an
-    #    interval as often as the interval is long, and that is the token's probability
-    index = torch.searchsorted(cumulative, uniform[:, None] * end, right=True)  # (B, 1)
-    index = index.to(logits.device)
-    return (index if ids is None else ids.gather(-1, index))[:, 0]
-
-
-def require_finite(logits: Tensor) -> None:
-    if not logits.amax(dim=-1).cpu().isfinite().all():
-        raise ValueError("the logits are not finite: try --dtype=float32")
-
-
-def penalise(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) in which the tokens of context (B, T) are less likely: CTRL, arXiv:1909.05858.
-
-    Positive ones are divided by the penalty as in the paper, and negative ones multiplied.
-    """
-    seen = logits.gather(-1, context)  # (B, T)
-    return logits.scatter(-1, context, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
 def generate(
@@ -347,7 +284,7 @@ def beam(
     [answer] = to_answer([prompt], model.config.block_size, max_tokens, seed=0)
     device = model.wte.weight.device
     left_out = torch.tensor(tokenizer.unused, device=device, dtype=torch.long)
-    cache = model.new_cache(size=len(answer.prompt) + answer.most)
+    cache = model.new_cache(size=len(answer.prompt) + answer.most - 1)
     logits = prefill(model, [answer.prompt], cache, tokenizer.markers)  # (1, V)
     texts: list[list[int]] = [[]]  # of each beam, a row of the cache
     scores = torch.zeros(1)  # ln p of each

@@ -11,6 +11,9 @@ Context = Annotated[int, Bound("from 1 to 1,048,576", lambda n: 1 <= n <= 2**20)
 Layers = Annotated[int, Bound("from 1 to 10,000", lambda n: 1 <= n <= 10_000)]
 AboveZero = Annotated[float, Bound("above 0", lambda x: x > 0)]
 AtLeastOne = Annotated[float, Bound("at least 1", lambda x: x >= 1)]
+# who may see whom, obeyed wherever the model is used; dataset.layout has a drawing. With "prefix"
+# a prompt sees itself whole, since nobody has to predict it; "full" makes an encoder
+Mask = Literal["causal", "prefix", "full"]
 
 
 @dataclass
@@ -27,7 +30,7 @@ class GPTConfig:
     head_dim: Count = 0  # width of a head; 0 means n_embd / n_head
     mlp_dim: Count = 0  # width inside the MLP; 0 means 4 * n_embd
     position: Literal["rotary", "learned"] = "rotary"  # how the model knows the order of tokens
-    rope_base: AboveZero = 10000.0  # longest wavelength of rotary positions, over 2 pi
+    rope_base: AboveZero = 10000.0  # the slowest rotary pair turns by almost 1 / rope_base a token
     rope_factor: AtLeastOne = 1.0  # Llama 3.1: long wavelengths turn this much slower; 1 is off
     rope_original: Count = 0  # the context before that extension
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
@@ -40,9 +43,9 @@ class GPTConfig:
     qkv_bias: bool = False  # biases of queries, keys and values alone (Qwen2)
     tied: bool = False  # the head is the embedding
     logit_cap: NotNegative = 15.0  # logits = cap * tanh(logits / cap); 0 is none
-    mask: Literal["causal", "prefix", "full"] = "causal"  # who may see whom: see the docstring
+    mask: Mask = "causal"  # a token sees those before it; prefix: a prompt sees itself; full: all
     dropout: BelowOne = 0.0  # fraction of activations set to zero in training
-    zero_init: bool = True  # residual projections and head begin at zero: the first loss is ln V
+    zero_init: bool = True  # residual layers, and a head of its own, begin at zero; false: as GPT-2
 
     def __post_init__(self):
         settings.require_bounds(self)

@@ -19,8 +19,7 @@ def adopt(path: str, shape: GPTConfig, data: Dataset, say) -> tuple[GPT, int]:
     """
     model, theirs, _ = load_weights(find(path))
     ours = data.tokenizer
-    if not ours.extends(theirs):
-        data.require_tokenizer(theirs, path)
+    data.require_tokenizer(theirs, path, grows=True)
     free = ("vocab_size", "block_size", "dropout", "mask", "zero_init")
     found = asdict(model.config)
     other = [f"{k}={v}" for k, v in found.items() if v != getattr(shape, k) and k not in free]

@@ -55,7 +55,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A file to write, which replaces `path` at the end: readers see the old content or the new,
     even after a crash."""
     beside = path.with_name(path.name + ".partial")
+    beside.write_bytes(b"")
+    mode = beside.stat().st_mode  # some writers make their files for the owner only
     yield beside
+    beside.chmod(mode)
     fsync(beside)
     beside.replace(path)
     fsync(path.parent)

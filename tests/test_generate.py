@@ -1,20 +1,26 @@
 """Generating: cached, seeded, with a pick that can be replaced, streamed in whole characters."""
 
 import collections
+import itertools
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generate import TextStream, generate, penalise, pick
+import generate as module
+from dataset import layout
+from engine.inference import ready
+from generate import TextStream, answers, beam, generate
 from model import GPT, GPTConfig
+from pick import penalise, pick
 from tokenizer import bytes_tokenizer
 
 
 def make_model(block_size: int = 16, **more) -> GPT:
     shape = dict(vocab_size=257, block_size=block_size, n_layer=2, n_embd=32, zero_init=False)
-    model = GPT(GPTConfig(**shape, **more))
+    model = GPT(GPTConfig(**(shape | more)))
     model.init_weights(3)
     with torch.no_grad():
         model.head.weight.mul_(20)
@@ -199,6 +205,235 @@ def test_a_repetition_penalty_counts_prompt_and_answer_and_1_is_off():
     assert len(set(greedy())) < 60
     once = greedy(repetition_penalty=1e6)  # logits here are of both signs
     assert len({7, 8, *once}) == 62
+
+
+# --- many prompts
+
+
+ENDS = range(200, 257)  # with so many, answers end soon
+
+
+def reader(ends=ENDS, markers=None, unused=()) -> SimpleNamespace:
+    """All that `answers` asks of a tokenizer."""
+    return SimpleNamespace(ends=list(ends), unused=list(unused), markers=markers)
+
+
+def some_prompts(count: int = 11, longest: int = 14) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(200) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def greedy_answer(model: GPT, prompt: list[int], most: int, ends=ENDS) -> list[int]:
+    """What `answers` should do at temperature 0, without a cache."""
+    context = prompt[-model.config.block_size :]
+    tokens = []
+    while len(tokens) < most and len(context) <= model.config.block_size:
+        new = model(torch.tensor([context]))[0, -1].argmax().item()
+        if new in ends:
+            break
+        tokens.append(new)
+        context = [*context, new]
+    return tokens
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("slots", [1, 3, 32])
+def test_answers_side_by_side_are_those_that_each_prompt_gets_alone(slots, fast):
+    model = make_model(block_size=24)
+    expected = {i: greedy_answer(model, p, 9) for i, p in enumerate(some_prompts())}
+    if fast:
+        model = ready(model, rows=slots)
+    found = list(answers(model, reader(), some_prompts(), 9, slots=slots, temperature=0))
+    assert sorted(number for number, _ in found) == list(range(11))
+    assert dict(found) == expected
+    assert len({len(answer) for answer in expected.values()}) > 3  # they end at different times
+
+
+def test_answer_i_draws_from_seed_and_i_whatever_the_number_of_slots():
+    model, prompts = make_model(block_size=64), some_prompts()
+
+    def run(slots, seed=0):
+        return dict(answers(model, reader(), prompts, 20, slots=slots, seed=seed))
+
+    assert run(1) == run(2) == run(7) == run(50)
+    assert run(1) != run(1, seed=1)
+    # sample i of `generate` has the same random numbers
+    samples = zip(*generate(model, [1, 2], 20, num_samples=5), strict=True)
+    ended = [list(itertools.takewhile(lambda t: t not in ENDS, sample)) for sample in samples]
+    found = dict(answers(model, reader(), [[1, 2]] * 5, 20, slots=3))
+    assert [found[i] for i in range(5)] == ended
+
+
+def logits_of(model: GPT, prompts, monkeypatch, **how) -> dict[tuple, torch.Tensor]:
+    """The logits by which `answers` chooses: (prompt, answer so far) to (V)."""
+    seen, now = {}, []
+
+    class Watched(module.Slots):
+        def __init__(self, *given):
+            super().__init__(*given)
+            now[:] = [self]
+
+    def greedy(logits, uniform):
+        for row, answer in enumerate(now[0].writing):
+            if answer:
+                seen[tuple(answer.prompt), tuple(answer.tokens)] = logits[row].clone()
+        return logits.argmax(dim=-1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Slots", Watched)
+        list(answers(model, reader(), prompts, 9, pick=greedy, **how))
+    return seen
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_beside_neighbours_logits_are_those_that_a_prompt_has_alone(exact, monkeypatch):
+    model, prompts = make_model(block_size=24), some_prompts()
+    how = dict(slots=4, exact=exact)
+    beside = logits_of(model, prompts, monkeypatch, **how)
+    assert len(beside) > 30
+    for prompt in prompts:
+        for place, logits in logits_of(model, [prompt], monkeypatch, **how).items():
+            torch.testing.assert_close(logits, beside[place], atol=1e-4, rtol=0)
+            assert torch.equal(logits, beside[place]) or not exact
+
+
+def test_memory_is_bounded_by_the_slots(monkeypatch):
+    model, taken, rows = make_model(), [], []
+    new_cache = GPT.new_cache
+    monkeypatch.setattr(GPT, "new_cache", lambda *a, **k: rows.append(a[1]) or new_cache(*a, **k))
+    prompts = (taken.append(i) or [i % 200] for i in range(40))
+    for done, _ in enumerate(answers(model, reader(), prompts, 6, slots=4), start=1):
+        assert len(taken) <= done + 4
+    assert done == 40 and max(rows) == 4
+
+
+def test_an_answer_ends_where_the_context_is_full_and_a_long_prompt_is_cut():
+    model = make_model(block_size=16)
+    prompts = [[7] * 3, [8] * 15, [9] * 16, list(range(40))]
+    found = dict(answers(model, reader(ends=()), prompts, 99, temperature=0))
+    assert [len(found[i]) for i in range(4)] == [14, 2, 1, 1]
+    assert found[3] == greedy_answer(model, prompts[3], 99, ends=())
+    assert len(dict(answers(model, reader(ends=()), prompts, 2))[0]) == 2
+    with pytest.raises(ValueError, match="no token"):
+        list(answers(model, reader(), [[1], []], 3))
+    assert list(answers(model, reader(), [], 3)) == []
+
+
+def test_what_a_tokenizer_does_not_use_is_in_no_answer():
+    model = make_model()
+    tokenizer = reader(ends=(), unused=range(100, 257))
+    found = dict(answers(model, tokenizer, some_prompts(), 9, temperature=5))
+    assert max(max(answer) for answer in found.values()) < 100
+    assert max(beam(model, tokenizer, [1, 2], 9)) < 100
+
+
+def test_a_prompt_that_sees_itself_whole_is_read_so():
+    tokenizer = bytes_tokenizer().extended([])
+    shape = dict(vocab_size=tokenizer.vocab_size, logit_cap=0.0, n_head=2)
+    model = make_model(block_size=32, mask="prefix", **shape)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10)  # so that what is seen shows
+    rows = [[dict(role="user", content="one, two, three"[: 2 * n])] for n in range(1, 9)]
+    prompts = [tokenizer.encode_row(row, open=True) for row in rows]
+    found = dict(answers(model, tokenizer, prompts, 6, slots=3, temperature=0))
+    for i, prompt in enumerate(prompts):
+        context = list(prompt)
+        for new in found[i]:
+            x = torch.tensor([context])
+            positions, mask = layout(x.numpy(), tokenizer.markers, "prefix")
+            mask = torch.from_numpy(mask)
+            logits = model(x, mask=mask, positions=torch.from_numpy(positions))[0, -1]
+            assert logits.argmax().item() == new
+            context.append(new)
+        steps = generate(model, prompt, 6, temperature=0, markers=tokenizer.markers)
+        alone = [token for (token,) in steps]
+        assert alone[: len(found[i])] == found[i]
+        assert beam(model, tokenizer, prompt, 6, width=1) == found[i]
+    assert sum(map(len, found.values())) > 10
+    model.config.mask = "causal"
+    assert dict(answers(model, tokenizer, prompts, 6, temperature=0)) != found
+
+
+def test_a_model_that_cannot_write_says_so():
+    encoder = make_model(mask="full")
+    with pytest.raises(ValueError, match="mask='full' makes an encoder"):
+        next(generate(encoder, [1], 3))
+    with pytest.raises(ValueError, match="mask='full' makes an encoder"):
+        next(answers(encoder, reader(), [[1]], 3))
+    with pytest.raises(ValueError, match="mask='prefix' needs the tokenizer's markers"):
+        next(generate(make_model(mask="prefix"), [1], 3))
+
+
+# --- beam search
+
+
+def best_of_all(model: GPT, prompt: list[int], most: int, ends, penalty: float) -> list[int]:
+    """The best answer of all there are, by asking for each."""
+    scored = []
+    for n in range(1, most + 1):
+        for text in itertools.product(range(model.config.vocab_size), repeat=n):
+            if any(t in ends for t in text[:-1]) or (n < most and text[-1] not in ends):
+                continue
+            x = torch.tensor([[*prompt, *text]])
+            ln_p = model(x)[0].log_softmax(dim=-1)[len(prompt) - 1 : -1]
+            score = ln_p.gather(-1, torch.tensor(text)[:, None]).sum().item()
+            answer = list(text if text[-1] not in ends else text[:-1])
+            scored.append((score / ((5 + n) / 6) ** penalty, answer))
+    return max(scored)[1]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.6, 3.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_beam_as_wide_as_all_there_is_finds_the_best_answer(seed, penalty):
+    model = make_model(vocab_size=5)
+    model.init_weights(seed)
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    tokenizer = reader(ends=[4])
+    found = beam(model, tokenizer, [0, 1], 4, width=5**4, length_penalty=penalty)
+    assert found == best_of_all(model, [0, 1], 4, [4], penalty)
+
+
+def test_a_length_penalty_makes_longer_answers_win():
+    model = make_model(vocab_size=5)
+    lengths = [
+        len(beam(model, reader(ends=[4]), [0, 1], 4, width=5**4, length_penalty=penalty))
+        for penalty in (-3.0, 9.0)
+    ]
+    assert lengths[0] < lengths[1]
+
+
+@pytest.mark.parametrize("prompt", some_prompts(6))
+def test_a_beam_of_one_is_greedy(prompt):
+    model = make_model(block_size=24)
+    assert beam(model, reader(), prompt, 9, width=1) == greedy_answer(model, prompt, 9)
+    everything = greedy_answer(model, prompt, 99, ends=())
+    assert beam(model, reader(ends=()), prompt, 99, width=1) == everything  # to the context's end
+
+
+def test_a_wider_beam_finds_what_greedy_misses():
+    """0 is likelier than 1, so greedy takes it; but only behind 1 comes something likely, 2."""
+    table = torch.full((4, 4), 1e-9)
+    table[3] = torch.tensor([0.6, 0.4, 1e-9, 1e-9])
+    table[0] = torch.tensor([0.25, 0.25, 0.25, 0.25])
+    table[1] = torch.tensor([0.01, 0.01, 0.97, 0.01])
+
+    class Table(GPT):
+        def logits(self, x):
+            return x
+
+    shape = dict(vocab_size=4, n_embd=4, n_head=1, n_layer=1, embed_norm=False, norm_weight=True)
+    model = make_model(block_size=8, **(shape | dict(position="learned", qk_norm=False)))
+    model = Table(model.config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.wte.weight.copy_(table.log())
+        model.norm = torch.nn.Identity()
+    model.eval()
+    assert beam(model, reader(ends=()), [3], 2, width=1)[0] == 0
+    assert beam(model, reader(ends=()), [3], 2, width=2) == [1, 2]
 
 
 # --- TextStream

@@ -1,5 +1,7 @@
 """A model made ready to generate computes what it did before."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_model import SHAPES, make, tokens
@@ -7,7 +9,7 @@ from torch import nn
 
 from engine import fast, inference
 from engine.inference import FEW, PackedLinear, RecordedCache, StreamedLinear, packable, ready
-from generate import generate
+from generate import answers, beam, generate
 from model import Attention
 
 KINDS = {
@@ -118,6 +120,37 @@ def test_generating_with_recorded_steps_changes_nothing(shape, length, rows, dty
     model = ready(make(shape).to(dtype), rows=rows)
     assert list(generate(model, prompt, 60, num_samples=rows)) == plain
     assert len(calls) > 40  # all but the prompt and the times when the context is full
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_recorded_steps_serve_rows_of_different_lengths(shape, monkeypatch):
+    """Answers that move in and out, and beams that change places, with and without recording."""
+    tokenizer = SimpleNamespace(ends=list(range(52, 61)), unused=[], markers=None)
+    prompts = [list(range(i, 2 * i + 1)) for i in range(9)]
+
+    def run():
+        model = ready(make(shape), rows=4)
+        found = dict(answers(model, tokenizer, prompts, 12, slots=4))
+        return found, [beam(model, tokenizer, prompt, 12) for prompt in prompts[:3]]
+
+    plain, places = run(), []
+    monkeypatch.setattr(inference, "records", lambda device: True)
+    step = RecordedCache.step
+    monkeypatch.setattr(
+        RecordedCache, "step", lambda *a: places.append(a[0].lengths.tolist()) or step(*a)
+    )
+    assert run() == plain
+    assert any(len(set(lengths)) > 2 for lengths in places)
+
+
+def test_a_recorded_cache_stays_where_it_is_when_beams_change_places(monkeypatch):
+    monkeypatch.setattr(inference, "records", lambda device: True)
+    cache = ready(make("modern")).new_cache(3)
+    known = cache.k
+    cache.take([2, 2, 0])
+    assert cache.k is known
+    cache.take([0])
+    assert cache.k is not known
 
 
 def test_int8_is_refused_on_other_devices():

@@ -54,6 +54,71 @@ def test_cached_decoding_equals_uncached(shape, pieces):
         torch.testing.assert_close(logits[:, 0], whole[:, start - 1], atol=1e-4, rtol=1e-4)
 
 
+def read_into(cache: KVCache, row: int, model: GPT, text: torch.Tensor, pieces=()) -> None:
+    """Prefills one text (T), whole or in pieces, and moves it into a slot."""
+    fresh = model.new_cache(size=len(text))
+    for piece in text.split(list(pieces) or len(text)):
+        model(piece[None], cache=fresh)
+    cache.put([row], fresh)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cached_decoding_equals_uncached_for_rows_of_different_lengths(shape, whole):
+    model, x = make(shape), tokens()
+    expected = model(x)
+    cache, lengths = model.new_cache(3, whole=whole), [3, 11, 1]
+    for row, length in enumerate(lengths):
+        read_into(cache, row, model, x[row, :length])
+    for T in (1, 1, 4, 1):
+        piece = torch.stack([row[n : n + T] for row, n in zip(x, lengths, strict=True)])
+        logits = model(piece, cache=cache)
+        lengths = [n + T for n in lengths]
+        for row, n in enumerate(lengths):
+            torch.testing.assert_close(logits[row, 0], expected[row, n - 1], atol=1e-4, rtol=1e-4)
+    assert cache.lengths.tolist() == lengths
+
+
+@pytest.mark.parametrize("pieces", [[], [4, 1, 3]])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_text_moves_into_a_slot_while_the_others_go_on(shape, pieces):
+    """Whatever stood in the slot before; the text may be read in pieces."""
+    model, x = make(shape), tokens()
+    expected = model(x)
+    cache = model.new_cache(3)
+    model(x[:, :9], cache=cache)
+    read_into(cache, 1, model, x[0, :8], pieces)  # where nine tokens stood
+    logits = model(torch.stack((x[0, 9:10], x[0, 8:9], x[2, 9:10])), cache=cache)[:, 0]
+    wanted = torch.stack((expected[0, 9], expected[0, 8], expected[2, 9]))
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_can_be_repeated_dropped_and_put_in_another_order():
+    model, x = make("modern"), tokens()
+    expected = model(x)
+    cache = model.new_cache(3)
+    for row, length in enumerate((5, 8, 2)):
+        read_into(cache, row, model, x[row, :length])
+    cache.take([2, 0, 0, 2])
+    assert cache.lengths.tolist() == [2, 5, 5, 2]
+    logits = model(torch.stack((x[2, 2:3], x[0, 5:6], x[0, 5:6], x[2, 2:3])), cache=cache)[:, 0]
+    wanted = torch.stack((expected[2, 2], expected[0, 5], expected[0, 5], expected[2, 2]))
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_neighbours_change_nothing_at_all_where_attention_spans_the_whole_cache(shape):
+    model, x = make(shape), tokens()
+    found = []
+    for lengths in ((0, 6, 0), (6, 6, 6), (17, 6, 2)):
+        cache = model.new_cache(3, whole=True)
+        for row, length in enumerate(lengths):
+            if length:
+                read_into(cache, row, model, x[row, :length])
+        found.append(model(x[:, 6:7], cache=cache)[1])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_the_cache_refuses_what_does_not_fit():
     model = make("modern")
     cache = KVCache(model.config, batch=1)
