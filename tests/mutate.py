@@ -46,7 +46,8 @@ NEAR = {
     "train.py": ("updates", "kept", "train"),
     "dataset.py": ("splits", "evaluate", "train"),
     "tokenizer.py": ("prepare", "huggingface"),
-    "evaluate.py": ("splits", "updates", "train"),
+    "evaluate.py": ("exam", "splits", "updates", "train"),
+    "grading.py": ("exam",),
     "generate.py": ("endings", "sample"),
     "sample.py": ("endings",),
     "prepare.py": ("splits", "kept", "mistakes"),
@@ -73,6 +74,10 @@ NEAR = {
     "engine/tokenizer_json.py": ("tokenizer", "huggingface"),
     "engine/vocabulary.py": ("tokenizer", "mistakes"),
 }
+
+
+for task in ("__init__", "docstrings", "facts", "library", "modules", "numbers", "sums"):
+    NEAR[f"tasks/{task}.py"] = ("tasks",)
 
 
 class Mutant(NamedTuple):
