@@ -2,8 +2,8 @@
 
     data/<name>/   train_000000.bin ...  val_000000.bin ... meta.json  encoding.json  vocab.tiktoken
 
-The tokens of a split are one long strip, in files that engine/shards.py opens. A model learns from
-windows of block_size + 1 tokens. Twenty tokens in windows for a block_size of 4:
+**Running text.** The tokens of a split are one long strip, in files that engine/shards.py opens. A
+model learns from windows of block_size + 1 tokens. Twenty tokens, for a block_size of 4:
 
     tokens             0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15 16 17 18 19
     epoch 0, phase 2         |-----A-----|-----B-----|-----C-----|-----D-----|
@@ -20,98 +20,131 @@ random phase, so that the cuts fall elsewhere, and takes its windows in another 
 Without replacement: drawn at random each time, after as many windows as there are a third (1/e)
 would not have been seen at all.
 
+**Rows**, such as questions with their answers, are not cut. A window is packed with whole ones, all
+of one task, and filled up with end-of-text (.):
+
+    tokens     u q q e a A A e . u q e a A e . .       u, a, e: <|user|>, <|assistant|>, <|end|>
+    row        0 0 0 0 0 0 0 0 0 1 1 1 1 1 1 1 2       no row sees another: see `layout`
+    position   0 1 2 3 4 5 6 7 8 0 1 2 3 4 5 6 0
+    target     - - - - A A e - - - - - A e - - -       only answers are to be learned
+
 Nothing of this is state to be saved. The update of step 1000 with 32 rows learns from windows
 999 * 32 = 31,968 to 31,999 of the endless sequence of epochs (999 updates came before). If an epoch
 has 9,000, that is epoch 31,968 // 9,000 = 3, positions 31,968 - 3 * 9,000 = 4,968 to 4,999 in the
 order that (seed, 3) gives. Rank 1 of 4 takes the second eight. `--show_batch=1000` prints them.
+Which task a window of several is of is a function of its number, too: see `turns`.
 """
 
 import hashlib
-import json
 import shlex
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from engine.files import sha256_of
-from engine.shards import ShardWriter, open_shard, split_of, tokenizer_digest
-from tokenizer import Tokenizer, find_tokenizer
+from engine.packing import Rows, shares, turns
+from engine.prepared import Folder
+from engine.shards import ShardWriter, Strip, open_shard
+from tokenizer import Markers, Tokenizer, find_tokenizer
 
-__all__ = ["Dataset", "ShardWriter", "Split"]
+__all__ = ["IGNORE", "Batch", "Dataset", "ShardWriter", "Split", "layout"]
 IGNORE = -100  # a target that does not count
 
 
-class Split:
-    """All tokens of one split as if they were one array."""
+class Batch(NamedTuple):
+    """B windows of T tokens. Positions and mask are None for running text: 0 to T - 1, causal."""
 
-    def __init__(
-        self, paths: list[Path], text_bytes: int | None, tokenizer: Tokenizer | None = None
-    ):
-        self.paths, self.text_bytes, self.tokenizer = paths, text_bytes, tokenizer
-        self.shards = [open_shard(path) for path in paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.tokens = int(self.ends[-1])
+    tokens: np.ndarray  # (B, T) int64
+    targets: np.ndarray  # (B, T) int64: the token that comes next, IGNORE where it does not count
+    positions: np.ndarray | None = None  # (B, T) int64
+    mask: np.ndarray | None = None  # (B, 1, T, T) bool, True where a position (row) sees another
+
+
+def layout(tokens: np.ndarray, markers: Markers, policy: str) -> tuple[np.ndarray, np.ndarray]:
+    """Who may see whom, read off the tokens (B, T): positions (B, T) and mask (B, 1, T, T).
+
+    After each end-of-text begins another row: it sees nothing of the others, and its positions
+    count from 0. Within a row, by `policy`: "causal", each token sees itself and those before;
+    "full", all of them; "prefix", the prompt sees itself whole, since it is given and nobody has to
+    predict it, and what comes after the first `<|assistant|>` is causal (Raffel et al. 2020,
+    section 3.2.1). For u q a A e:
+
+        causal  u 1 0 0 0 0    prefix  u 1 1 1 0 0    full  u 1 1 1 1 1
+                q 1 1 0 0 0            q 1 1 1 0 0          q 1 1 1 1 1
+                a 1 1 1 0 0            a 1 1 1 0 0          a 1 1 1 1 1
+                A 1 1 1 1 0            A 1 1 1 1 0          A 1 1 1 1 1
+                e 1 1 1 1 1            e 1 1 1 1 1          e 1 1 1 1 1
+    """
+    at = np.arange(tokens.shape[1])
+    begins = np.ones(tokens.shape, bool)
+    begins[:, 1:] = tokens[:, :-1] == markers.end_of_text
+    row = begins.cumsum(1)  # 1 1 1 2 2 ...
+    positions = at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
+    mask = row[:, :, None] == row[:, None, :]
+    if policy == "full":
+        return positions, mask[:, None]
+    sees = at[:, None] >= at
+    if policy == "prefix":
+        # the prompt: as yet no <|assistant|> in this row, and the next one is in it
+        answers = tokens == markers.assistant
+        before = answers.cumsum(1) - answers
+        none_yet = before == np.maximum.accumulate(np.where(begins, before, 0), axis=1)
+        rows_ahead = np.where(answers, row, tokens.shape[1] + 1)[:, ::-1]
+        prompt = none_yet & (np.minimum.accumulate(rows_ahead, axis=1)[:, ::-1] == row)
+        sees = sees | (prompt[:, :, None] & prompt[:, None, :])
+    return positions, (mask & sees)[:, None]
+
+
+def counted(tokens: np.ndarray, markers: Markers, train_on: str) -> np.ndarray:
+    """Which tokens of packed windows are to be predicted, (B, T) bool: those of "answers", from
+    behind `<|assistant|>` to its `<|end|>`, or "all" of a row but its first marker."""
+    if train_on == "all":
+        begins = np.ones(tokens.shape, bool)
+        begins[:, 1:] = tokens[:, :-1] == markers.end_of_text
+        return ~begins
+    at = np.arange(tokens.shape[1])
+    begun = np.maximum.accumulate(np.where(tokens == markers.assistant, at, -1), axis=1)
+    ended = np.maximum.accumulate(np.where(tokens == markers.end, at, -1), axis=1)
+    inside = np.zeros(tokens.shape, bool)
+    inside[:, 1:] = begun[:, :-1] > ended[:, :-1]  # by what stands before
+    return inside
+
+
+class Text:
+    """Running text as a part of a split: its windows are cut anew in each epoch."""
+
+    task = "text"
+
+    def __init__(self, strip: Strip):
+        self.strip = strip
+
+    def per_epoch(self, block_size: int, seed: int) -> int:
+        return windows_per_epoch(self.strip.tokens, block_size)
+
+    def window(self, number: int, block_size: int, seed: int) -> np.ndarray:
+        """Window `number` of the endless sequence of epochs, (block_size + 1) tokens."""
+        epoch, position = divmod(number, self.per_epoch(block_size, seed))
+        start = epoch_order(self.strip.tokens, block_size, seed, epoch)[position]
+        return self.strip.read(int(start), block_size + 1)
+
+    def in_order(self, block_size: int) -> range:
+        """Where the windows start that cover the text once; the last one may be short."""
+        return range(0, self.strip.tokens - 1, block_size)
+
+    def exam(self, start: int, block_size: int) -> np.ndarray:
+        """The window that starts there, filled up with IGNORE."""
+        tokens = self.strip.read(start, block_size + 1)
+        return np.pad(tokens, (0, block_size + 1 - len(tokens)), constant_values=IGNORE)
 
     def require(self, block_size: int) -> None:
-        """Raises ValueError if the split is too short for a window of `block_size` + 1 tokens."""
-        if self.tokens <= block_size:
+        if self.strip.tokens <= block_size:
             raise ValueError(
-                f"the split {self.paths[0].parent} has {self.tokens} tokens, but a window takes"
-                f" block_size + 1 = {block_size + 1}: use more text or a smaller block_size"
+                f"the split {self.strip.paths[0].parent} has {self.strip.tokens} tokens, but a"
+                f" window takes block_size + 1 = {block_size + 1}: use more text or a smaller"
+                " block_size"
             )
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count as int64, fewer at the end of the split."""
-        parts = []
-        for shard, end in zip(self.shards, self.ends, strict=True):
-            first = end - len(shard)
-            if start < end and start + count > first:
-                parts.append(shard[max(0, start - first) : start + count - first])
-        return np.concatenate(parts).astype(np.int64)
-
-    def bytes_of(self, tokens: np.ndarray) -> int:
-        """How many bytes of text some of its tokens stand for; an end-of-text has none."""
-        text = tokens[tokens != self.tokenizer.end_of_text]
-        return len(self.tokenizer.decode_bytes(text.tolist()))
-
-    def batch(
-        self, step: int, rows: int, block_size: int, seed: int, rank: int = 0, world: int = 1
-    ):
-        """Inputs and targets (rows / world, block_size), int64: one rank's share of batch `step`.
-
-        `step` counts from 0. A global batch is the next `rows` windows of an endless sequence that
-        shuffles all windows anew in each epoch: it depends on nothing but the arguments.
-        """
-        share = rows // world
-        windows = []
-        for i in range(step * rows + rank * share, step * rows + (rank + 1) * share):
-            epoch, position = divmod(i, windows_per_epoch(self.tokens, block_size))
-            start = epoch_order(self.tokens, block_size, seed, epoch)[position]
-            windows.append(self.read(int(start), block_size + 1))
-        window = np.stack(windows)
-        return window[:, :-1], window[:, 1:]
-
-    def in_order(self, rows: int, block_size: int, rank: int = 0, world: int = 1, most: int = 0):
-        """Yields inputs and targets that cover the split once, every token but the first a target.
-
-        Consecutive windows, dealt out to the ranks in turn, at most `rows` to each at a time. The
-        last ones are filled up with targets that do not count, so that all ranks get equally many.
-        `most` targets, if above 0, are enough: then windows are left out, evenly.
-        """
-        starts = range(0, self.tokens - 1, block_size)
-        if 0 < most < self.tokens - 1:
-            kept = max(1, most // block_size)
-            starts = [starts[i * len(starts) // kept] for i in range(kept)]
-        for i in range(0, len(starts), rows * world):
-            some = starts[i : i + rows * world]
-            height = -(-len(some) // world)
-            x = np.zeros((height, block_size), np.int64)
-            y = np.full((height, block_size), IGNORE, np.int64)
-            for row, start in enumerate(some[rank::world]):
-                window = self.read(start, block_size + 1)
-                x[row, : len(window) - 1], y[row, : len(window) - 1] = window[:-1], window[1:]
-            yield x, y
 
 
 def windows_per_epoch(tokens: int, block_size: int) -> int:
@@ -119,7 +152,7 @@ def windows_per_epoch(tokens: int, block_size: int) -> int:
     return max(1, (tokens - block_size) // block_size)
 
 
-@lru_cache(maxsize=2)  # a batch may need the end of one epoch and the beginning of the next
+@lru_cache(maxsize=4)  # a batch may need the end of one epoch and the beginning of the next
 def epoch_order(tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
     """Where each window of `epoch` starts, shuffled; the first window starts at a random phase."""
     rng = np.random.default_rng((seed, epoch))
@@ -128,67 +161,208 @@ def epoch_order(tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarr
     return phase + block_size * rng.permutation(count)
 
 
-class Dataset:
-    """A prepared folder, or a folder of public shards if the name of their tokenizer is given.
+class Split:
+    """One split of a data set: what there is to learn from, or to be tested on.
 
-    `files` lists the shards of each split. Raises ValueError, with the remedy, for anything missing
-    or damaged.
+    `text_bytes` is the size of its text, None where it is not known or not all is text. `mask` is
+    the policy of `layout`, `train_on` that of `counted`, `mix` that of `shares`.
     """
 
-    def __init__(self, folder: str, tokenizer: str = ""):
-        self.folder, meta = Path(folder), Path(folder) / "meta.json"
-        remedy = f"`python prepare.py TEXT --out={folder}` prepares a text"
-        if not self.folder.is_dir():
-            raise ValueError(f"there is no data in {folder}: {remedy}")
-        self.sha256: dict[str, str] = {}  # of each shard, where it was recorded
-        self.text_bytes: dict[str, int] = {}  # of each split, likewise
-        self.made = dict(source=["TEXT"])  # the settings it was prepared with, if they are known
-        if meta.exists():
-            try:
-                info = json.loads(meta.read_text(encoding="utf-8"))
-                expected, self.files = info["tokenizer_sha256"], {}
-                for name, split in info["splits"].items():
-                    self.files[name] = [Path(shard["file"]).name for shard in split["shards"]]
-                    self.text_bytes[name] = int(split["bytes"])
-                    self.sha256 |= {shard["file"]: shard["sha256"] for shard in split["shards"]}
-                self.made |= info["settings"]
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f"{meta} is damaged ({e!r}): prepare the data again") from e
-            if tokenizer_digest(self.folder) != expected:
+    def __init__(
+        self,
+        strips: list[Strip],
+        tokenizer: Tokenizer | None = None,
+        mask: str = "causal",
+        train_on: str = "answers",
+        mix: str = "",
+    ):
+        self.strips, self.tokenizer = strips, tokenizer
+        self.mask, self.train_on, self.mix = mask, train_on, mix
+        self.tokens = sum(strip.tokens for strip in strips)
+        sizes = [strip.text_bytes if strip.kind == "text" else None for strip in strips]
+        self.text_bytes = None if None in sizes else sum(sizes)
+        self.parts: list[Text | Rows] = []
+        for strip in strips:
+            self.parts += [Text(strip)] if strip.kind == "text" else self.tasks_of(strip)
+        self.shares = lru_cache(self.shares)
+
+    def tasks_of(self, strip: Strip) -> list[Rows]:
+        """The rows of each task, which their first token tells; those without one are "rows"."""
+        rows, firsts = strip.rows(self.tokenizer.end_of_text)
+        names = {i: task for task, i in self.tokenizer.tasks().items()}
+        tasks: dict[str, list[int]] = {}
+        for i in np.unique(firsts).tolist():
+            tasks.setdefault(names.get(i, "rows"), []).append(i)
+        return [
+            Rows(strip, task, rows[np.isin(firsts, ids)], self.tokenizer.markers)
+            for task, ids in tasks.items()
+        ]
+
+    def require(self, block_size: int) -> None:
+        """Raises ValueError if a part has nothing for a window of `block_size` + 1 tokens."""
+        for part in self.parts:
+            part.require(block_size)
+
+    def describe(self, block_size: int, seed: int) -> str:
+        """One line about how rows are packed, and what they lose; empty for text."""
+        parts = [part for part in self.parts if isinstance(part, Rows)]
+        if not parts:
+            return ""
+        windows = sum(part.per_epoch(block_size, seed) for part in parts)
+        lengths = np.concatenate([part.lengths(block_size) for part in parts])
+        whole = np.concatenate([part.rows[:, 1] for part in parts])
+        dropped = int((lengths == 0).sum())
+        cut = int((lengths < whole).sum()) - dropped
+        filled = lengths.sum() / (windows * (block_size + 1))
+        line = f"rows: {len(whole):,} in {windows:,} windows, {filled:.1%} of positions filled"
+        if cut:
+            line += f"; {cut:,} lose the front of their prompt"
+        if dropped:
+            line += f"; {dropped:,} are left out, as their answer is too long"
+        if cut or dropped:
+            line += f" for block_size={block_size}"
+        return line
+
+    def shares(self, block_size: int, seed: int) -> list[float]:
+        """How much of all windows each part gets."""
+        sizes = [(part.task, part.per_epoch(block_size, seed)) for part in self.parts]
+        return shares(sizes, self.mix)
+
+    def batch(
+        self, step: int, rows: int, block_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> Batch:
+        """One rank's share of batch `step`: `rows` / `world` windows of `block_size` tokens.
+
+        `step` counts from 0. A global batch is the next `rows` windows of an endless sequence that
+        shuffles all windows anew in each epoch: it depends on nothing but the arguments.
+        """
+        share = rows // world
+        first = step * rows + rank * share
+        order = turns(self.shares(block_size, seed), first, first + share)
+        windows = [(self.parts[k], n) for k, n in order]
+        return self.of([(part, part.window(n, block_size, seed)) for part, n in windows])
+
+    def in_order(
+        self, rows: int, block_size: int, rank: int = 0, world: int = 1, most: int = 0
+    ) -> Iterator[Batch]:
+        """Yields batches that cover the split once; of text, every token but the first is a target.
+
+        Consecutive windows, dealt out to the ranks in turn, at most `rows` to each at a time. The
+        last ones are filled up with targets that do not count, so that all ranks get equally many.
+        `most` targets, if above 0, are enough: then windows are left out, evenly.
+        """
+        windows = [part.in_order(block_size) for part in self.parts]
+        ends = np.cumsum([len(some) for some in windows])
+        chosen = range(ends[-1])
+        if 0 < most < self.tokens - 1:
+            kept = max(1, most // block_size)
+            chosen = [chosen[i * len(chosen) // kept] for i in range(kept)]
+        empty = (self.parts[0], np.full(block_size + 1, IGNORE))
+        for i in range(0, len(chosen), rows * world):
+            some, mine = chosen[i : i + rows * world], []
+            for number in some[rank::world]:
+                k = int(np.searchsorted(ends, number, "right"))
+                wanted = windows[k][number - int(ends[k])]  # counted from the end
+                mine.append((self.parts[k], self.parts[k].exam(wanted, block_size)))
+            yield self.of(mine + [empty] * (-(-len(some) // world) - len(mine)))
+
+    def of(self, windows: list[tuple[Text | Rows, np.ndarray]]) -> Batch:
+        """A batch of these windows, (block_size + 1) tokens each, IGNORE where there is none."""
+        tokens = np.stack([window for _, window in windows])
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        x = np.where(x == IGNORE, 0, x)
+        packed = np.array([isinstance(part, Rows) for part, _ in windows])[:, None]
+        if not packed.any():
+            return Batch(x, y)
+        markers, at = self.tokenizer.markers, np.arange(x.shape[1])
+        targets = counted(tokens, markers, self.train_on)[:, 1:] | ~packed
+        positions, mask = layout(x, markers, self.mask)
+        positions = np.where(packed, positions, at)
+        mask = np.where(packed[:, :, None, None], mask, at[:, None] >= at)  # text is causal
+        return Batch(x, np.where(targets, y, IGNORE), positions, mask)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count of the split, int64."""
+        return Strip([path for strip in self.strips for path in strip.paths]).read(start, count)
+
+    def rows(self) -> Iterator[list[int]]:
+        """The ids of each row, in the order in which they were prepared."""
+        for strip in self.strips:
+            for start, length in strip.rows(self.tokenizer.end_of_text)[0].tolist():
+                yield strip.read(start, length).tolist()
+
+    def bytes_of(self, tokens: np.ndarray) -> int:
+        """How many bytes of text some of its tokens stand for; an end-of-text has none."""
+        text = tokens[tokens != self.tokenizer.end_of_text]
+        return len(self.tokenizer.decode_bytes(text.tolist()))
+
+
+class Dataset:
+    """A prepared folder, several joined by commas, or one of public shards, whose tokenizer has to
+    be named.
+
+    Of several, each vocabulary has to be equal to the largest or extended by it. `kind` is "rows"
+    if any holds rows, else "text". Raises ValueError, with the remedy, for anything missing or
+    damaged.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        tokenizer: str = "",
+        mask: str = "causal",
+        train_on: str = "answers",
+        mix: str = "",
+    ):
+        if mask == "prefix" and train_on == "all":
+            raise ValueError(
+                "mask='prefix' lets a prompt see itself whole, so nothing is learned by predicting"
+                " it: use train_on='answers', or mask='causal'"
+            )
+        self.folder = folder
+        self.learning = dict(mask=mask, train_on=train_on, mix=mix)
+        self.folders = [Folder(name) for name in folder.split(",")]
+        self.kind = "rows" if any(f.kind == "rows" for f in self.folders) else "text"
+        found = [self.find(f, tokenizer) for f in self.folders]
+        self.tokenizer = max(found, key=lambda t: t.vocab_size)
+        for f, theirs in zip(self.folders, found, strict=True):
+            if not self.tokenizer.extends(theirs):
                 raise ValueError(
-                    f"the tokenizer files in {folder} (encoding.json, vocab.tiktoken) are damaged"
-                    " or missing: prepare the data again"
+                    f"{f.path} is written in another vocabulary ({theirs.name}, {theirs.vocab_size}"
+                    f" tokens) than the rest of {folder} ({self.tokenizer.vocab_size}): prepare"
+                    f" it with --tokenizer={self.folders[found.index(self.tokenizer)].path}"
                 )
-            self.tokenizer = Tokenizer.load(self.folder)
-            if tokenizer and find_tokenizer(tokenizer).digest() != self.tokenizer.digest():
-                raise ValueError(
-                    f"tokenizer={tokenizer!r} is not that of {folder}, which has its own: leave it"
-                    " out"
-                )
-        elif (self.folder / "encoding.json").exists():
-            raise ValueError(f"{meta} is missing: prepare the data again")
-        else:
-            names = sorted(path.name for path in self.folder.glob("*.bin"))
-            splits = ("train", "val", "test")
-            self.files = {s: [n for n in names if split_of(n) == s] for s in splits}
-            if not self.files["train"]:
-                raise ValueError(f"{folder} has neither meta.json nor *_train_*.bin: {remedy}")
-            if not tokenizer:
-                raise ValueError(
-                    f"{folder} has no meta.json: name the vocabulary of its shards, as in"
-                    " --tokenizer=gpt2"
-                )
-            self.tokenizer = find_tokenizer(tokenizer)
+
+    @staticmethod
+    def find(folder: Folder, tokenizer: str) -> Tokenizer:
+        """The tokenizer of a folder: its own, or that of public shards, which is called so."""
+        if folder.public and not tokenizer:
+            raise ValueError(
+                f"{folder.path} has no meta.json: name the vocabulary of its shards, as in"
+                " --tokenizer=gpt2"
+            )
+        named = find_tokenizer(tokenizer) if tokenizer else None
+        if folder.public:
+            return named
+        own = Tokenizer.load(folder.path)
+        if named and named.digest() != own.digest():
+            raise ValueError(
+                f"tokenizer={tokenizer!r} is not that of {folder.path}, which has its own: leave it"
+                " out"
+            )
+        return own
 
     def require_tokenizer(self, tokenizer: Tokenizer, run: str) -> None:
         """Raises ValueError, with the command that mends it, if the model `run` reads other ids."""
         ours = self.tokenizer
-        if ours.digest() == tokenizer.digest():
+        if tokenizer.extends(ours):
             return
-        out = f"{self.folder}-{Path(run).name}"
-        sources = ["TEXT" if source == "-" else str(source) for source in self.made["source"]]
-        kept = ("val", "test", "pattern", "field", "encoding", "seed")
-        other = [f"--{key}={self.made[key]}" for key in kept if key in self.made]
+        folder = self.folders[0]
+        out = f"{folder.path}-{Path(run).name}"
+        sources = ["TEXT" if source == "-" else str(source) for source in folder.made["source"]]
+        kept = ("val", "test", "pattern", "field", "encoding", "prompt", "answer", "task", "group")
+        kept = [key for key in (*kept, "seed") if folder.made.get(key) not in (None, "", [])]
+        other = [f"--{key}={folder.made[key]}" for key in kept]
         command = [*sources, *other, f"--tokenizer={run}", f"--out={out}"]
         raise ValueError(
             f"{run} reads {tokenizer.name} ({tokenizer.vocab_size} tokens), but {self.folder} is"
@@ -198,28 +372,29 @@ class Dataset:
 
     def split(self, name: str) -> Split:
         """The split called `name`; the sizes of its shards are checked, their content is not."""
-        paths = [self.folder / file for file in self.files.get(name, [])]
-        if not paths:
+        strips = []
+        for folder in self.folders:
+            paths = folder.paths(name)
+            if paths:
+                strips.append(Strip(paths, folder.kind, folder.text_bytes.get(name)))
+        if not strips:
             raise ValueError(f"{self.folder} has no {name} split: prepare it with --{name} above 0")
-        for path in paths:
-            if not path.exists():
-                raise ValueError(f"{path} is missing: prepare the data again")
-        split = Split(paths, self.text_bytes.get(name), self.tokenizer)
-        split.require(1)  # one token to read, one to predict
+        split = Split(strips, self.tokenizer, **self.learning)
+        for part in split.parts:
+            if isinstance(part, Text):
+                part.require(1)  # one token to read, one to predict
         return split
 
     def verify(self) -> str:
         """Reads all shards and returns a digest of the whole: equal digests mean equal data."""
         whole = hashlib.sha256(self.tokenizer.digest().encode())
-        for split in [self.split(name) for name, files in self.files.items() if files]:
-            for path, shard in zip(split.paths, split.shards, strict=True):
-                found = sha256_of(path)
-                if found != self.sha256.get(path.name, found):
-                    raise ValueError(f"{path} is damaged: its sha256 is not the recorded one")
-                if path.name not in self.sha256 and shard.max() >= self.tokenizer.vocab_size:
+        for folder in self.folders:
+            for path in [path for name in folder.files for path in folder.paths(name)]:
+                whole.update(folder.verify(path).encode())
+                shard = open_shard(path)
+                if folder.public and shard.max() >= self.tokenizer.vocab_size:
                     raise ValueError(
                         f"{path} holds token {shard.max()}, but the vocabulary "
                         f"{self.tokenizer.name} ends at {self.tokenizer.vocab_size - 1}"
                     )
-                whole.update(found.encode())
         return whole.hexdigest()

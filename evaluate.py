@@ -101,7 +101,7 @@ def evaluate(
     was_training = model.training
     model.eval()  # no dropout
     with torch.no_grad(), here.autocast():
-        for x, y in split.in_order(
+        for x, y, *_ in split.in_order(
             rows, model.config.block_size, here.rank, here.world, eval_tokens
         ):
             loss = model(here.put(x), here.put(y), reduction="sum").item()

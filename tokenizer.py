@@ -6,20 +6,28 @@ a model reads a limited number of tokens. So frequent strings of bytes become to
 
     "newest 文" ── SPLIT ──▶ "newest", " 文" ── merges ──▶ n e w est, " " 文 ──▶ [110, 101, ...]
 
+A conversation is text with markers, tokens that no text ever gives: who speaks, where a turn ends,
+and, first of all, which task it is. So one model that continues text can be asked for many things:
+
+    <|translate|> <|user|> Good morning. <|end|> <|assistant|> Guten Morgen. <|end|> <|endoftext|>
+
 Every kind ends as a tiktoken `Encoding`, which does the work in compiled code, and is stored in the
 same two files: `encoding.json` (how to split, which tokens are special) and `vocab.tiktoken` (a
 line a token: its bytes in base64, its rank).
 """
 
 import base64
+import difflib
 import hashlib
 import heapq
 import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -42,7 +50,23 @@ SPLIT = (
     r"|[\r\n]+[ \t]*|[ \t]+|\s"
 )
 
+# The same with each digit alone, for rows. In numbers of three digits a token, 1,000 of them would
+# have to be learned one by one, and where a digit stands depends on how many follow it.
+ROW_SPLIT = SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+
+ROLES = ("user", "assistant", "system")
+TASK_NAME = re.compile(r"[\w.-]+")
 LONGEST = 256  # characters of a word that bpe_tokenizer takes whole: longer ones are no words
+
+
+class Markers(NamedTuple):
+    """The ids that hold a conversation together."""
+
+    user: int
+    assistant: int
+    system: int
+    end: int  # of a turn
+    end_of_text: int  # of a row
 
 
 class Tokenizer:
@@ -53,7 +77,7 @@ class Tokenizer:
     not be sampled; `end_of_text` is the id that ends every document, by default that of
     <|endoftext|>, and `ends` are all ids that end a sample. `begin` are the ids that every prompt
     begins with, as Llama's do. Special tokens in `literal` are the exception: they may stand in
-    text.
+    text. `markers` are those of conversations, or None.
     """
 
     def __init__(
@@ -72,6 +96,11 @@ class Tokenizer:
         self.end_of_text = self.special[END_OF_TEXT] if end_of_text is None else end_of_text
         self.begin = begin or []
         self.ends = ends or [self.end_of_text]
+        self.markers = None
+        turns = [self.special.get(f"<|{name}|>") for name in (*ROLES, "end")]
+        if None not in turns:
+            self.markers = Markers(*turns, self.end_of_text)
+            self.ends = list(dict.fromkeys([*self.ends, self.markers.end]))  # none twice
         used = {i for text, i in self.special.items() if text != f"<|unused_{i}|>"}
         used.update(encoding._mergeable_ranks.values())
         self.unused = [i for i in range(self.vocab_size) if i not in used]
@@ -100,6 +129,89 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_to_array(text).tolist()
 
+    def encode_row(self, messages: list[dict], task: str = "", open: bool = False) -> list[int]:
+        """The ids of a conversation, [{"role": ..., "content": ...}, ...]: `<|task|>` if there is
+        one, each turn between its role's marker and `<|end|>`, end-of-text.
+
+        `open` ends it with `<|assistant|>` instead, for a model to go on. What is said is text:
+        a literal <|end|> in it is seven characters. Raises ValueError.
+        """
+        if not self.markers:
+            raise ValueError(
+                f"the vocabulary {self.name} has no markers for conversations: train on rows,"
+                " which `python prepare.py ROWS.jsonl` prepares"
+            )
+        ids = [self.task_id(task)] if task else []
+        for message in messages:
+            if message["role"] not in ROLES:
+                raise ValueError(f"unknown role {message['role']!r}: {', '.join(ROLES)} are known")
+            ids.append(getattr(self.markers, message["role"]))
+            ids += self.encode(message["content"])
+            ids.append(self.markers.end)
+        return [*ids, self.markers.assistant if open else self.end_of_text]
+
+    def task_id(self, task: str) -> int:
+        """The id of `<|task|>`. Raises ValueError, with the nearest there is, if it is none."""
+        tasks = self.tasks()
+        if task not in tasks:
+            near = difflib.get_close_matches(task, tasks, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(tasks) or 'none'}"
+            raise ValueError(f"the vocabulary has no task {task!r}: {hint}")
+        return tasks[task]
+
+    def tasks(self) -> dict[str, int]:
+        """The id of each task by name: of every special token but those that each row has."""
+        own = {*(self.markers or ()), self.end_of_text, *self.begin, *self.unused}
+        names = {text.removeprefix("<|").removesuffix("|>"): i for text, i in self.special.items()}
+        return {name: i for name, i in names.items() if i not in own}
+
+    def decode_row(self, ids: list[int]) -> tuple[str, list[dict]]:
+        """Task and messages of a row: what encode_row was given, where text is sound UTF-8."""
+        task, messages, said = "", [], []
+        names = {i: name for name, i in self.tasks().items()}
+        roles = {getattr(self.markers, role): role for role in ROLES}
+        for i in ids:
+            if i in roles:
+                said = []
+                messages.append(dict(role=roles[i], content=said))
+            elif not messages:
+                task = names.get(i, task)
+            elif i not in (self.markers.end, self.end_of_text):
+                said.append(i)
+        return task, [m | {"content": self.decode(m["content"])} for m in messages]
+
+    def extended(self, names: Iterable[str]) -> "Tokenizer":
+        """This vocabulary with the markers of conversations, and of tasks of these names, behind
+        its last id: no id moves, and markers that it has already stay. Raises ValueError."""
+        reserved = {*ROLES, "end", END_OF_TEXT[2:-2]}
+        for name in names:
+            if not TASK_NAME.fullmatch(name) or name in reserved:
+                raise ValueError(
+                    f"a task cannot be called {name[:60]!r}: letters, digits, - and _ make its name"
+                )
+        wanted = [f"<|{name}|>" for name in (*ROLES, "end", *sorted({*names}))]
+        new = [text for text in wanted if text not in self.special]
+        e = self.encoding
+        encoding = tiktoken.Encoding(
+            e.name,
+            pat_str=e._pat_str,
+            mergeable_ranks=e._mergeable_ranks,
+            special_tokens=self.special | {t: self.vocab_size + i for i, t in enumerate(new)},
+        )
+        literal = [text for text in self.literal if text not in wanted]  # a marker is no text
+        kept = dict(end_of_text=self.end_of_text, begin=self.begin, ends=self.ends)
+        return Tokenizer(self.kind, encoding, self.normalizer, literal=literal, **kept)
+
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether whatever `other` writes reads the same here: ids that exist in both are equal."""
+        ours, theirs = self.encoding, other.encoding
+        return (
+            ours._mergeable_ranks == theirs._mergeable_ranks
+            and ours._pat_str == theirs._pat_str
+            and self.normalizer == other.normalizer
+            and self.special.items() >= other.special.items()
+        )
+
     def encode_prompt(self, text: str) -> list[int]:
         """The ids with which a model continues `text`: never none."""
         return self.begin + self.encode(text) or [self.end_of_text]
@@ -125,14 +237,10 @@ class Tokenizer:
         e = self.encoding
         info = dict(kind=self.kind, name=self.name, pattern=e._pat_str)
         info |= dict(normalizer=self.normalizer, special_tokens=self.special)
-        if self.end_of_text != self.special.get(END_OF_TEXT):
-            info["end_of_text"] = self.end_of_text
-        if self.literal:
-            info["literal"] = self.literal
-        if self.begin:
-            info["begin"] = self.begin
-        if self.ends != [self.end_of_text]:
-            info["ends"] = self.ends
+        usual = dict(end_of_text=self.special.get(END_OF_TEXT), literal=[], begin=[])
+        usual["ends"] = [self.end_of_text]
+        unusual = {key: getattr(self, key) for key in usual}
+        info |= {key: value for key, value in unusual.items() if value != usual[key]}
         text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
         ranks = sorted(e._mergeable_ranks.items(), key=lambda item: item[1])
         lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
@@ -258,8 +366,10 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 
-def bpe_tokenizer(words: Counter, vocab_size: int, progress=lambda done: None) -> Tokenizer:
-    """Byte-pair encoding learned from a count of the words that SPLIT cuts text into.
+def bpe_tokenizer(
+    words: Counter, vocab_size: int, progress=lambda done: None, pattern: str = SPLIT
+) -> Tokenizer:
+    """Byte-pair encoding learned from a count of the words that `pattern` cuts text into.
 
     Learns what slow_bpe learns (a test compares them), but does not count all pairs anew for each
     merge: only words that have the pair change, and which they are is remembered. End-of-text is
@@ -330,6 +440,6 @@ def bpe_tokenizer(words: Counter, vocab_size: int, progress=lambda done: None) -
 
     special = {END_OF_TEXT: len(ranks)}
     encoding = tiktoken.Encoding(
-        "bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
+        "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
     )
     return Tokenizer("bpe", encoding)

@@ -193,7 +193,7 @@ def train(s: Settings, stop: Stop) -> int:
         for step in range(run.step + 1, s.steps + 1):  # the update that makes it `step`
             with run.timed():
                 lr = set_rates(optimizers, step, s)
-                x, y = next_batch(learned, step, s, here)
+                x, y, *_ = next_batch(learned, step, s, here)
                 try:
                     loss, norm = update(
                         runner, optimizers, loss_scale, gradient_sum, x, y, step, s, here
@@ -285,7 +285,7 @@ def show_batch(s: Settings) -> int:
     split = data.split("train")
     split.require(s.model.block_size)
     rows = s.batch_tokens // s.model.block_size
-    x, y = split.batch(s.show_batch - 1, rows, s.model.block_size, s.seed)
+    x, y, *_ = split.batch(s.show_batch - 1, rows, s.model.block_size, s.seed)
     for i, (inputs, targets) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
         text = data.tokenizer.decode([*inputs, targets[-1]])
         print(f"--- step {s.show_batch}, window {(s.show_batch - 1) * rows + i}\n{text}")

@@ -23,40 +23,31 @@ def clean_up_when_told_to_end() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # those this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextmanager
 def processes(count: int, prepare: Callable | None = None, *arguments):
     """A function that has chunks of a spool file worked on by `count` processes (0: all cores).
 
     Each process calls `prepare(*arguments)` first.
     """
-    count = count or cores()
+    if not count:  # all that this process may use
+        mine = hasattr(os, "sched_getaffinity")
+        count = len(os.sched_getaffinity(0)) if mine else os.cpu_count() or 1
+
+    def each_chunk(what: str, function: Callable, path: Path, numbers=None) -> Iterator:
+        """function(path, number) of all chunks, or those, in order; never far ahead."""
+        numbers = range(chunks(path)) if numbers is None else numbers
+        left, waiting = iter(numbers), deque()
+        with Progress(what, len(numbers) * PIECE) as progress:
+            for done in range(len(numbers)):
+                some = islice(left, 2 * count - len(waiting))
+                waiting.extend(pool.submit(function, path, number) for number in some)
+                yield waiting.popleft().result()
+                progress((done + 1) * PIECE)
+
     start = dict(initializer=start_process, initargs=(prepare, arguments))
-    with explained(), ProcessPoolExecutor(count, get_context("spawn"), **start) as pool:
-
-        def each_chunk(what: str, function: Callable, path: Path, numbers=None) -> Iterator:
-            """function(path, number) of all chunks, or those, in order; never far ahead."""
-            numbers = range(chunks(path)) if numbers is None else numbers
-            left, waiting = iter(numbers), deque()
-            with Progress(what, len(numbers) * PIECE) as progress:
-                for done in range(len(numbers)):
-                    some = islice(left, 2 * count - len(waiting))
-                    waiting.extend(pool.submit(function, path, number) for number in some)
-                    yield waiting.popleft().result()
-                    progress((done + 1) * PIECE)
-
-        yield each_chunk
-
-
-@contextmanager
-def explained() -> Iterator[None]:
     try:
-        yield
+        with ProcessPoolExecutor(count, get_context("spawn"), **start) as pool:
+            yield each_chunk
     except BrokenProcessPool as e:
         raise ValueError(
             "a process was killed, perhaps for want of memory: use fewer --workers"

@@ -1,8 +1,72 @@
-"""A prepared folder: whether it is there already, and what was put into it."""
+"""A prepared folder: what is in it, whether it is there already, and what was put into it."""
 
 import json
 from collections import Counter
 from pathlib import Path
+
+from engine.files import sha256_of
+from engine.shards import split_of, tokenizer_digest
+
+SPLITS = ("train", "val", "test")
+
+
+class Folder:
+    """A folder that prepare.py has written, or one of public shards (`public`).
+
+    `kind` is text or rows, `files` lists the shards of each split, `text_bytes` what they stand
+    for, where it is known, and `made` the settings it was prepared with. Raises ValueError, with
+    the remedy, for anything missing or damaged.
+    """
+
+    def __init__(self, name: str):
+        self.path, self.kind = Path(name), "text"
+        meta = self.path / "meta.json"
+        remedy = f"`python prepare.py TEXT --out={name}` prepares a text"
+        if not self.path.is_dir():
+            raise ValueError(f"there is no data in {name}: {remedy}")
+        self.sha256: dict[str, str] = {}  # of each shard, where it was recorded
+        self.text_bytes: dict[str, int] = {}  # of each split, likewise
+        self.made: dict = dict(source=["TEXT"])
+        self.public = not meta.exists()
+        if self.public:
+            if (self.path / "encoding.json").exists():
+                raise ValueError(f"{meta} is missing: prepare the data again")
+            names = sorted(path.name for path in self.path.glob("*.bin"))
+            self.files = {s: [n for n in names if split_of(n) == s] for s in SPLITS}
+            if not self.files["train"]:
+                raise ValueError(f"{name} has neither meta.json nor *_train_*.bin: {remedy}")
+            return
+        try:
+            info = json.loads(meta.read_text(encoding="utf-8"))
+            expected, self.files = info["tokenizer_sha256"], {}
+            for split, facts in info["splits"].items():
+                self.files[split] = [Path(shard["file"]).name for shard in facts["shards"]]
+                self.text_bytes[split] = int(facts["bytes"])
+                self.sha256 |= {shard["file"]: shard["sha256"] for shard in facts["shards"]}
+            self.kind = info.get("kind", "text")
+            self.made |= info["settings"]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{meta} is damaged ({e!r}): prepare the data again") from e
+        if tokenizer_digest(self.path) != expected:
+            raise ValueError(
+                f"the tokenizer files in {name} (encoding.json, vocab.tiktoken) are damaged or"
+                " missing: prepare the data again"
+            )
+
+    def paths(self, split: str) -> list[Path]:
+        """The shards of a split, all of them there; their content is not looked at."""
+        paths = [self.path / file for file in self.files.get(split, [])]
+        for path in paths:
+            if not path.exists():
+                raise ValueError(f"{path} is missing: prepare the data again")
+        return paths
+
+    def verify(self, path: Path) -> str:
+        """The sha256 of a shard, which has to be the recorded one."""
+        found = sha256_of(path)
+        if found != self.sha256.get(path.name, found):
+            raise ValueError(f"{path} is damaged: its sha256 is not the recorded one")
+        return found
 
 
 class AlreadyPrepared(Exception):
@@ -26,18 +90,15 @@ def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
     if overwrite:
         return False
     remedy = "choose another --out, or replace it with --overwrite"
-    differing = [k for k, value in meta["settings"].items() if old.get(k) != value]
+    differing = {k: old.get(k) for k, v in meta["settings"].items() if old.get(k) != v}
     if differing:
-        values = ", ".join(repr(old.get(k)) for k in differing)
-        raise ValueError(
-            f"{out} was made with another {' and '.join(differing)} ({values}): {remedy}"
-        )
+        values = ", ".join(map(repr, differing.values()))
+        names = " and ".join(differing)
+        raise ValueError(f"{out} was made with another {names} ({values}): {remedy}")
     new = meta.get("text", text)
     if any(new[k] != value for k, value in text.items()):
-        then, now = (
-            ", ".join(f"{facts[k]:,} {k}" for k in ("documents", "bytes") if k in text)
-            for facts in (text, new)
-        )
+        sizes = [k for k in ("documents", "bytes") if k in text]
+        then, now = (", ".join(f"{facts[k]:,} {k}" for k in sizes) for facts in (text, new))
         raise ValueError(f"{out} was made from another text ({then} then, {now} now): {remedy}")
     known = made.get("tokenizer_sha256")
     if meta.get("tokenizer_sha256", known) != known:

@@ -75,3 +75,31 @@ def open_shard(path: Path) -> np.ndarray:
                 raise ValueError(f"{path} is damaged: {size} bytes instead of {expected}")
             return np.memmap(path, dtype, mode="r", offset=4 * HEADER_INTS)
     raise ValueError(f"{path} is damaged or no shard: its header has no known magic and version")
+
+
+class Strip:
+    """All tokens of one split of a folder as if they were one array."""
+
+    def __init__(self, paths: list[Path], kind: str = "text", text_bytes: int | None = None):
+        self.paths, self.kind, self.text_bytes = paths, kind, text_bytes
+        self.shards = [open_shard(path) for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.tokens = int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count as int64, fewer at the end of the split."""
+        parts = []
+        for shard, end in zip(self.shards, self.ends, strict=True):
+            first = end - len(shard)
+            if start < end and start + count > first:
+                parts.append(shard[max(0, start - first) : start + count - first])
+        return np.concatenate(parts).astype(np.int64)
+
+    def rows(self, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each row begins, and how many tokens it has."""
+        firsts = [0, *self.ends[:-1].tolist()]
+        shards = zip(self.shards, firsts, strict=True)
+        found = [np.flatnonzero(shard == end_of_text) + first for shard, first in shards]
+        ends = np.concatenate(found) + 1
+        starts = np.concatenate([[0], ends[:-1]])
+        return starts, ends - starts

@@ -32,36 +32,28 @@ def damaged(folder: Path, why: Exception) -> ValueError:
 
 
 def check(info: dict, tokens: list[tuple[bytes, int]]) -> None:
-    def require(kept: bool, what: str) -> None:
-        if not kept:
-            raise ValueError(what)
-
-    def is_id(i) -> bool:
-        return type(i) is int and i >= 0  # true is an int for Python
-
-    # 1. the tokens of text
-    ranks = dict(tokens)
-    require(len(ranks) == len(tokens), "a token stands there twice")
-    require(len({*ranks.values()}) == len(tokens), "two tokens have the same id")
-    require(all(map(is_id, ranks.values())), "an id is negative")
-    require(all(bytes([i]) in ranks for i in range(256)), "a token for each byte is wanted")
-
-    # 2. special tokens
-    special = info["special_tokens"]
-    require(all(text and is_id(i) for text, i in special.items()), "a special token without an id")
-    require(len({*special.values()}) == len(special), "two special tokens have the same id")
-    used = {*ranks.values(), *special.values()}
-    # published vocabularies have gaps of a few ids; a model would have a row for each of them
-    most = max(used)
-    require(most < 2 * len(used), f"it has {len(used)} tokens, and the id {most}")
-
-    # 3. how they are used
-    require(info["kind"] in ("bytes", "bpe", "tiktoken"), "its kind is unknown")
-    require(type(info["name"]) is type(info["pattern"]) is str, "name and pattern should be text")
-    if info["normalizer"] is not None:
-        unicodedata.normalize(info["normalizer"], "é")  # refuses forms that Unicode does not know
+    """Raises the first of the complaints that holds; what cannot even be asked raises, too."""
+    ranks, special = dict(tokens), info["special_tokens"]
     end, literal, begin, ends = (info.get(key) for key in OPTIONAL)
     end = special.get("<|endoftext|>") if end is None else end
-    ids = [end, *(begin or []), *(ends or [])]
-    require(all(is_id(i) and i in used for i in ids), "the end of a text should be one of its ids")
-    require(all(text in special for text in literal or []), "what may stand in text is not special")
+    ids = [*ranks.values(), *special.values()]
+    named = {end, *(begin or []), *(ends or [])}
+    if info["normalizer"] is not None:
+        unicodedata.normalize(info["normalizer"], "é")  # refuses forms that Unicode does not know
+    sound = {
+        "an id is no number from 0 on": all(type(i) is int and i >= 0 for i in ids),  # no bool
+        "a token stands there twice": len(ranks) == len(tokens),
+        "two tokens have the same id": len({*ranks.values()}) == len(ranks),
+        "two special tokens have the same id": len({*special.values()}) == len(special),
+        "a token for each byte is wanted": all(bytes([i]) in ranks for i in range(256)),
+        "a special token has no name": all(special),
+        # published vocabularies have gaps of a few ids; a model would have a row for each of them
+        f"it has {len(ids)} tokens, and the id {max(ids)}": max(ids) < 2 * len({*ids}),
+        "its kind is unknown": info["kind"] in ("bytes", "bpe", "tiktoken"),
+        "name and pattern should be text": type(info["name"]) is type(info["pattern"]) is str,
+        "the end of a text should be one of its ids": named <= {*ids},
+        "what may stand in text is not special": {*(literal or [])} <= {*special},
+    }
+    for complaint, kept in sound.items():
+        if not kept:
+            raise ValueError(complaint)

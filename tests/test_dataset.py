@@ -7,14 +7,14 @@ import pytest
 
 from dataset import IGNORE, Dataset, Split, epoch_order, windows_per_epoch
 from engine import shards
-from engine.shards import ShardWriter, open_shard
+from engine.shards import ShardWriter, Strip, open_shard
 
 
 def write_split(folder, tokens, vocab_size=1000, name="train") -> Split:
     writer = ShardWriter(folder, name, vocab_size)
     writer.write(np.asarray(tokens))
     writer.close()
-    return Split([folder / shard["file"] for shard in writer.shards], text_bytes=None)
+    return Split([Strip([folder / shard["file"] for shard in writer.shards])])
 
 
 @pytest.mark.parametrize("vocab_size, width", [(65536, 2), (65537, 4)])
@@ -30,7 +30,7 @@ def test_shards_have_the_layout_of_llm_c(tmp_path, vocab_size, width):
 def test_several_shards_read_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_TOKENS", 10)
     split = write_split(tmp_path, np.arange(47))
-    assert len(split.shards) == 5 and split.tokens == 47
+    assert len(split.strips[0].shards) == 5 and split.tokens == 47
     for start in range(47):
         for count in (1, 5, 25):
             assert split.read(start, count).tolist() == list(range(start, min(47, start + count)))
@@ -68,7 +68,8 @@ def test_an_epoch_shows_every_window_once_and_the_next_has_another_phase(tmp_pat
 
 def test_targets_are_inputs_moved_by_one(tmp_path):
     split = write_split(tmp_path, np.arange(500))
-    x, y = split.batch(3, 4, 16, seed=0)
+    x, y, *none = split.batch(3, 4, 16, seed=0)
+    assert none == [None, None]  # positions as they stand, and causal
     assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype == np.int64
     assert (y == x + 1).all()
 
@@ -100,10 +101,10 @@ def test_part_of_an_evaluation_is_spread_evenly_whatever_the_number_of_processes
     split = write_split(tmp_path, np.arange(1000))
     found = []
     for rank in range(world):
-        for _, y in split.in_order(2, 16, rank, world, most):
+        for _, y, *_ in split.in_order(2, 16, rank, world, most):
             found += y[y != IGNORE].tolist()
     firsts = sorted(i for i in found if i % 16 == 1)  # of the windows, which are 63
-    alone = [y[y != IGNORE].tolist() for _, y in split.in_order(99, 16, most=most)]
+    alone = [y[y != IGNORE].tolist() for _, y, *_ in split.in_order(99, 16, most=most)]
     assert sorted(found) == sorted(i for some in alone for i in some)
     if most >= 999:
         assert sorted(found) == list(range(1, 1000))
@@ -125,7 +126,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(tmp_path, n, world):
     split = write_split(tmp_path, np.arange(n))
     predicted = []
     for rank in range(world):
-        for x, y in split.in_order(2, 16, rank, world):
+        for x, y, *_ in split.in_order(2, 16, rank, world):
             assert x.shape == y.shape and x.shape[1] == 16
             counted = y != IGNORE
             assert (y[counted] == x[counted] + 1).all()
@@ -169,7 +170,7 @@ def test_public_shards_belong_to_the_split_that_their_name_says_as_a_word(tmp_pa
     for name in sum(names.values(), ["interval_000000"]):
         write_public(tmp_path, name)
     expected = {split: [f"{name}.bin" for name in some] for split, some in names.items()}
-    found = Dataset(str(tmp_path), "bytes").files
+    found = Dataset(str(tmp_path), "bytes").folders[0].files
     assert {split: sorted(some) for split, some in found.items()} == {
         split: sorted(some) for split, some in expected.items()
     }
@@ -198,7 +199,7 @@ def test_a_data_folder_reads_no_file_outside_of_it(data, tmp_path):
     text = (copy / "meta.json").read_text(encoding="utf-8")
     (copy / "meta.json").write_text(text.replace("val_000000.bin", "../../val_000000.bin"))
     (tmp_path.parent / "val_000000.bin").write_bytes((data / "val_000000.bin").read_bytes())
-    assert Dataset(str(copy)).split("val").paths == [copy / "val_000000.bin"]
+    assert Dataset(str(copy)).split("val").strips[0].paths == [copy / "val_000000.bin"]
 
 
 def test_the_message_about_another_tokenizer_has_the_command_that_prepares_anew(data, tmp_path):

@@ -23,7 +23,7 @@ def read(folder) -> dict[str, list[str]]:
     data = Dataset(str(folder))
     end = data.tokenizer.end_of_text
     found = {}
-    for name, files in data.files.items():
+    for name, files in data.folders[0].files.items():
         tokens = data.split(name).read(0, 10**9).tolist() if files else []
         assert not tokens or tokens[-1] == end
         documents, ids = [], []

@@ -1,0 +1,175 @@
+"""Rows into windows, and tasks in turn: what dataset.py needs so that few positions stay empty."""
+
+import difflib
+from collections import Counter
+from functools import lru_cache
+
+import numpy as np
+
+from engine.shards import Strip
+
+
+class Rows:
+    """The rows of one task as a part of a split: they are packed into windows, once for all."""
+
+    def __init__(self, strip: Strip, task: str, rows: np.ndarray, markers):
+        self.strip, self.task, self.rows, self.markers = strip, task, rows, markers
+        self.packed = lru_cache(self.pack)  # for a block_size and a seed
+        self.lengths = lru_cache(self.fitting)  # for a block_size
+
+    def pack(self, block_size: int, seed: int = 0) -> list[list[int]]:
+        """The rows of each window."""
+        return pack(self.lengths(block_size), block_size + 1, seed)
+
+    def fitting(self, block_size: int) -> np.ndarray:
+        """How many tokens of each row a window takes, (N): those that are longer lose some."""
+        lengths = self.rows[:, 1].copy()
+        for i in np.flatnonzero(lengths > block_size + 1):
+            lengths[i] = len(self.row(i, block_size))
+        return lengths
+
+    def require(self, block_size: int) -> None:
+        if not self.packed(block_size):
+            raise ValueError(
+                f"no row of the task {self.task!r} in {self.strip.paths[0].parent} has an answer"
+                f" that fits block_size={block_size}: use a larger one"
+            )
+
+    def row(self, i: int, block_size: int) -> np.ndarray:
+        return fit(self.strip.read(*self.rows[i]), block_size + 1, self.markers)
+
+    def per_epoch(self, block_size: int, seed: int) -> int:
+        return len(self.packed(block_size, seed))
+
+    def window(self, number: int, block_size: int, seed: int) -> np.ndarray:
+        windows = self.packed(block_size, seed)
+        epoch, position = divmod(number, len(windows))
+        return self.exam(windows[shuffled(len(windows), seed, epoch)[position]], block_size)
+
+    def in_order(self, block_size: int) -> list[list[int]]:
+        return self.packed(block_size)
+
+    def exam(self, rows: list[int], block_size: int) -> np.ndarray:
+        """The window of these rows, (block_size + 1) tokens."""
+        tokens = np.concatenate([self.row(i, block_size) for i in rows])
+        empty = block_size + 1 - len(tokens)
+        return np.pad(tokens, (0, empty), constant_values=self.markers.end_of_text)
+
+
+@lru_cache(maxsize=64)  # two for each task
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def pack(lengths: np.ndarray, room: int, seed: int) -> list[list[int]]:
+    """Which rows go into which window of `room` tokens; a row of length 0 goes into none.
+
+    Best fit, longest first: each row goes where least is left over, or into a new window. What the
+    long ones leave, the short ones fill. Rows of equal length are in the random order of `seed`.
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    windows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # windows by what is left in them
+    any_with = 0  # bit r is set where with_room[r] has any: so the least that fits is found at once
+    for row in order.tolist():
+        length = int(lengths[row])
+        if not length:
+            break
+        fitting = any_with >> length
+        if fitting:
+            left = length + (fitting & -fitting).bit_length() - 1  # the lowest bit that is set
+            number = with_room[left].pop()
+            any_with ^= (not with_room[left]) << left
+        else:
+            left, number = room, len(windows)
+            windows.append([])
+        windows[number].append(row)
+        with_room[left - length].append(number)
+        any_with |= 1 << (left - length)
+    return windows
+
+
+def fit(row: np.ndarray, room: int, markers) -> np.ndarray:
+    """The row, or what is to be learned from it in `room` tokens: nothing if its answer takes more.
+
+    It keeps the marker of its task, its last answer, and before that as many turns as there is room
+    for, the first of them without its front, unless that is an answer. The turn that is answered
+    keeps its markers in any case.
+    """
+    if len(row) <= room:
+        return row
+    begins = np.flatnonzero(np.isin(row, markers[:3])).tolist()  # of turns, by the roles' markers
+    kept = [row[begins[-1] :]]
+    left = room - begins[0] - len(kept[0])  # before the first turn stands the task
+    for start, end in zip(begins[-2::-1], begins[:0:-1], strict=True):
+        if end - start <= left:
+            kept.append(row[start:end])
+            left -= end - start
+            continue
+        if row[start] != markers.assistant and left >= 2:
+            kept += [row[end - left + 1 : end], row[start : start + 1]]
+        elif len(kept) == 1:
+            left = -1  # no room for the markers of what is answered
+        break
+    return row[:0] if left < 0 else np.concatenate([row[: begins[0]], *kept[::-1]])
+
+
+def shares(sizes: list[tuple[str, int]], mix: str) -> list[float]:
+    """How much of all windows each of some parts gets, given its task and its windows an epoch.
+
+    `mix` is "" (by size), a temperature as in "temperature=2" (by size^(1/2), so that small tasks
+    are seen more often; Raffel et al. 2020, section 3.5.2), or shares by name, as in
+    "text=0.2,sums=0.5"; other tasks share by size what is left. Raises ValueError.
+    """
+    total: Counter = Counter()
+    for name, size in sizes:
+        total[name] += size
+    weights = {name: float(size) for name, size in total.items()}
+    given = {}
+    for word in filter(None, mix.split(",")):
+        name, _, value = word.strip().partition("=")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            given[name] = -1.0
+        if name not in [*total, "temperature"]:
+            near = difflib.get_close_matches(name, total, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(total)}"
+            raise ValueError(f"mix={mix!r} names the task {name!r}: {hint}")
+        if not 0 <= given[name] < float("inf"):
+            raise ValueError(f"mix={mix!r}: {name} should be a number from 0 on, not {value!r}")
+    if list(given) == ["temperature"] and "temperature" not in total:
+        if not given["temperature"]:
+            raise ValueError(f"mix={mix!r}: a temperature should be above 0")
+        weights = {name: size ** (1 / given["temperature"]) for name, size in weights.items()}
+    elif given:
+        rest = {name: size for name, size in weights.items() if name not in given}
+        left = 1 - sum(given.values())
+        if left < -1e-9 or (rest and left < 1e-9) or (not any(given.values()) and not rest):
+            others = f", and something left for {', '.join(rest)}" if rest else ""
+            raise ValueError(f"mix={mix!r} should add up to 1{others}")
+        weights = given | {name: left * size / sum(rest.values()) for name, size in rest.items()}
+    whole = sum(weights.values())
+    return [weights[name] / whole * size / total[name] for name, size in sizes]
+
+
+def turns(shares: list[float], first: int, last: int) -> list[tuple[int, int]]:
+    """For each window from `first` to `last` - 1 of an endless sequence the part that it belongs
+    to, and how many of that part's came before.
+
+    Each goes to the part that is most behind its share s: with n windows so far, to the one with
+    the least (n + 1/2) / s. Nobody has to go through all that came before, since part k gets its
+    window n at the time (n + 1/2) / s, and by the time t all have got t, give or take half a window
+    each. So it is enough to sort the windows around those that are wanted.
+    """
+    some = [k for k, share in enumerate(shares) if share > 0]
+    near = len(some) + 1
+    begin = {k: max(0, int((first - near) * shares[k])) for k in some}
+    around = [
+        ((n + 0.5) / shares[k], k, n)
+        for k in some
+        for n in range(begin[k], int((last + near) * shares[k]) + 2)
+    ]
+    skipped = sum(begin.values())
+    return [(k, n) for _, k, n in sorted(around)[first - skipped : last - skipped]]
