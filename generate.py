@@ -18,21 +18,53 @@ and what follows adds a cache, choices, and text. Shapes: B samples, T time, V v
 import codecs
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+import dataset
 from model import GPT, KVCache
 
 COLDEST = 1e-6  # a temperature below this counts as 0, which nothing can be divided by
+PASS = 512  # tokens of prompts that are read in one pass: for fewer, starting it takes as long
+NO_TOKEN = "the prompt has no token: a new document begins with end-of-text"
 
 
 @torch.inference_mode()
-def prefill(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Reads tokens (B, T) in one pass, which fills the empty cache; logits of the next: (B, V)."""
-    cache.length = 0
-    return model(tokens, cache=cache)[:, -1]
+def prefill(model: GPT, texts: list[list[int]], cache: KVCache, markers=None) -> Tensor:
+    """Reads a text for each row in one pass, which fills the cache; logits of the next: (B, V).
+
+    Short texts are filled up behind their end: no position of theirs looks there, and the cache
+    will not know of it. A model whose prompts see themselves whole (config.mask) needs the
+    tokenizer's `markers`, to know where they end.
+    """
+    device = cache.k.device
+    lengths = torch.tensor([len(text) for text in texts])  # (B)
+    tokens = torch.zeros(len(texts), int(lengths.max()), dtype=torch.long)  # (B, T)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    mask = visible(model, tokens, markers)
+    cache.lengths.zero_()
+    x = model.trunk(tokens.to(device), mask, cache=cache)  # (B, T, C)
+    cache.lengths.copy_(lengths)
+    last = x[torch.arange(len(texts), device=device), (lengths - 1).to(device)]  # (B, C)
+    return model.logits(last)
+
+
+def visible(model: GPT, tokens: Tensor, markers) -> Tensor | None:
+    """Who may look where while texts `tokens` (B, T) are read: (B, 1, T, T), or None for causal."""
+    policy = model.config.mask
+    if policy == "causal":
+        return None
+    if policy == "full":
+        raise ValueError("mask='full' makes an encoder, which sees what follows: it cannot write")
+    if markers is None:
+        raise ValueError(f"mask={policy!r} needs the tokenizer's markers to read a prompt")
+    _, mask = dataset.layout(tokens.numpy(), markers, policy)
+    return torch.from_numpy(mask).to(model.wte.weight.device)
 
 
 @torch.inference_mode()
@@ -55,8 +87,7 @@ def pick(
     Raises ValueError if the logits are not finite. To sample in another way, write a function like
     this one and hand it to `generate`.
     """
-    if not logits.amax(dim=-1).cpu().isfinite().all():
-        raise ValueError("the logits are not finite: try --dtype=float32")
+    require_finite(logits)
 
     # 1. greedy: the likeliest token. It soon repeats itself, since nothing is likelier behind a
     #    sentence that stands there twice than to stand there again (arXiv:1904.09751, figure 4)
@@ -97,6 +128,11 @@ def pick(
     return (index if ids is None else ids.gather(-1, index))[:, 0]
 
 
+def require_finite(logits: Tensor) -> None:
+    if not logits.amax(dim=-1).cpu().isfinite().all():
+        raise ValueError("the logits are not finite: try --dtype=float32")
+
+
 def penalise(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
     """Logits (B, V) in which the tokens of context (B, T) are less likely: CTRL, arXiv:1909.05858.
 
@@ -115,20 +151,21 @@ def generate(
     seed: int = 0,
     repetition_penalty: float = 1.0,
     unused: Sequence[int] = (),
+    markers=None,
     pick: Callable[..., Tensor] = pick,
     **options,
 ) -> Iterator[list[int]]:
     """Yields `max_tokens` times the next token of each of `num_samples` continuations.
 
     `options` go to `pick`: temperature, top_k and top_p, unless you bring a `pick` of your own. Ids
-    in `unused` are never picked. Of the prompt, which must have a token, the last `block_size`
-    count. Goes on behind an end-of-text: to stop there is for the caller, see `TextStream`. Raises
-    ValueError for an empty prompt, at the first `next`.
+    in `unused` are never picked; `markers` as in `prefill`. Of the prompt, which must have a token,
+    the last `block_size` count. Goes on behind an end-of-text: to stop there is for the caller, see
+    `TextStream`. Raises ValueError for an empty prompt, at the first `next`.
     """
     if not prompt:
-        raise ValueError("the prompt has no token: a new document begins with end-of-text")
+        raise ValueError(NO_TOKEN)
     limit = model.config.block_size
-    device = next(model.parameters()).device
+    device = model.wte.weight.device
     left_out = torch.tensor(unused, dtype=torch.long, device=device)
     # keyed by (seed, i) and not drawn from the device's one stream of random numbers: those of
     # sample i are the same on every device and however many others are made beside it, and so is
@@ -136,12 +173,12 @@ def generate(
     draws = [random.Random(f"{seed} {i}") for i in range(num_samples)]
 
     # the prompt is read once, however many samples continue it
-    context = torch.tensor([prompt[-limit:]], device=device)  # (1, T)
-    cache = model.new_cache(size=min(limit, context.size(1) + max_tokens))
-    logits = prefill(model, context, cache)  # (1, V)
-    cache.expand(num_samples)
-    context = context.expand(num_samples, -1)  # (B, T)
+    prompt = prompt[-limit:]
+    cache = model.new_cache(size=min(limit, len(prompt) + max_tokens))
+    logits = prefill(model, [prompt], cache, markers)  # (1, V)
+    cache.take([0] * num_samples)
     logits = logits.expand(num_samples, -1)  # (B, V)
+    context = torch.tensor([prompt] * num_samples, device=device)  # (B, T)
 
     for left in range(max_tokens, 0, -1):
         if len(left_out):
@@ -154,7 +191,7 @@ def generate(
         yield token.tolist()
         if left == 1:
             return
-        if cache.length < limit:
+        if context.size(1) <= limit:
             logits = decode_one_token(model, token, cache)
         else:
             # the context is full. To drop its first token alone would leave keys and values in the
@@ -162,7 +199,189 @@ def generate(
             # everything would have to be read anew, T positions for each token. Dropping half makes
             # that rare: T / 2 positions every T / 2 tokens, one more for each
             context = context[:, -max(1, limit // 2) :]
-            logits = prefill(model, context, cache)
+            logits = prefill(model, context.tolist(), cache, markers)
+
+
+# --- many prompts
+
+
+@dataclass
+class Answer:
+    """One that is being written: to prompt `number`, with random numbers of its own."""
+
+    number: int
+    prompt: list[int]
+    most: int  # tokens that it may have
+    draw: random.Random
+    tokens: list[int] = field(default_factory=list)
+
+
+class Slots:
+    """Answers that are written side by side, each in a row of one KV cache, its slot.
+
+    `writing` has the answer in each slot, or None; `logits` (B, V) are those of their next token.
+    """
+
+    def __init__(self, model: GPT, count: int, markers=None, exact: bool = False):
+        self.model, self.markers, self.exact = model, markers, exact
+        self.cache = model.new_cache(count, whole=exact)
+        self.logits = torch.zeros(count, model.config.vocab_size, device=self.cache.k.device)
+        self.writing: list[Answer | None] = [None] * count
+
+    def free(self) -> list[int]:
+        return [row for row, answer in enumerate(self.writing) if answer is None]
+
+    def admit(self, answers: list[Answer]) -> None:
+        """Reads prompts into free slots: those of about one length together, up to PASS tokens."""
+        free = self.free()
+        answers = sorted(answers, key=lambda answer: len(answer.prompt))
+        while answers:
+            longest = len(answers[-1].prompt)
+            count = 1 if self.exact else max(1, PASS // longest)
+            some = answers[-count:]
+            del answers[-count:]
+            rows = [free.pop(0) for _ in some]
+            fresh = self.model.new_cache(len(some), longest)
+            new = prefill(self.model, [answer.prompt for answer in some], fresh, self.markers)
+            self.cache.put(rows, fresh)
+            self.logits = self.logits.index_copy(0, torch.tensor(rows, device=new.device), new)
+            for row, answer in zip(rows, some, strict=True):
+                self.writing[row] = answer
+
+    def decode(self, token: Tensor) -> None:
+        """Appends a token to each answer, token (B,); in a free slot it is written over later."""
+        self.cache.lengths[self.free()] = 0
+        self.logits = decode_one_token(self.model, token, self.cache)
+
+    def close(self) -> None:
+        """Gives up the free slots: they cost as much time as the others."""
+        rows = [row for row, answer in enumerate(self.writing) if answer]
+        self.cache.take(rows)
+        self.logits = self.logits[rows]
+        self.writing = [self.writing[row] for row in rows]
+
+
+def to_answer(
+    prompts: Iterable[list[int]], limit: int, max_tokens: int, seed: int
+) -> Iterator[Answer]:
+    """An empty answer to each prompt, of which the last `limit` tokens count."""
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(NO_TOKEN)
+        prompt = prompt[-limit:]
+        most = min(max_tokens, limit + 1 - len(prompt))
+        yield Answer(number, prompt, most, random.Random(f"{seed} {number}"))
+
+
+def answers(
+    model: GPT,
+    tokenizer,
+    prompts: Iterable[list[int]],
+    max_tokens: int,
+    *,
+    slots: int = 32,
+    seed: int = 0,
+    exact: bool = False,
+    pick: Callable[..., Tensor] = pick,
+    **options,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields (number of a prompt, the tokens of its answer without their end) as each answer ends.
+
+    It ends at one of `tokenizer.ends`, after `max_tokens`, or where the context is full; of a
+    prompt the last `block_size` tokens count. `slots` answers are written side by side, which
+    bounds the memory, however many prompts there are. Number i draws from (seed, i). What stands
+    beside it changes the last digits of its logits, since sums are cut into other parts; not so if
+    `exact`: then prompts are read one by one, and attention always spans the whole cache. `pick`
+    and `options` are as in `generate`. Raises ValueError for an empty prompt.
+    """
+    left_out = torch.tensor(tokenizer.unused, device=model.wte.weight.device, dtype=torch.long)
+    waiting = to_answer(prompts, model.config.block_size, max_tokens, seed)
+    beside = Slots(model, slots, tokenizer.markers, exact)
+    while True:
+        # 1. the next prompts move in when a quarter of the slots is free, since together they are
+        #    read faster
+        free = beside.free()
+        if 4 * len(free) >= len(beside.writing):
+            new = list(islice(waiting, len(free)))
+            beside.admit(new)
+            if not any(beside.writing):
+                return
+            if len(new) < len(free) and not exact:  # nobody is waiting any more
+                beside.close()
+
+        # 2. each gets a token
+        draws = [answer.draw.random() if answer else 0.0 for answer in beside.writing]
+        uniform = torch.tensor(draws, dtype=torch.float64)
+        token = pick(beside.logits.index_fill(-1, left_out, -math.inf), uniform, **options)  # (B,)
+
+        # 3. those that have ended move out, the others go on
+        for row, (answer, new) in enumerate(zip(beside.writing, token.tolist(), strict=True)):
+            if answer is None:
+                continue
+            ended = new in tokenizer.ends
+            if not ended:
+                answer.tokens.append(new)
+            if ended or len(answer.tokens) >= answer.most:
+                beside.writing[row] = None
+                yield answer.number, answer.tokens
+        if any(beside.writing):
+            beside.decode(token)
+
+
+def beam(
+    model: GPT,
+    tokenizer,
+    prompt: list[int],
+    max_tokens: int,
+    width: int = 4,
+    length_penalty: float = 0.6,
+) -> list[int]:
+    """The answer with the highest score that beam search finds, without its end.
+
+    Greedy takes the likeliest token each time, and may so miss a likelier sentence. Beam search
+    keeps the `width` likeliest beginnings. The probability of a text falls with each token, so the
+    shortest would win: its logarithm is divided by ((5 + n) / 6)^length_penalty for n tokens
+    (arXiv:1609.08144, equation 14). For free text that is no good: the likeliest is dull, and
+    repeats itself (arXiv:1904.09751); where little can be right, as in translation, it helps.
+    """
+    [answer] = to_answer([prompt], model.config.block_size, max_tokens, seed=0)
+    device = model.wte.weight.device
+    left_out = torch.tensor(tokenizer.unused, device=device, dtype=torch.long)
+    cache = model.new_cache(size=len(answer.prompt) + answer.most)
+    logits = prefill(model, [answer.prompt], cache, tokenizer.markers)  # (1, V)
+    texts: list[list[int]] = [[]]  # of each beam, a row of the cache
+    scores = torch.zeros(1)  # ln p of each
+    found = []  # (score, text) of those that have ended
+    for n in range(1, answer.most + 1):
+        # 1. each beam with each token behind it, the likeliest first: so many that `width` of them
+        #    go on even if each beam comes with all ends there are
+        require_finite(logits)
+        logits = logits.index_fill(-1, left_out, -math.inf)
+        ln_p = scores[:, None] + logits.cpu().log_softmax(dim=-1)  # (beams, V)
+        count = min(width * (1 + len(tokenizer.ends)), ln_p.numel())
+        best, index = ln_p.flatten().topk(count)
+
+        # 2. of the best `width`, those that end are found; the best `width` others go on
+        going = []
+        for rank, (score, i) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
+            row, token = divmod(i, ln_p.size(1))
+            ended = token in tokenizer.ends
+            if (ended or n == answer.most) and rank < width:
+                text = texts[row] + [token] * (not ended)
+                found.append((score / ((5 + n) / 6) ** length_penalty, text))
+            elif not ended and len(going) < width:
+                going.append((score, row, token))
+        if len(found) >= width or n == answer.most:
+            break
+
+        # 3. the cache follows them
+        rows = [row for _, row, _ in going]
+        texts = [texts[row] + [token] for _, row, token in going]
+        scores = torch.tensor([score for score, _, _ in going])
+        cache.take(rows)
+        token = torch.tensor([token for _, _, token in going], device=device)
+        logits = decode_one_token(model, token, cache)
+    return max(found)[1]
 
 
 class TextStream:

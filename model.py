@@ -61,16 +61,19 @@ class GPT(nn.Module):
     ) -> Tensor:
         """All but the head: tokens (B, T) to the final hidden states (B, T, C).
 
-        `mask` says who may look where, see `Attention`; None means causal. `positions` (T) or
-        (B, T) are counted from what the `cache` holds, if not given. `tokens` continue what a
-        cache holds and are appended to it. Raises ValueError for more than block_size tokens.
+        `mask` says who may look where, see `Attention`; None means causal. `positions`, (T) or
+        (B, T), count from 0 if not given. `tokens` continue what each row of a `cache` holds and
+        are appended to it. Raises ValueError for more tokens than block_size, or the cache, holds.
         """
         T = tokens.size(1)
-        start = cache.length if cache else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens exceed block_size={self.config.block_size}")
-        if positions is None:
-            positions = torch.arange(start, start + T, device=tokens.device)  # (T)
+        if self.config.block_size < T:
+            raise ValueError(f"{T} tokens exceed block_size={self.config.block_size}")
+        if cache is not None:
+            stored_at, seen = cache.begin(T)
+            positions = stored_at if positions is None else positions
+            mask = seen if mask is None else mask
+        elif positions is None:
+            positions = torch.arange(T, device=tokens.device)  # (T)
         x = self.wte(tokens)  # (B, T, C)
         rope = None
         if self.config.position == "learned":
@@ -81,7 +84,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, rope, mask, cache)
         if cache is not None:
-            cache.length += T
+            cache.lengths += T
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -148,10 +151,10 @@ class GPT(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = dropout
 
-    def new_cache(self, batch: int = 1, size: int = 0) -> "KVCache":
-        """An empty KV cache for `batch` sequences of up to `size` tokens (0: the whole context)."""
+    def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> "KVCache":
+        """An empty KV cache for `batch` texts of up to `size` tokens (0: the whole context)."""
         like = self.wte.weight
-        return KVCache(self.config, batch, like.device, like.dtype, size)
+        return KVCache(self.config, batch, like.device, like.dtype, size, whole)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -351,30 +354,71 @@ class KVCache:
 
     Tokens that have been read never change their keys and values, since no position looks ahead:
     with these stored, only the new token passes through the layers, and looks back at S of them. It
-    costs memory for 2 n_layer K D S numbers. `length` counts the positions stored, and moves when
-    all layers have appended theirs. Writing past the end raises ValueError: see generate.py.
+    costs memory for 2 n_layer K D S numbers. Each row is a slot for a text, of any length:
+
+        slot 0   A l l . m e n      lengths 7, 2, 0: a mask hides what is left behind a text's end,
+        slot 1   N o - - - - -      from the text that had the slot before
+        slot 2   - - - - - - -
+
+    A forward pass calls `begin`, and each of its layers `append`; then it adds T to `lengths`.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, device=None, dtype=torch.float32, size=0):
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int,
+        device=None,
+        dtype=torch.float32,
+        size: int = 0,
+        whole: bool = False,
+    ):
         size = size or config.block_size
         shape = (config.n_layer, batch, config.n_kv_head, size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.lengths = torch.zeros(batch, dtype=torch.long)  # (B), on the CPU: Python asks for them
+        self.whole = whole  # S is always `size`, and not only as far as the longest text goes
+
+    def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
+        """Makes room for T more tokens in each row: their positions, and the mask of `Attention`.
+
+        Texts of one length stand at the same positions (T), and the mask is None, causal; others at
+        (B, T), with a mask (B, 1, T, S) for each. Raises ValueError if they do not fit.
+        """
+        shortest, longest = (int(n) for n in self.lengths.aminmax())
+        size, device = self.k.size(3), self.k.device
+        if longest + T > size:
+            raise ValueError(f"{longest + T} positions do not fit in a KV cache of {size}")
+        self.end = size if self.whole else longest + T  # S
+        self.at = None
+        if shortest == longest and not self.whole:
+            return torch.arange(longest, self.end, device=device), None
+        self.at = (self.lengths[:, None] + torch.arange(T)).to(device)  # (B, T)
+        mask = torch.arange(self.end, device=device) <= self.at[..., None]  # (B, T, S)
+        return self.at, mask[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, K, T, D) of one layer and returns all of its k and v (B, K, S, D)."""
-        end = self.length + k.size(2)
-        if end > self.k.size(3):
-            raise ValueError(f"{end} positions do not fit in a KV cache of {self.k.size(3)}")
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        for stored, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.at is None:
+                stored[:, :, self.end - new.size(2) : self.end] = new
+            else:  # each row at a place of its own
+                at = self.at[:, None, :, None].expand_as(new)
+                stored.scatter_(2, at, new.to(stored.dtype))
+        return self.k[layer, :, :, : self.end], self.v[layer, :, :, : self.end]
 
-    def expand(self, batch: int) -> None:
-        """One stored sequence becomes `batch` equal ones: one prefill serves many samples."""
-        self.k = self.k.repeat(1, batch, 1, 1, 1)
-        self.v = self.v.repeat(1, batch, 1, 1, 1)
+    def take(self, rows: list[int]) -> None:
+        """Row i becomes a copy of what row rows[i] was: to repeat, drop, or reorder texts."""
+        self.k = self.k[:, rows]
+        self.v = self.v[:, rows]
+        self.lengths = self.lengths[rows]
+
+    def put(self, rows: list[int], other: "KVCache") -> None:
+        """Texts of another cache take the slots `rows`; the other slots stay as they are."""
+        end = int(other.lengths.max())
+        self.k[:, rows, :, :end] = other.k[:, :, :, :end]
+        self.v[:, rows, :, :end] = other.v[:, :, :, :end]
+        self.lengths[rows] = other.lengths
 
 
 # --- MLP and head

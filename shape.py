@@ -40,6 +40,7 @@ class GPTConfig:
     qkv_bias: bool = False  # biases of queries, keys and values alone (Qwen2)
     tied: bool = False  # the head is the embedding
     logit_cap: NotNegative = 15.0  # logits = cap * tanh(logits / cap); 0 is none
+    mask: Literal["causal", "prefix", "full"] = "causal"  # who may see whom: see the docstring
     dropout: BelowOne = 0.0  # fraction of activations set to zero in training
     zero_init: bool = True  # residual projections and head begin at zero: the first loss is ln V
 

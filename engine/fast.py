@@ -305,13 +305,15 @@ def attention_trials(
         def in_pieces(module, x: Tensor) -> Tensor:
             """With a KV cache: a prompt, one token, and several more at once."""
             stored = torch.float32 if isinstance(module, FastAttention) else x.dtype
-            cache = KVCache(c, x.size(0), device, stored)
+            cache = KVCache(c, x.size(0), device, stored, size=x.size(1) + 2)
+            if x.size(1) > 7:
+                cache.lengths[1:] = 2  # behind a text that is longer
             parts = []
             for piece in x.split([x.size(1) - 4, 1, 3], dim=1):
-                at = torch.arange(cache.length, cache.length + piece.size(1), device=device)
+                at, mask = cache.begin(piece.size(1))
                 rope = rotary(at, c) if c.position == "rotary" else None
-                parts.append(module(piece, rope, None, cache))
-                cache.length += piece.size(1)
+                parts.append(module(piece, rope, mask, cache))
+                cache.lengths += piece.size(1)
             return torch.cat(parts, dim=1)
 
         if T > 4:

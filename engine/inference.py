@@ -82,16 +82,16 @@ class ReadyHead(fast.FastHead):
 class FastGPT(GPT):
     """A GPT that chooses the type of its KV cache, and on a GPU records a step and replays it."""
 
-    def new_cache(self, batch: int = 1, size: int = 0) -> KVCache:
+    def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
         like = self.wte.weight
         dtype = like.dtype
         if like.device.type == "cpu" and isinstance(self.blocks[0].attn, fast.FastAttention):
             dtype = torch.float32  # attention is several times faster, its memory traffic small
         kind = RecordedCache if records(like.device) else KVCache
-        return kind(self.config, batch, like.device, dtype, size)
+        return kind(self.config, batch, like.device, dtype, size, whole)
 
     def forward(self, tokens: Tensor, *more, cache: KVCache | None = None, **options) -> Tensor:
-        if isinstance(cache, RecordedCache) and cache.length and tokens.size(1) == 1:
+        if isinstance(cache, RecordedCache) and tokens.size(1) == 1:
             return cache.step(super().forward, tokens)
         return super().forward(tokens, *more, cache=cache, **options)
 
@@ -104,41 +104,42 @@ class RecordedCache(KVCache):
     """A KV cache whose next token can be a CUDA graph, recorded once and replayed.
 
     A replay starts hundreds of kernels at once, which one by one take longer to start than to run.
-    Its shapes and addresses are fixed: attention spans the whole cache, and a mask hides what is
-    not there yet. A result is valid until the next call. Elsewhere than on a GPU nothing is
-    recorded, and the result is the same.
+    Its shapes and addresses are fixed: attention spans the whole cache, and where each row stands
+    is a tensor on the device, `place`. A result is valid until the next call. Elsewhere than on a
+    GPU nothing is recorded, and the result is the same.
     """
 
-    at = None  # the position of the one new token, as a tensor (1,)
     recorded = None  # the buffers that the graph knows
+    running = False  # whether a step is computed, or recorded, at this moment
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.at is None:
-            return super().append(layer, k, v)
-        self.k[layer][:, :, self.at] = k.to(self.k.dtype)
-        self.v[layer][:, :, self.at] = v.to(self.v.dtype)
-        return self.k[layer], self.v[layer]
+    def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
+        if not self.running:
+            return super().begin(T)
+        self.end = self.k.size(3)
+        self.at = self.place  # (B, 1)
+        return self.at, (self.columns <= self.at[..., None])[:, None]  # (B, 1, 1, S)
 
     def step(self, forward, tokens: Tensor) -> Tensor:
         """`forward` for one new token in each row of `tokens` (B, 1): logits (B, 1, V)."""
-        if self.length == self.k.size(3):
-            raise ValueError(f"{self.length + 1} positions do not fit in a KV cache of that size")
-        if self.recorded is not self.k:  # not yet, or before `expand`
+        longest = int(self.lengths.max())
+        if longest == self.k.size(3):
+            raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
+        if self.recorded is not self.k:  # not yet, or before `take` had other rows
             self.record(forward, tokens)
         self.tokens.copy_(tokens)
-        self.place.fill_(self.length)
+        self.place.copy_(self.lengths[:, None])
         if self.graph:
             self.graph.replay()
         else:
             self.logits = self.run(forward)
-        self.length += 1
+        self.lengths += 1
         return self.logits
 
     def record(self, forward, tokens: Tensor) -> None:
         device = self.k.device
         self.recorded, self.graph = self.k, None
         self.tokens = tokens.clone()
-        self.place = torch.full((1,), self.length, device=device)
+        self.place = self.lengths[:, None].to(device, copy=True)
         self.columns = torch.arange(self.k.size(3), device=device)
         if device.type != "cuda":
             return
@@ -154,11 +155,20 @@ class RecordedCache(KVCache):
                 self.logits = self.run(forward)
 
     def run(self, forward) -> Tensor:
-        length, self.at = self.length, self.place
-        mask = (self.columns <= self.place)[None]  # (1, S)
-        logits = forward(self.tokens, mask=mask, positions=self.place, cache=self)
-        self.length, self.at = length, None
+        lengths, self.running = self.lengths.clone(), True
+        logits = forward(self.tokens, cache=self)
+        self.lengths.copy_(lengths)
+        self.running = False
         return logits
+
+    def take(self, rows: list[int]) -> None:
+        """In place if there are as many: the graph knows the addresses."""
+        if len(rows) != len(self.lengths):
+            return super().take(rows)
+        end = int(self.lengths.max())
+        self.k[:, :, :, :end] = self.k[:, rows, :, :end]
+        self.v[:, :, :, :end] = self.v[:, rows, :, :end]
+        self.lengths = self.lengths[rows]
 
 
 def packable(dtype: torch.dtype) -> bool:

@@ -43,7 +43,7 @@ def test_cached_text_equals_uncached_text_beyond_the_context(prompt):
 
 def test_every_token_passes_the_model_once_until_the_context_is_full():
     model, passed = make_model(), []
-    model.register_forward_pre_hook(lambda _, args: passed.append(tuple(args[0].shape)))
+    model.wte.register_forward_pre_hook(lambda _, args: passed.append(tuple(args[0].shape)))
     assert len(list(generate(model, [1, 2, 3, 4], 15, num_samples=2))) == 15
     prompt, one, half = (1, 4), (2, 1), (2, 8)
     assert passed == [prompt, *[one] * 12, half, one]  # the last token picked needs no pass

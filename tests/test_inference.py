@@ -100,7 +100,7 @@ def test_a_step_of_fixed_shape_equals_a_growing_one(shape, monkeypatch):
         expected = plain(x[:, i : i + 1], cache=growing)
         step = model(x[:, i : i + 1], cache=fixed)
         torch.testing.assert_close(step, expected, atol=1e-4, rtol=1e-4)
-    assert fixed.length == growing.length == 24
+    assert fixed.lengths.tolist() == growing.lengths.tolist() == [24] * 3
     with pytest.raises(ValueError, match="25"):
         model(x[:, :1], cache=fixed)
 
