@@ -50,7 +50,7 @@ NEAR = {
     "generate.py": ("endings", "sample"),
     "sample.py": ("endings",),
     "prepare.py": ("splits", "kept", "mistakes"),
-    "huggingface.py": ("mistakes",),
+    "huggingface.py": ("chat_template", "mistakes"),
     "engine/checkpoint.py": ("files", "kept", "endings", "sample", "train", "interruptions"),
     "engine/encodings.py": ("encodings", "prepare"),
     "engine/families.py": ("huggingface",),
@@ -68,7 +68,7 @@ NEAR = {
     "engine/stop.py": ("train", "interruptions"),
     "engine/tensors.py": ("huggingface",),
     "engine/threads.py": ("machine",),
-    "engine/tokenizer_json.py": ("tokenizer", "huggingface"),
+    "engine/tokenizer_json.py": ("tokenizer", "chat_template", "huggingface"),
     "engine/vocabulary.py": ("tokenizer", "mistakes"),
 }
 
