@@ -53,7 +53,7 @@ NEAR = {
     "pick.py": ("generate", "sample"),
     "sample.py": ("endings",),
     "prepare.py": ("splits", "kept", "mistakes"),
-    "huggingface.py": ("mistakes",),
+    "huggingface.py": ("chat_template", "mistakes"),
     "engine/checkpoint.py": ("files", "lora", "kept", "sample", "train", "interruptions"),
     "engine/adopt.py": ("lora", "train"),
     "engine/encodings.py": ("encodings", "prepare"),
@@ -75,7 +75,7 @@ NEAR = {
     "engine/tables.py": ("rows", "prepare", "mistakes"),
     "engine/tensors.py": ("huggingface",),
     "engine/threads.py": ("machine",),
-    "engine/tokenizer_json.py": ("tokenizer", "huggingface"),
+    "engine/tokenizer_json.py": ("tokenizer", "chat_template", "huggingface"),
     "engine/vocabulary.py": ("tokenizer", "mistakes"),
 }
 
