@@ -12,7 +12,7 @@ Adam        The embedding of a rare token has tiny gradients, the head large one
             Both begin at zero, hence too small at first, and are divided by 1 - beta^step.
             arXiv:1412.6980
 AdamW       Weights that nothing pulls back grow and fit noise. w -= lr * decay * w pulls them back,
-            outside of Adam's quotient, which would undo it (arXiv:1711.05101). Only matrices decay:
+            apart from m / sqrt(v), whose division would cancel the pull (arXiv:1711.05101). Only matrices decay:
             a bias or a norm's weight is one number a channel and has little to overfit with, and a
             norm's weight, which begins at 1, would shrink what all layers behind it see.
 Muon        Adam treats a matrix as a list of numbers. Muon treats it as a map: see below.
