@@ -1,5 +1,9 @@
 """Text from a checkpoint: python sample.py out/small --prompt="def " --num_samples=3
 
+    --prompt="def "                     the model goes on where the prompt ends
+    --task=translate --prompt="A dog"   one question to a model that has learned from rows
+    --chat                              a conversation with such a model, in the terminal
+
 The command around generate.py. torch takes a second to load, so what needs it is imported where it
 is used: a mistake in the arguments is answered at once.
 """
@@ -24,7 +28,7 @@ Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
 
 # what can change in the middle of an interactive session
 CHANGEABLE = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-CHANGEABLE += ("num_samples", "stop", "seed")
+CHANGEABLE += ("num_samples", "beam", "stop", "seed", "system", "task")
 
 
 @dataclass
@@ -38,10 +42,15 @@ class Settings:
     top_k: Count = 0  # choose among the k likeliest tokens; 0 is all
     top_p: Share = 1.0  # choose among the likeliest tokens that together have this probability
     repetition_penalty: Penalty = 1.0  # above 1, tokens of the context are less likely; try 1.2
-    num_samples: Samples = 1  # continuations of the same prompt
+    num_samples: Samples = 1  # continuations of the same prompt; a chat goes on with the first
+    beam: Samples = 1  # width of a beam search for the likeliest text, which is no sample; 1 is off
+    length_penalty: NotNegative = 0.6  # of beam search: higher makes longer answers win
     stop: Stops = ()  # end a sample before this text; may be given several times
     seed: int = 1  # same seed, same text
     interactive: bool = False  # ask for one prompt after another
+    chat: bool = False  # ask for one turn of a conversation after another
+    system: str = ""  # what a conversation begins with, as in "Answer in one sentence."
+    task: str = ""  # the prompt is a question for this task; with chat, the whole conversation
     quantize: Quantize = ""  # int8: weights of eight bits, on a CPU; faster, slightly higher loss
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of the weights and of matrix products
@@ -64,15 +73,21 @@ def __getattr__(name: str):
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Generate text from a checkpoint.", "run")
-    given = "left out when prompt_file is given"
-    talking = "left out in interactive mode"
-    settings.require(not (s.prompt and s.prompt_file), s, "prompt", given)
-    settings.require(not (s.prompt and s.interactive), s, "prompt", talking)
-    settings.require(not (s.prompt_file and s.interactive), s, "prompt_file", talking)
+    talking = s.interactive or s.chat
+    alone = "left out in a conversation (--interactive, --chat)"
+    settings.require(not (s.prompt and s.prompt_file), s, "prompt", "left out beside prompt_file")
+    settings.require(not (s.prompt and talking), s, "prompt", alone)
+    settings.require(not (s.prompt_file and talking), s, "prompt_file", alone)
+    settings.require(not s.system or s.chat or s.task, s, "system", "given with --chat or --task")
+    settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
+    asked = s.prompt or s.prompt_file or talking or not s.task
+    settings.require(asked, s, "prompt", "a question for --task, or give --interactive")
     prompt = s.prompt
     if s.prompt_file:
         file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")
         prompt = file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    if s.task:
+        prompt = prompt.removesuffix("\n")  # of the file, and not of the question
 
     from engine.checkpoint import find, load_weights
 
@@ -80,42 +95,92 @@ def main(argv: list[str]) -> None:
 
     from engine import inference, machine
 
-    here = machine.pick(s.device, s.dtype, "false", rows=s.num_samples)
+    if s.chat or s.task:
+        tokenizer.encode_row([], s.task)  # a model that has not learned from rows is refused
+    rows = max(s.num_samples, s.beam)
+    here = machine.pick(s.device, s.dtype, "false", rows=rows)
     model = model.eval().to(here.device, here.dtype)
-    machine.use_threads(s.threads, here, model, s.num_samples)
-    model = inference.ready(model, s.quantize, s.num_samples, parts=s.fast)
-    if s.interactive:
+    machine.use_threads(s.threads, here, model, rows)
+    model = inference.ready(model, s.quantize, rows, parts=s.fast)
+    if talking:
         converse(model, tokenizer, s)
     else:
-        write_samples(model, tokenizer, prompt, s)
+        echo = "" if s.task else prompt
+        write_samples(model, tokenizer, [turn("user", prompt)], s, echo)
 
 
-def write_samples(model, tokenizer, prompt: str, s: Settings, echo: bool = True) -> None:
-    """Prints continuations of `prompt`, behind it if `echo`: one as it comes, several in turn."""
-    from generate import TextStream, generate
+def turn(role: str, content: str) -> dict:
+    return dict(role=role, content=content)
 
-    tokens = tokenizer.encode_prompt(prompt)
-    limit = model.config.block_size
-    if len(tokens) > limit:
-        note = f"the prompt has {len(tokens)} tokens; only its last {limit} fit the context"
+
+def read(turns: list[dict], tokenizer, limit: int, s: Settings) -> list[int]:
+    """What a model of context `limit` goes on from: a conversation, or the last turn as plain text.
+
+    A conversation leaves a quarter of the context to the answer. So the oldest of `turns` are
+    removed, and of the last, if it is too long by itself, the front.
+    """
+    if not (s.chat or s.task):
+        tokens = tokenizer.encode_prompt(turns[-1]["content"])
+        if len(tokens) > limit:
+            note = f"the prompt has {len(tokens)} tokens; only its last {limit} fit the context"
+            print(note, file=sys.stderr)
+        return tokens
+    import numpy as np
+
+    from engine.packing import fit
+
+    before = [turn("system", s.system)] if s.system else []
+    room = limit - min(s.max_tokens, limit // 4)
+    there = len(turns)
+    tokens = tokenizer.encode_row(before + turns, s.task, open=True)
+    while len(tokens) > room and len(turns) > 1:
+        del turns[:2]  # a question and its answer
+        tokens = tokenizer.encode_row(before + turns, s.task, open=True)
+    if len(turns) < there:
+        gone = f"the first {there - len(turns)} turns are forgotten"
+        print(f"(the context of {limit} tokens is full: {gone})", file=sys.stderr)
+    if len(tokens) > room:
+        note = f"the prompt makes {len(tokens)} tokens; only the last {room} or so fit the context"
         print(note, file=sys.stderr)
-    steps = generate(
-        model,
-        tokens,
-        s.max_tokens,
-        num_samples=s.num_samples,
-        seed=s.seed,
-        repetition_penalty=s.repetition_penalty,
-        unused=tokenizer.unused,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-    )
-    streams = [TextStream(tokenizer, s.stop) for _ in range(s.num_samples)]
-    texts = [prompt if echo else ""] * s.num_samples
-    alone = s.num_samples == 1
+        tokens = fit(np.array(tokens), room, tokenizer.markers).tolist()
+    return tokens
+
+
+def write_samples(model, tokenizer, turns: list[dict], s: Settings, echo: str = "") -> str:
+    """Prints, behind `echo`, what follows `turns`: one sample as it comes, or several in turn.
+
+    Returns the first.
+    """
+    from generate import TextStream, beam, generate
+
+    limit = model.config.block_size
+    tokens = read(turns, tokenizer, limit, s)
+    most = s.max_tokens
+    if s.chat or s.task:  # an answer ends with the context; free text goes on, see generate
+        most = min(most, limit + 1 - len(tokens))
+    if s.beam > 1:
+        best = beam(model, tokenizer, tokens, most, s.beam, s.length_penalty) if most else []
+        steps = ([token] for token in best)
+    else:
+        steps = generate(
+            model,
+            tokens,
+            most,
+            num_samples=s.num_samples,
+            seed=s.seed,
+            repetition_penalty=s.repetition_penalty,
+            unused=tokenizer.unused,
+            markers=tokenizer.markers,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+        )
+    count = 1 if s.beam > 1 else s.num_samples
+    streams = [TextStream(tokenizer, s.stop) for _ in range(count)]
+    texts = [""] * count
+    alone = count == 1
     if alone:
-        print(texts[0], end="", flush=True)
+        print(echo, end="", flush=True)
     for new in steps:
         for i, stream in enumerate(streams):
             text = stream.feed(new[i])
@@ -125,23 +190,34 @@ def write_samples(model, tokenizer, prompt: str, s: Settings, echo: bool = True)
         if all(stream.done for stream in streams):
             break
     for i, stream in enumerate(streams):
-        text = stream.end()
-        print(text if alone else f"--- sample {i + 1} of {s.num_samples}\n{texts[i]}{text}")
+        rest = stream.end()
+        texts[i] += rest
+        print(rest if alone else f"--- sample {i + 1} of {count}\n{echo}{texts[i]}")
     for i, stream in enumerate(streams, start=1):
         if stream.stopped_by:
             who = "" if alone else f"sample {i} "
             print(f"({who}stopped before {stream.stopped_by!r})", file=sys.stderr)
+    return texts[0]
 
 
 def converse(model, tokenizer, s: Settings) -> None:
-    """Answers one prompt after another; a line that begins with / changes a setting."""
+    """Answers one line after another; a line that begins with / changes a setting.
+
+    With --chat what was said before counts, up to /reset. An answer that was stopped was not said.
+    """
     print("Type a prompt, or /help. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    said: list[dict] = []
     for line in console.lines():
         try:
-            if line.startswith("/"):
+            if line == "/reset":
+                said = []
+            elif line.startswith("/"):
                 s = changed(s, line)
             else:
-                write_samples(model, tokenizer, line, s, echo=False)
+                turns = [*said, turn("user", line)]
+                answer = write_samples(model, tokenizer, turns, s)
+                if s.chat:
+                    said = [*turns, turn("assistant", answer)]
         except KeyboardInterrupt:
             print()
         except ValueError as e:
@@ -159,6 +235,8 @@ def changed(s: Settings, line: str) -> Settings:
         raise ValueError(f"/{name} cannot be changed here: /help tells what can")
     values = (f"{name}={getattr(s, name)!r}" for name in CHANGEABLE)
     print("settings, as in /temperature 0.5:", *values, file=sys.stderr)
+    if s.chat and name == "help":
+        print("/reset forgets what was said", file=sys.stderr)
     return s
 
 

@@ -28,6 +28,7 @@ import shlex
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,6 +39,7 @@ from engine.stop import Stop
 from shape import GPTConfig
 
 START = time.monotonic()
+SHOWN = 3  # rows that are answered at the end
 Rate = Annotated[float, Bound("from 0 to 1000", lambda x: 0 <= x <= 1000)]
 
 
@@ -64,8 +66,8 @@ class Settings:
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
 
     # the optimization: see optim.py. The rates are those of kellerjordan.github.io/posts/muon and
-    # of nanochat, which uses it too, for the default shape. Muon's update of a matrix has the
-    # size of an orthogonal one, and a fresh matrix that of two: 0.02 is a hundredth of it. AdamW
+    # of nanochat, which uses it too, for the default shape. Muon's update stretches
+    # every vector by the rate, a fresh matrix some by up to 2: 0.02 is a hundredth of it. AdamW
     # moves each number by at most about its rate: 0.3 for embeddings, whose numbers are near 1,
     # little for the head, which begins at zero. With adamw, lr is for all, and about 0.001 fits
     steps: Positive = 1000  # updates
@@ -236,7 +238,7 @@ def windows_in_a_pass(share: int, s: Settings) -> int:
 
 
 def show_result(model, data, s: Settings, run) -> None:
-    """Prints how good the best checkpoint is, beside general compressors, and a sample."""
+    """Prints how good the best checkpoint is, beside general compressors, and what it writes."""
     import torch
 
     import sample
@@ -244,12 +246,21 @@ def show_result(model, data, s: Settings, run) -> None:
 
     run.stop.at_once = True  # all is saved
     run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
-    if s.sample_tokens:
+    torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
+    picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
+    if s.sample_tokens and data.kind == "text":
         print("\na sample, by the weights of the last step:\n")
-        torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
-        picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
-        sample.write_samples(model.eval(), data.tokenizer, s.sample_prompt, picked)
-    print(f"\nnext: python sample.py {s.out} --prompt={shlex.quote(s.sample_prompt)}")
+        begin = [sample.turn("user", s.sample_prompt)]
+        sample.write_samples(model.eval(), data.tokenizer, begin, picked, echo=s.sample_prompt)
+    elif s.sample_tokens:
+        print("\nwhat the weights of the last step answer to rows that they have not seen:")
+        for ids in islice(data.split("val").rows(), SHOWN):
+            task, turns = data.tokenizer.decode_row(ids)
+            asked = replace(picked, task=task, chat=True, temperature=0)
+            print(f"\n{turns[-2]['content']}\n> ", end="")
+            sample.write_samples(model.eval(), data.tokenizer, turns[:-1], asked)
+    then = "--chat" if data.kind == "rows" else f"--prompt={shlex.quote(s.sample_prompt)}"
+    print(f"\nnext: python sample.py {s.out} {then}")
 
 
 def show_batch(s: Settings) -> int:

@@ -102,6 +102,8 @@ class Run:
         learned, held_out = (f"{data.split(name).tokens:,} tokens" for name in ("train", "val"))
         known = f"vocabulary {data.tokenizer.vocab_size:,}"
         here.say(f"data: {s.data}, {learned} to train on, {held_out} to validate, {known}")
+        if packed := data.split("train").describe(s.model.block_size, s.seed):
+            here.say(packed)
         number = torch.get_num_threads()
         self.circumstances = dict(  # what equal bits depend on, beside settings and data
             processes=here.world,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_ids_that_no_token_has_are_never_sampled(run, monkeypatch):
     tokenizer.unused = range(100, 200)
     seen = {}
     monkeypatch.setattr(generate, "generate", lambda *_, **how: seen.update(how) or iter(()))
-    sample.write_samples(model, tokenizer, "x", sample.Settings())
+    sample.write_samples(model, tokenizer, [sample.turn("user", "x")], sample.Settings())
     assert list(seen["unused"]) == list(range(100, 200))
 
 
@@ -197,6 +198,157 @@ def test_a_mistake_in_a_conversation_costs_a_sentence_and_not_the_session(run, c
         out, err = talk(capsys, monkeypatch, run, f"{typed}\none\n")
         assert sentence in err and out.strip()
     assert " temperature=0.8 " in talk(capsys, monkeypatch, run, "/help\n")[1]
+
+
+# --- rows: questions, tasks, chats
+
+A = "What is a token?"
+B = "And a byte?"
+
+
+@pytest.fixture
+def chat(monkeypatch):
+    """A model that has learned from rows, or so: it says what is in `says`, `asked` has the task
+    and the messages of each question."""
+    import engine.checkpoint
+    from model import GPT, GPTConfig
+    from tokenizer import bytes_tokenizer
+
+    tokenizer = bytes_tokenizer().extended(["sum", "translate"])
+    chat = SimpleNamespace(asked=[], says=["yes"], tokenizer=tokenizer, most=[])
+    shape = dict(n_layer=1, n_head=2, n_embd=16, block_size=128)
+    chat.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
+    chat.model.init_weights(0)
+
+    def answer(model, tokens, most, **how):
+        open_row = [*tokens, tokenizer.markers.end, tokenizer.end_of_text]
+        task, messages = tokenizer.decode_row(open_row)
+        chat.asked.append((task, [(m["role"], m["content"]) for m in messages[:-1]]))
+        chat.most.append((len(tokens), most))
+        said = chat.says[(len(chat.asked) - 1) % len(chat.says)]
+        rest = [*tokenizer.encode(said), tokenizer.markers.end, 65, 66]
+        return ([token] * how.get("num_samples", 1) for token in rest)
+
+    monkeypatch.setattr(engine.checkpoint, "find", lambda *_: "run")
+    monkeypatch.setattr(
+        engine.checkpoint, "load_weights", lambda _: (chat.model, chat.tokenizer, {})
+    )
+    chat.generate = generate.generate
+    monkeypatch.setattr(generate, "generate", answer)
+    return chat
+
+
+def chatting(capsys, monkeypatch, typed: str, *argv) -> tuple[str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    sample.main(["run", "--chat", *argv])
+    return capsys.readouterr()
+
+
+def test_a_chat_remembers_what_was_said(chat, capsys, monkeypatch):
+    chat.says = ["a number", "a smaller one"]
+    out, err = chatting(capsys, monkeypatch, f"{A}\n{B}\n")
+    assert out == "a number\na smaller one\n"
+    first = [("user", A)]
+    second = [*first, ("assistant", "a number"), ("user", B)]
+    assert chat.asked == [("", first), ("", second)]
+    assert "forgotten" not in err
+
+
+def test_reset_system_and_task(chat, capsys, monkeypatch):
+    typed = f"{A}\n/reset\n{B}\n/task translate\n/system\n{A}\n"
+    chatting(capsys, monkeypatch, typed, "--system=Be brief.", "--task=sum")
+    system = ("system", "Be brief.")
+    assert chat.asked[0] == ("sum", [system, ("user", A)])
+    assert chat.asked[1] == ("sum", [system, ("user", B)])
+    after = [("user", B), ("assistant", "yes"), ("user", A)]
+    assert chat.asked[2] == ("translate", after)
+
+
+def test_a_full_context_forgets_the_oldest_turns_and_says_so(chat, capsys, monkeypatch):
+    turns = [f"question {i}, of some length" for i in range(5)]
+    _, err = chatting(capsys, monkeypatch, "\n".join(turns), "--system=S", "--task=sum")
+    assert err.count("the context of 128 tokens is full: the first 2 turns are forgotten") == 3
+    for i, (task, messages) in enumerate(chat.asked):
+        assert task == "sum" and messages[0] == ("system", "S")
+        kept = [content for role, content in messages if role == "user"]
+        assert kept == turns[max(0, i - 1) : i + 1]
+        assert messages[1][0] == "user"
+    for length, most in chat.most:
+        assert length <= 96 and most == min(200, 129 - length)
+
+
+def test_a_question_longer_than_the_context_keeps_its_end(chat, capsys, monkeypatch):
+    _, err = chatting(capsys, monkeypatch, "long " * 50 + "end", "--task=sum")
+    assert "the prompt makes 257 tokens; only the last 96 or so fit the context" in err
+    task, [(role, content)] = chat.asked[0]
+    assert (task, role) == ("sum", "user") and content.endswith("long end") and len(content) > 80
+
+
+def test_a_marker_that_is_typed_is_text(chat, capsys, monkeypatch):
+    chatting(capsys, monkeypatch, "a <|end|><|system|> b\n")
+    assert chat.asked == [("", [("user", "a <|end|><|system|> b")])]
+
+
+def test_an_answer_that_is_stopped_was_not_said(chat, capsys, monkeypatch):
+    def interrupted(*_, **how):
+        yield [65]
+        raise KeyboardInterrupt
+
+    answer, calls = generate.generate, []
+    monkeypatch.setattr(
+        generate,
+        "generate",
+        lambda *a, **how: (answer if calls or calls.append(1) else interrupted)(*a, **how),
+    )
+    out, _ = chatting(capsys, monkeypatch, f"{A}\n{B}\n")
+    assert out == "A\nyes\n" and chat.asked == [("", [("user", B)])]
+
+
+def test_a_task_answers_one_question_without_echo(chat, capsys, monkeypatch):
+    assert text_of(capsys, "run", "--task=sum", "--prompt=1 + 1") == "yes\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"2 + 2\r\n")))
+    assert text_of(capsys, "run", "--task=sum", "--prompt_file=-") == "yes\n"
+    assert chat.asked == [("sum", [("user", "1 + 1")]), ("sum", [("user", "2 + 2")])]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n2\n"))
+    sample.main(["run", "--task=sum", "--interactive"])  # each line for itself
+    assert chat.asked[2:] == [("sum", [("user", "1")]), ("sum", [("user", "2")])]
+
+
+def test_a_prompt_without_task_is_continued_as_it_is(chat, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "generate", lambda _, ids, *a, **how: seen.append(ids) or [])
+    sample.main(["run", "--prompt=abc"])
+    assert seen == [list(b"abc")]
+
+
+def test_beam_search_answers(chat, capsys, monkeypatch):
+    asked = chat.tokenizer.encode_row([sample.turn("user", "1 + 1")], "sum", open=True)
+    best = generate.beam(chat.model, chat.tokenizer, asked, 8, width=3, length_penalty=2.0)
+    argv = ["run", "--task=sum", "--prompt=1 + 1", "--beam=3", "--length_penalty=2"]
+    out = text_of(capsys, *argv, "--max_tokens=8")
+    assert out == chat.tokenizer.decode(best) + "\n" and not chat.asked
+    assert text_of(capsys, *argv, "--max_tokens=0") == "\n"
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--chat", "--prompt=x"], "prompt='x' should be left out in a conversation"),
+        (["--system=x"], "system='x' should be given with --chat or --task"),
+        (["--beam=2", "--num_samples=2"], "num_samples=2 should be 1 with --beam"),
+        (["--task=sum"], "prompt='' should be a question for --task"),
+        (["--chat", "--task=smu"], "the vocabulary has no task 'smu': did you mean sum?"),
+    ],
+)
+def test_mistakes_with_rows(chat, argv, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        sample.main(["run", *argv])
+
+
+def test_a_model_without_markers_is_refused_with_the_remedy(run):
+    for argv in (["--chat"], ["--task=sum", "--prompt=x"]):
+        with pytest.raises(ValueError, match="has no markers for conversations: train on rows"):
+            sample.main([str(run), *argv])
 
 
 class Terminal:
