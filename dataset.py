@@ -17,8 +17,8 @@ one, 3 4 5 6: after 2 comes 3, after 2 3 comes 4, and so on: four exercises in o
 Neighbours share their border token: it is the last target of one and the first input of the next,
 so every token of the windows but the very first is a target once. Each epoch begins at another
 random phase, so that the cuts fall elsewhere, and takes its windows in another random order.
-Without replacement: drawn at random each time, after as many windows as there are a third (1/e)
-would not have been seen at all.
+If each window were drawn at random instead, an epoch's worth of draws would miss a third of them
+(1/e).
 
 **Rows**, such as questions with their answers, are not cut. A window is packed with whole ones, all
 of one task, and filled up with end-of-text (.):
@@ -32,7 +32,7 @@ Nothing of this is state to be saved. The update of step 1000 with 32 rows learn
 999 * 32 = 31,968 to 31,999 of the endless sequence of epochs (999 updates came before). If an epoch
 has 9,000, that is epoch 31,968 // 9,000 = 3, positions 31,968 - 3 * 9,000 = 4,968 to 4,999 in the
 order that (seed, 3) gives. Rank 1 of 4 takes the second eight. `--show_batch=1000` prints them.
-Which task a window of several is of is a function of its number, too: see `turns`.
+With several tasks, the number of a window also decides which task it is of: see `turns`.
 """
 
 import hashlib

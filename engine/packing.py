@@ -182,10 +182,10 @@ def turns(shares: list[float], first: int, last: int) -> list[tuple[int, int]]:
     """For each window from `first` to `last` - 1 of an endless sequence the part that it belongs
     to, and how many of that part's came before.
 
-    Each goes to the part that is most behind its share s: with n windows so far, to the one with
-    the least (n + 1/2) / s. Nobody has to go through all that came before, since part k gets its
-    window n at the time (n + 1/2) / s, and by the time t all have got t, give or take half a window
-    each. So it is enough to sort the windows around those that are wanted.
+    Each goes to the part that is furthest behind its share s: that with the least (n + 1/2) / s, if
+    it has had n windows so far. Nobody has to go through all that came before, since part k gets
+    its window n at the time (n + 1/2) / s, and by the time t all have got t, give or take half a
+    window each. So it is enough to sort the windows around those that are wanted.
     """
     some = [k for k, share in enumerate(shares) if share > 0]
     near = len(some) + 1
