@@ -296,7 +296,7 @@ def check(s: Settings) -> None:
     whole = f"a multiple of block_size={s.model.block_size}{processes}, such as {near}"
     begin = Path(s.init_from).resolve()
     itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
-    public = not (Path(s.data) / "meta.json").exists()
+    public = not all((Path(name) / "meta.json").exists() for name in s.data.split(","))
     another = f"another run than out={s.out!r}: choose another --out"
     settings.require(s.batch_tokens % rows == 0, s, "batch_tokens", whole)
     settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
@@ -316,13 +316,14 @@ def main(argv: list[str]) -> int:
     s.out = s.out or f"out/{Path(s.config).stem}"
     check(s)
     stop = Stop()  # before torch is imported, which takes a second or more
-    missing = Path(s.data).name == "python" and not Path(s.data).exists()
-    if missing and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # other ranks wait when all meet
-        from prepare import Settings as Preparation
-        from prepare import prepare
+    for name in s.data.split(","):
+        missing = Path(name).name == "python" and not Path(name).exists()
+        if missing and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # other ranks wait when all meet
+            from prepare import Settings as Preparation
+            from prepare import prepare
 
-        # a small vocabulary: a small model has no weights to spare for rare tokens
-        prepare(Preparation(source=("python",), out=s.data, vocab_size=2048))
+            # a small vocabulary: a small model has no weights to spare for rare tokens
+            prepare(Preparation(source=("python",), out=name, vocab_size=2048))
     if s.show_batch:
         return show_batch(s)
     if s.eval_only:
