@@ -16,7 +16,7 @@ class KVCache:
     with these stored, only the new token passes through the layers, and looks back at S of them. It
     costs memory for 2 n_layer K D S numbers. Each row is a slot for a text, of any length:
 
-        slot 0   A l l . m e n      lengths 7, 2, 0: a mask hides what is left behind a text's end,
+        slot 0   A l l _ m e n      lengths 7, 2, 0: a mask hides what is left behind a text's end,
         slot 1   N o - - - - -      from the text that had the slot before
         slot 2   - - - - - - -
 

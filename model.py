@@ -413,7 +413,8 @@ def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) 
 
     Each output is a sum over `inputs` terms: weights of variance 1 / inputs keep its size. A
     `residual` layer, the last of a branch, begins at zero: then every block begins as the identity,
-    however many there are (arXiv:1901.09321). It learns all the same, since the gradient of W is
+    and the sum of many random branches does not drown what the embedding says, however many there
+    are (arXiv:1901.09321). It learns all the same, since the gradient of W is
     its input times what comes back. With a head that begins at zero, too, nothing comes back
     through what is still zero, so
 

@@ -8,13 +8,13 @@ Nesterov    m lags behind. (1 - beta) * g + beta * m counts the newest gradient 
 Adam        The embedding of a rare token has tiny gradients, the head large ones, and one rate
             cannot serve both. Adam keeps a second moment, v = beta2 * v + (1 - beta2) * g^2, and
             moves each weight by lr * m / (sqrt(v) + eps): by about lr where the gradients agree,
-            whatever their size, and by less where they contradict each other.
-            Both begin at zero, hence too small at first, and are divided by 1 - beta^step.
-            arXiv:1412.6980
+            whatever their size, and by less where they contradict each other. Both begin at zero,
+            hence too small at first, and are divided by 1 - beta^step. arXiv:1412.6980
 AdamW       Weights that nothing pulls back grow and fit noise. w -= lr * decay * w pulls them back,
-            outside of Adam's quotient, which would undo it (arXiv:1711.05101). Only matrices decay:
-            a bias or a norm's weight is one number a channel and has little to overfit with, and a
-            norm's weight, which begins at 1, would shrink what all layers behind it see.
+            apart from m / sqrt(v), whose division would cancel the pull (arXiv:1711.05101). Only
+            matrices decay: a bias or a norm's weight is one number a channel and has little to
+            overfit with, and a norm's weight, which begins at 1, would shrink what all layers
+            behind it see.
 Muon        Adam treats a matrix as a list of numbers. Muon treats it as a map: see below.
 
 Before the step, `update` in train.py clips the gradient and undoes loss scaling (`LossScale`).

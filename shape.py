@@ -18,8 +18,18 @@ Mask = Literal["causal", "prefix", "full"]
 
 @dataclass
 class GPTConfig:
-    """The defaults are the modern shape; config/gpt2.py has GPT-2's. Raises ValueError for a shape
-    that cannot be. What is 0 for "derived" is filled in."""
+    """The defaults are the modern shape; config/gpt2.py has GPT-2's. Published sizes:
+
+                       n_layer  n_embd  n_head  n_kv_head  mlp_dim  block_size  vocab_size
+        GPT-2               12     768      12         12     3072        1024       50257
+        GPT-2 XL            48    1600      25         25     6400        1024       50257
+        Llama 2 7B          32    4096      32         32    11008        4096       32000
+        Llama 3.1 8B        32    4096      32          8    14336      131072      128256
+        Qwen3 0.6B          28    1024      16          8     3072       40960      151936
+
+    (Qwen3's head_dim is 128; Llama's and Qwen's mlp is swiglu.) Raises ValueError for a shape that
+    cannot be. What is 0 for "derived" is filled in.
+    """
 
     vocab_size: int  # that of the tokenizer; without a default it is no setting of the command line
     block_size: Context = 256  # longest context, in tokens

@@ -66,8 +66,8 @@ class Settings:
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
 
     # the optimization: see optim.py. The rates are those of kellerjordan.github.io/posts/muon and
-    # of nanochat, which uses it too, for the default shape. Muon's update of a matrix has the
-    # size of an orthogonal one, and a fresh matrix that of two: 0.02 is a hundredth of it. AdamW
+    # of nanochat, which uses it too, for the default shape. Muon's update stretches
+    # every vector by the rate, a fresh matrix some by up to 2: 0.02 is a hundredth of it. AdamW
     # moves each number by at most about its rate: 0.3 for embeddings, whose numbers are near 1,
     # little for the head, which begins at zero. With adamw, lr is for all, and about 0.001 fits
     steps: Positive = 1000  # updates

@@ -5,9 +5,9 @@
 #     python sample.py out/questions --chat
 #
 # A few thousand rows are learned by heart long before they are understood: hence dropout, and an
-# end as soon as three evaluations in a row were no better than the best, which is kept. Weights that
-# have read a text of the same language know more to begin with: prepare.py --tokenizer=out/small and
-# train.py --init_from=out/small. What this does on different tasks: docs/tasks.md.
+# end as soon as three evaluations in a row were no better than the best, which is kept. Weights
+# that have read text of the same language know more to begin with: prepare.py
+# --tokenizer=out/small, train.py --init_from=out/small. What came of it: docs/tasks.md.
 
 data = "data/rows"
 

@@ -47,12 +47,13 @@ NEAR = {
     "cache.py": ("model", "generate", "inference"),
     "dataset.py": ("rows", "splits", "evaluate", "train"),
     "tokenizer.py": ("prepare", "huggingface"),
-    "evaluate.py": ("splits", "updates", "train"),
+    "evaluate.py": ("exam", "splits", "updates", "train"),
+    "grading.py": ("exam",),
     "generate.py": ("endings", "sample"),
     "pick.py": ("generate", "sample"),
     "sample.py": ("endings",),
     "prepare.py": ("splits", "kept", "mistakes"),
-    "huggingface.py": ("mistakes",),
+    "huggingface.py": ("chat_template", "mistakes"),
     "engine/checkpoint.py": ("files", "lora", "kept", "sample", "train", "interruptions"),
     "engine/adopt.py": ("lora", "train"),
     "engine/encodings.py": ("encodings", "prepare"),
@@ -74,9 +75,13 @@ NEAR = {
     "engine/tables.py": ("rows", "prepare", "mistakes"),
     "engine/tensors.py": ("huggingface",),
     "engine/threads.py": ("machine",),
-    "engine/tokenizer_json.py": ("tokenizer", "huggingface"),
+    "engine/tokenizer_json.py": ("tokenizer", "chat_template", "huggingface"),
     "engine/vocabulary.py": ("tokenizer", "mistakes"),
 }
+
+
+for task in ("__init__", "docstrings", "facts", "library", "modules", "numbers", "sums"):
+    NEAR[f"tasks/{task}.py"] = ("tasks",)
 
 
 class Mutant(NamedTuple):

@@ -569,7 +569,7 @@ MISTAKES = {
     "text and rows": (["a.txt", X], ["both text and rows", "--data"],
                       lambda: (write("a.txt", "text " * 99)(), write(X, lines(GOOD))())),
     "rows and text": ([X], ["line 2", "text"], write(X, lines(GOOD, dict(txt="hello")))),
-    "too few rows": ([X], ["val", "--val=0"], write(X, lines(GOOD))),
+    "too few rows": ([X], ["--val"], write(X, lines(GOOD))),
     "nothing but a test": ([f"test={X}"], ["nothing is left to train on"], write(X, lines(GOOD))),
     "a test that asks what training asks": (
         [f"train={X}", f"test={X}", "--val=0"], ["nothing is left to train on"],
@@ -616,7 +616,7 @@ def test_bad_rows_are_left_out_if_that_is_asked_for(tmp_path, capsys):
         ("a=half", "'half'"),
         ("a=-1", "'-1'"),
         ("a", "''"),
-        ("a=1", "something left for b"),
+        ("a=1", "leave something for b"),
         ("a=0.9,b=0.9", "add up to 1"),
         ("a=0,b=0", "add up to 1"),
         ("temperature=0", "above 0"),
