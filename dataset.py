@@ -278,8 +278,9 @@ class Split:
     def rows(self) -> Iterator[list[int]]:
         """The ids of each row, in the order in which they were prepared."""
         for strip in self.strips:
-            for start, length in strip.rows(self.tokenizer.end_of_text)[0].tolist():
-                yield strip.read(start, length).tolist()
+            if strip.kind == "rows":
+                for place in strip.rows(self.tokenizer.end_of_text)[0].tolist():
+                    yield strip.read(*place).tolist()
 
     def bytes_of(self, tokens: np.ndarray) -> int:
         """How many bytes of text some of its tokens stand for; an end-of-text has none."""
