@@ -294,6 +294,11 @@ def test_a_limit_takes_rows_of_each_task_evenly(rows):
     ]
 
 
+def test_running_text_beside_rows_is_not_asked(rows, data):
+    mixed = exam.rows_of(Dataset(f"{data},{rows}").split("val"))
+    assert mixed == exam.rows_of(Dataset(str(rows)).split("val"))
+
+
 def test_a_prompt_that_is_too_long_loses_its_front_and_keeps_its_marker(run):
     model, tokenizer = load_model(str(run))
     row = Row("story", [dict(role="user", content="x" * 99 + "the end")], "")
