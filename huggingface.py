@@ -146,12 +146,11 @@ def export_model(source: str, s: Settings, target: Path) -> None:
     print(f"{target}: {path} as a {family.architecture}")
     if mask != "causal":
         print(TRUNK.format(mask))
-    cut = (tokenizer.encoding._pat_str, tokenizer.normalizer)
-    qwen = cut == (tokenizer_json.QWEN_SPLIT, "NFC") and not tokenizer.markers
-    if family is families.QWEN2 and not qwen:
+    if family is families.QWEN2:
         print(
             "AutoTokenizer (transformers 5) reads text for any Qwen2ForCausalLM as Qwen's own"
-            " tokenizer does: open this one with PreTrainedTokenizerFast",
+            " tokenizer does: if this is another, or has a chat template, open it with"
+            " PreTrainedTokenizerFast",
             file=sys.stderr,
         )
 

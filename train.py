@@ -61,6 +61,8 @@ class Settings:
     train_on: Literal["answers", "all"] = "answers"  # all: prompts, too, as GPT-1 did beside labels
     mix: str = ""  # how often each task: by size, temperature=2, or sums=0.5,text=0.2
     label_smoothing: BelowOne = 0.0  # this share of each target goes to all tokens alike
+    augment: BelowOne = 0.0  # this share of the tokens of prompts is changed: see robust.py
+    adversarial: NotNegative = 0.0  # learn also from embeddings moved by this: see robust.py
 
     # the model: n_layer, n_embd and the others stand in shape.py; vocab_size is that of the data
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
@@ -174,6 +176,7 @@ def train(s: Settings, stop: Stop) -> int:
     from engine.run import Run
     from evaluate import evaluate
     from optim import LossScale, learning_rate, make_optimizers, set_rates
+    from robust import Adversarial, augment
 
     # 1. where it is computed, the folder it is kept in, the data
     here = machine.pick(s.device, s.dtype, s.compile)
@@ -197,6 +200,8 @@ def train(s: Settings, stop: Stop) -> int:
     if run.finished():
         return 0
     learner = machine.compiled(model, here, some) if here.compile else model  # the same weights
+    if s.adversarial:
+        learner = Adversarial(learner, s.adversarial)
 
     # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
     # the seed, and needs no memory of those before: so what is interrupted goes on as if it had not
@@ -206,6 +211,9 @@ def train(s: Settings, stop: Stop) -> int:
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
             batch = train_split.batch(step - 1, B, T, s.seed, here.rank, here.world)
+            if s.augment:
+                first = (step - 1) * B + here.rank * (B // here.world)
+                batch = augment(batch, data.tokenizer.markers, s.augment, s.seed, first)
             loss, norm = update(learner, optimizers, scale, batch, step, s, here)
             run.log(step, loss, s.lr * factor, norm)  # every log_every steps a row of metrics.jsonl
             run.save(step)  # every save_every steps: weights, optimizers, step, in a checkpoint

@@ -116,9 +116,9 @@ class Run:
             deterministic=s.deterministic,
             device_batch=s.device_batch,
         )
-        here.first_does(self.open_log)
         if self.step:
             checkpoint.load_optimizers(self.path, model, optimizers)
+        here.first_does(self.open_log)  # the first that changes anything
         threads = f"{number} thread{'s' if number > 1 else ''}"
         count = f"{model.num_parameters():,} parameters"
         here.say(f"model: {count}, {s.batch_tokens:,} tokens a step, {threads}")

@@ -28,12 +28,6 @@ BYTE = {character: b for b, character in SPELLING.items()}
 # the white space before it, a digit is then the end of the text.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}@| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-# Qwen's, that of Llama 3 but for digits, which are alone.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 LARGEST = 2**20  # ids: four times the largest vocabulary that is published
 
 

@@ -168,7 +168,7 @@ def test_who_exports_a_qwen2_that_talks_is_told_how_to_open_it(tmp_path, capsys)
     ours = tokenizer_of("bpe").extended([])
     plain = dict(norm_weight=True, embed_norm=False, qk_norm=False, logit_cap=0.0, mlp="swiglu")
     out = export(make_model(ours, **plain, qkv_bias=True), ours, tmp_path)
-    assert "open this one with PreTrainedTokenizerFast" in capsys.readouterr().err
+    assert "open it with PreTrainedTokenizerFast" in capsys.readouterr().err
     theirs = tf.PreTrainedTokenizerFast.from_pretrained(out)
     messages = [dict(role="user", content="<|end|>")]
     assert theirs.apply_chat_template(messages, return_dict=False) == ours.encode_row(messages)
