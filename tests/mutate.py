@@ -70,7 +70,7 @@ NEAR = {
     "engine/settings.py": ("mistakes",),
     "engine/shards.py": ("dataset", "splits", "prepare"),
     "engine/sources.py": ("prepare", "mistakes"),
-    "engine/spool.py": ("prepare", "splits"),
+    "engine/spool.py": ("prepare", "splits", "rows"),
     "engine/stop.py": ("train", "interruptions"),
     "engine/tables.py": ("rows", "prepare", "mistakes"),
     "engine/tensors.py": ("huggingface",),
