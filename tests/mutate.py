@@ -47,16 +47,11 @@ NEAR = {
     "cache.py": ("model", "generate", "inference"),
     "dataset.py": ("rows", "splits", "evaluate", "train"),
     "tokenizer.py": ("prepare", "huggingface"),
-<<<<<<< HEAD
     "evaluate.py": ("exam", "splits", "updates", "train"),
     "grading.py": ("exam",),
-    "generate.py": ("endings", "sample"),
-    "pick.py": ("generate", "sample"),
-=======
-    "evaluate.py": ("splits", "updates", "train"),
     "generate.py": ("endings", "inference", "sample"),
-    "pick.py": ("generate", "endings"),
->>>>>>> w-slots
+    "pick.py": ("generate", "endings", "sample"),
+    "robust.py": ("robust",),
     "sample.py": ("endings",),
     "prepare.py": ("splits", "kept", "mistakes"),
     "huggingface.py": ("chat_template", "mistakes"),
