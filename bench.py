@@ -2,6 +2,7 @@
 
     train     training steps of GPT-2's smallest shape, beside transformers (if installed)
     decode    text from that shape, one sequence and eight, beside transformers and CTranslate2
+    answers   1,000 answers at once and one by one, and training on rows and on running text
     prepare   the whole of prepare.py with GPT-2's vocabulary, beside tiktoken's own batch call
 
 Every figure comes from a process of its own. The variants take turns for `rounds` rounds, and the
@@ -12,34 +13,30 @@ to be had here (a library, a number type that the hardware would emulate) is lef
 
 import json
 import os
-import statistics
+import random
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Literal
 
 import peers
 from engine import settings
+from engine.measure import figure, in_turn, print_table, timed
 from engine.settings import Positive
 
-try:
-    import resource
-except ImportError:  # on Windows nobody tells the peak of memory
-    resource = None
-
 ROOT = Path(__file__).parent
-WARM_UP = 2  # calls in each measurement that do not count
 GPT2 = dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, embed_norm=False)
 GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
 
 
 @dataclass
 class Settings:
-    what: str = "train"  # train, decode or prepare
+    what: str = "train"  # train, decode, answers or prepare
     rounds: Positive = 3  # times that each variant runs, in a process of its own
     calls: Positive = 6  # in each of them, what is measured is done so often
     shape: Literal["gpt2", "modern"] = "gpt2"  # train, decode: ours; modern is train.py's default
@@ -47,10 +44,12 @@ class Settings:
     n_head: Positive = 12  # of that shape
     n_embd: Positive = 768  # of that shape
     vocab_size: Positive = 50257  # of that shape
+    block_size: Positive = 1024  # of that shape
     rows: Positive = 4  # train: sequences in a step
     length: Positive = 256  # train: tokens of a sequence
     fast: bool = True  # train, decode: false measures model.py itself
     tokens: Positive = 64  # decode: tokens to generate
+    answers: Positive = 1000  # answers: how many; the shape is that of config/small.py
     tokenizer: str = "gpt2"  # prepare: the vocabulary
     only: str = ""  # run this variant alone, in this process, and print its figures as JSON
 
@@ -65,53 +64,7 @@ def main(argv: list[str]) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(json.dumps(result))
         return
-    found: dict[str, list[dict]] = {name: [] for name in variants}
-    for number in range(s.rounds):
-        for name in list(found):
-            print(f"round {number + 1} of {s.rounds}: {name}", file=sys.stderr)
-            command = [sys.executable, __file__, *argv, f"--only={name}"]
-            done = subprocess.run(command, capture_output=True, encoding="utf-8")
-            if done.returncode == 0:
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-            else:
-                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-                print(f"  left out: {reason}", file=sys.stderr)
-                del found[name]
-    print_table(found)
-
-
-def print_table(found: dict[str, list[dict]]) -> None:
-    """Medians, a row a variant; the first row with the same unit is what ratios refer to."""
-    first: dict[str, float] = {}
-    print(f"{'variant':34} {'median':>10} {'unit':12} {'ratio':>6}  {'peak MB':>8}  more")
-    for name, runs in found.items():
-        value = statistics.median(run["value"] for run in runs)
-        unit, more = runs[0]["unit"], runs[0]["more"]
-        ratio = value / (first.setdefault(unit, value) or 1)
-        peaks = [run["peak_mb"] for run in runs]
-        peak = "-" if None in peaks else f"{statistics.median(peaks):,.0f}"
-        print(f"{name:34} {value:>10,.2f} {unit:12} {ratio:>6.2f}  {peak:>8}  {more}")
-
-
-def figure(value: float, unit: str, more: str = "") -> dict:
-    peak = None
-    if resource:
-        scale = 1e6 if sys.platform == "darwin" else 1e3  # ru_maxrss is in bytes there, else in kB
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
-    return dict(value=value, unit=unit, peak_mb=peak, more=more)
-
-
-def timed(s: Settings, function) -> float:
-    """The median duration of a call of `function`, in seconds, after a warm-up.
-
-    The calls are counted, not timed as a whole: several processes must agree on their number.
-    """
-    times = []
-    for _ in range(WARM_UP + s.calls):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[WARM_UP:])
+    print_table(in_turn(list(variants), s.rounds, [sys.executable, __file__, *argv]))
 
 
 def machine_for(dtype: str, products: bool = True):
@@ -126,8 +79,8 @@ def machine_for(dtype: str, products: bool = True):
 
 
 def dimensions(s: Settings) -> dict:
-    shape = dict(vocab_size=s.vocab_size, block_size=1024, n_layer=s.n_layer)
-    return shape | dict(n_head=s.n_head, n_embd=s.n_embd)
+    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+    return {name: getattr(s, name) for name in names}
 
 
 def our_model(s: Settings):
@@ -148,7 +101,7 @@ def matrix_product(s: Settings, dtype: str) -> dict:
     here = machine_for(dtype)
     n = 2048
     a, b = (torch.randn(n, n, device=here.device, dtype=here.dtype) for _ in range(2))
-    return figure(2 * n**3 / timed(s, lambda: (a @ b)[0, 0].item()) / 1e9, "GFLOP/s")
+    return figure(2 * n**3 / timed(s.calls, lambda: (a @ b)[0, 0].item()) / 1e9, "GFLOP/s")
 
 
 def memory_read(s: Settings) -> dict:
@@ -156,17 +109,22 @@ def memory_read(s: Settings) -> dict:
 
     # 256 MB, beyond any cache
     x = torch.ones(1 << 25, dtype=torch.int64, device=machine_for("float32").device)
-    return figure(x.nbytes / timed(s, lambda: x.sum().item()) / 1e9, "GB/s")
+    return figure(x.nbytes / timed(s.calls, lambda: x.sum().item()) / 1e9, "GB/s")
 
 
 # --- train
 
 
-def train(s: Settings, dtype: str, peer: bool = False) -> dict:
-    """Training steps, ours or of transformers: the model differs and nothing else."""
+def train(s: Settings, dtype: str, peer: bool = False, of_rows: bool = False) -> dict:
+    """Training steps, ours or of transformers: the model differs and nothing else.
+
+    `of_rows`: windows are packed with rows of 32 tokens, which do not see each other.
+    """
     import torch
 
+    from dataset import layout
     from engine import fast, machine
+    from tokenizer import Markers
 
     here = machine_for(dtype)
     machine.start(here, deterministic=False)
@@ -181,10 +139,17 @@ def train(s: Settings, dtype: str, peer: bool = False) -> dict:
     gradients.active = True
     x = torch.randint(s.vocab_size, (s.rows, s.length + 1), device=here.device)
     mean_loss = partial(peers.transformers_loss, model) if peer else model
+    markers = Markers(*range(s.vocab_size - 5, s.vocab_size))
+    if of_rows:
+        x[:, ::32] = markers.end_of_text
 
     def step() -> None:
+        tokens, targets, seen = x[:, :-1], x[:, 1:].contiguous(), {}
+        if of_rows:
+            where, mask = map(here.put, layout(tokens.cpu().numpy(), markers, "causal"))
+            seen = dict(positions=where, mask=mask)
         with here.autocast():
-            loss = mean_loss(x[:, :-1], x[:, 1:].contiguous()) / here.world
+            loss = mean_loss(tokens, targets, **seen) / here.world
         loss.backward()
         gradients.wait()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -192,10 +157,10 @@ def train(s: Settings, dtype: str, peer: bool = False) -> dict:
         optimizer.zero_grad()
         loss.item()
 
-    speed = s.rows * s.length * here.world / timed(s, step)
+    speed = s.rows * s.length * here.world / timed(s.calls, step)
     # products: 6 for each weight and token, but for rows that are only looked up: GPT-2's positions
     # (its tokens are the head as well), or our tokens; and attention's scores and sums
-    looked_up = (s.vocab_size if s.shape == "modern" else 1024) * s.n_embd
+    looked_up = (s.vocab_size if s.shape == "modern" else s.block_size) * s.n_embd
     weights = sum(p.numel() for p in parameters) - looked_up
     products = 6 * weights + 12 * s.n_layer * s.n_embd * s.length / 2
     return figure(speed, "tokens/s", f"{products * speed / 1e9:,.0f} GFLOP/s")
@@ -225,17 +190,59 @@ def decode(s: Settings, dtype: str, samples: int = 1, context: int = 1, quantize
         for _ in range(count):
             next(steps)
 
-    return figure(samples * count / timed(s, some), "tokens/s")
+    return figure(samples * count / timed(s.calls, some), "tokens/s")
 
 
 def decode_transformers(s: Settings, dtype: str) -> dict:
     run = peers.transformers_decoder(dimensions(s), s.tokens, machine_for(dtype))
-    return figure(s.tokens / timed(s, run), "tokens/s")
+    return figure(s.tokens / timed(s.calls, run), "tokens/s")
 
 
 def decode_ctranslate2(s: Settings, dtype: str) -> dict:
     run = peers.ctranslate2_decoder(dimensions(s), s.tokens, dtype)
-    return figure(s.tokens / timed(s, run), "tokens/s")
+    return figure(s.tokens / timed(s.calls, run), "tokens/s")
+
+
+# --- answers: the model of config/small.py, with the markers of rows
+
+SMALL = dict(shape="modern", n_layer=4, n_head=4, n_embd=128, vocab_size=2053, block_size=256)
+SMALL |= dict(rows=6, length=256)
+MOST = 64  # tokens of an answer
+ONE_IN = 24  # tokens that end an answer: one in so many, so that lengths differ
+
+
+def learn(s: Settings, of_rows: bool) -> dict:
+    return train(replace(s, **SMALL), "auto", of_rows=of_rows)
+
+
+def answer(s: Settings, slots: int) -> dict:
+    """Sampled answers to prompts of 8 to 40 tokens: `slots` at once, or one by one."""
+    from engine import machine
+    from engine.inference import ready
+    from generate import answers, generate
+
+    s = replace(s, **SMALL)
+    here = machine.pick()
+    model = our_model(s).eval().to(here.device, here.dtype)
+    machine.use_threads("auto", here, model, slots)
+    model = ready(model, rows=slots, parts=s.fast)
+    words = SimpleNamespace(unused=[], markers=None, ends=range(0, s.vocab_size, ONE_IN))
+    rng = random.Random(0)
+    lengths = [rng.randint(8, 40) for _ in range(s.answers)]
+    prompts = [rng.choices(range(s.vocab_size), k=length) for length in lengths]
+
+    def write(prompts: list[list[int]]) -> None:
+        if slots > 1:
+            list(answers(model, words, prompts, MOST, slots=slots))
+        for prompt in prompts if slots == 1 else ():
+            for (token,) in generate(model, prompt, MOST):
+                if token in words.ends:
+                    break
+
+    write(prompts[: 2 * slots])  # a warm-up
+    start = time.perf_counter()
+    write(prompts)
+    return figure(s.answers / (time.perf_counter() - start), "answers/s")
 
 
 # --- prepare
@@ -291,6 +298,12 @@ VARIANTS = {
     | in_both("transformers", decode_transformers)
     | {"CTranslate2, float32": partial(decode_ctranslate2, dtype="float32")}
     | {"CTranslate2, int8": partial(decode_ctranslate2, dtype="int8")},
+    "answers": {
+        "one by one": partial(answer, slots=1),
+        "32 at once": partial(answer, slots=32),
+        "training, running text": partial(learn, of_rows=False),
+        "training, rows": partial(learn, of_rows=True),
+    },
     "prepare": {"ours": encode, "tiktoken": encode_tiktoken},
 }
 

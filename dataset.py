@@ -17,8 +17,8 @@ one, 3 4 5 6: after 2 comes 3, after 2 3 comes 4, and so on: four exercises in o
 Neighbours share their border token: it is the last target of one and the first input of the next,
 so every token of the windows but the very first is a target once. Each epoch begins at another
 random phase, so that the cuts fall elsewhere, and takes its windows in another random order.
-Without replacement: drawn at random each time, after as many windows as there are a third (1/e)
-would not have been seen at all.
+If each window were drawn at random instead, an epoch's worth of draws would miss a third of them
+(1/e).
 
 **Rows**, such as questions with their answers, are not cut. A window is packed with whole ones, all
 of one task, and filled up with end-of-text (.):
@@ -32,11 +32,10 @@ Nothing of this is state to be saved. The update of step 1000 with 32 rows learn
 999 * 32 = 31,968 to 31,999 of the endless sequence of epochs (999 updates came before). If an epoch
 has 9,000, that is epoch 31,968 // 9,000 = 3, positions 31,968 - 3 * 9,000 = 4,968 to 4,999 in the
 order that (seed, 3) gives. Rank 1 of 4 takes the second eight. `--show_batch=1000` prints them.
-Which task a window of several is of is a function of its number, too: see `turns`.
+With several tasks, the number of a window also decides which task it is of: see `turns`.
 """
 
 import hashlib
-import shlex
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -44,10 +43,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.packing import Rows, shares, turns
+from engine.packing import Rows, describe, shares, tasks_of, turns
 from engine.prepared import Folder
 from engine.shards import ShardWriter, Strip, open_shard
-from tokenizer import Markers, Tokenizer, find_tokenizer
+from tokenizer import Markers, Tokenizer
 
 __all__ = ["IGNORE", "Batch", "Dataset", "ShardWriter", "Split", "layout"]
 IGNORE = -100  # a target that does not count
@@ -82,8 +81,7 @@ def layout(tokens: np.ndarray, markers: Markers, policy: str) -> tuple[np.ndarra
                 e 1 1 1 1 1            e 1 1 1 1 1          e 1 1 1 1 1
     """
     at = np.arange(tokens.shape[1])
-    begins = np.ones(tokens.shape, bool)
-    begins[:, 1:] = tokens[:, :-1] == markers.end_of_text
+    begins = first_of_row(tokens, markers)
     row = begins.cumsum(1)  # 1 1 1 2 2 ...
     positions = at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
     mask = row[:, :, None] == row[:, None, :]
@@ -105,9 +103,7 @@ def counted(tokens: np.ndarray, markers: Markers, train_on: str) -> np.ndarray:
     """Which tokens of packed windows are to be predicted, (B, T) bool: those of "answers", from
     behind `<|assistant|>` to its `<|end|>`, or "all" of a row but its first marker."""
     if train_on == "all":
-        begins = np.ones(tokens.shape, bool)
-        begins[:, 1:] = tokens[:, :-1] == markers.end_of_text
-        return ~begins
+        return ~first_of_row(tokens, markers)
     at = np.arange(tokens.shape[1])
     begun = np.maximum.accumulate(np.where(tokens == markers.assistant, at, -1), axis=1)
     ended = np.maximum.accumulate(np.where(tokens == markers.end, at, -1), axis=1)
@@ -116,8 +112,18 @@ def counted(tokens: np.ndarray, markers: Markers, train_on: str) -> np.ndarray:
     return inside
 
 
+def first_of_row(tokens: np.ndarray, markers: Markers) -> np.ndarray:
+    begins = np.ones(tokens.shape, bool)
+    begins[:, 1:] = tokens[:, :-1] == markers.end_of_text
+    return begins
+
+
 class Text:
-    """Running text as a part of a split: its windows are cut anew in each epoch."""
+    """Running text as a part of a split: its windows are cut anew in each epoch.
+
+    Windows go by where they start. `Rows` in engine/packing.py, the rows of one task, has the same
+    methods; there windows are lists of rows.
+    """
 
     task = "text"
 
@@ -125,24 +131,25 @@ class Text:
         self.strip = strip
 
     def per_epoch(self, block_size: int, seed: int) -> int:
+        """The number of windows that are learned from in an epoch."""
         return windows_per_epoch(self.strip.tokens, block_size)
 
-    def window(self, number: int, block_size: int, seed: int) -> np.ndarray:
-        """Window `number` of the endless sequence of epochs, (block_size + 1) tokens."""
-        epoch, position = divmod(number, self.per_epoch(block_size, seed))
-        start = epoch_order(self.strip.tokens, block_size, seed, epoch)[position]
-        return self.strip.read(int(start), block_size + 1)
+    def epoch(self, number: int, block_size: int, seed: int) -> np.ndarray:
+        """They, in the order of this epoch."""
+        return epoch_order(self.strip.tokens, block_size, seed, number)
 
     def in_order(self, block_size: int) -> range:
-        """Where the windows start that cover the text once; the last one may be short."""
+        """The windows that cover all of it once, for evaluation; the last one may be short."""
         return range(0, self.strip.tokens - 1, block_size)
 
-    def exam(self, start: int, block_size: int) -> np.ndarray:
-        """The window that starts there, filled up with IGNORE."""
-        tokens = self.strip.read(start, block_size + 1)
-        return np.pad(tokens, (0, block_size + 1 - len(tokens)), constant_values=IGNORE)
+    def read(self, window: int, block_size: int) -> np.ndarray:
+        """The (block_size + 1) tokens of a window; IGNORE is what a short one lacks."""
+        tokens = self.strip.read(int(window), block_size + 1)
+        lacks = np.full(block_size + 1 - len(tokens), IGNORE)
+        return np.concatenate([tokens, lacks])
 
     def require(self, block_size: int) -> None:
+        """Raises ValueError if there is too little for a window."""
         if self.strip.tokens <= block_size:
             raise ValueError(
                 f"the split {self.strip.paths[0].parent} has {self.strip.tokens} tokens, but a"
@@ -187,20 +194,7 @@ class Split:
         self.text_bytes = None if None in sizes else sum(sizes)
         self.parts: list[Text | Rows] = []
         for strip in strips:
-            self.parts += [Text(strip)] if strip.kind == "text" else self.tasks_of(strip)
-        self.shares = lru_cache(self.shares)
-
-    def tasks_of(self, strip: Strip) -> list[Rows]:
-        """The rows of each task, which their first token tells; those without one are "rows"."""
-        rows, firsts = strip.rows(self.tokenizer.end_of_text)
-        names = {i: task for task, i in self.tokenizer.tasks().items()}
-        tasks: dict[str, list[int]] = {}
-        for i in np.unique(firsts).tolist():
-            tasks.setdefault(names.get(i, "rows"), []).append(i)
-        return [
-            Rows(strip, task, rows[np.isin(firsts, ids)], self.tokenizer.markers)
-            for task, ids in tasks.items()
-        ]
+            self.parts += [Text(strip)] if strip.kind == "text" else tasks_of(strip, tokenizer)
 
     def require(self, block_size: int) -> None:
         """Raises ValueError if a part has nothing for a window of `block_size` + 1 tokens."""
@@ -210,22 +204,7 @@ class Split:
     def describe(self, block_size: int, seed: int) -> str:
         """One line about how rows are packed, and what they lose; empty for text."""
         parts = [part for part in self.parts if isinstance(part, Rows)]
-        if not parts:
-            return ""
-        windows = sum(part.per_epoch(block_size, seed) for part in parts)
-        lengths = np.concatenate([part.lengths(block_size) for part in parts])
-        whole = np.concatenate([part.rows[:, 1] for part in parts])
-        dropped = int((lengths == 0).sum())
-        cut = int((lengths < whole).sum()) - dropped
-        filled = lengths.sum() / (windows * (block_size + 1))
-        line = f"rows: {len(whole):,} in {windows:,} windows, {filled:.1%} of positions filled"
-        if cut:
-            line += f"; {cut:,} lose the front of their prompt"
-        if dropped:
-            line += f"; {dropped:,} are left out, as their answer is too long"
-        if cut or dropped:
-            line += f" for block_size={block_size}"
-        return line
+        return describe(parts, block_size, seed) if parts else ""
 
     def shares(self, block_size: int, seed: int) -> list[float]:
         """How much of all windows each part gets."""
@@ -242,9 +221,13 @@ class Split:
         """
         share = rows // world
         first = step * rows + rank * share
-        order = turns(self.shares(block_size, seed), first, first + share)
-        windows = [(self.parts[k], n) for k, n in order]
-        return self.of([(part, part.window(n, block_size, seed)) for part, n in windows])
+        windows = []
+        for k, number in turns(self.shares(block_size, seed), first, first + share):
+            part = self.parts[k]
+            epoch, position = divmod(number, part.per_epoch(block_size, seed))
+            window = part.epoch(epoch, block_size, seed)[position]
+            windows.append((part, part.read(window, block_size)))
+        return self.of(windows)
 
     def in_order(
         self, rows: int, block_size: int, rank: int = 0, world: int = 1, most: int = 0
@@ -255,20 +238,23 @@ class Split:
         last ones are filled up with targets that do not count, so that all ranks get equally many.
         `most` targets, if above 0, are enough: then windows are left out, evenly.
         """
-        windows = [part.in_order(block_size) for part in self.parts]
-        ends = np.cumsum([len(some) for some in windows])
-        chosen = range(ends[-1])
+        parts = [(part, part.in_order(block_size)) for part in self.parts]
+        chosen = range(sum(len(windows) for _, windows in parts))
         if 0 < most < self.tokens - 1:
             kept = max(1, most // block_size)
             chosen = [chosen[i * len(chosen) // kept] for i in range(kept)]
-        empty = (self.parts[0], np.full(block_size + 1, IGNORE))
+
+        def read(number: int) -> tuple[Text | Rows, np.ndarray]:
+            for part, windows in parts:
+                if number < len(windows):
+                    return part, part.read(windows[number], block_size)
+                number -= len(windows)
+
+        nothing = parts[0][0], np.full(block_size + 1, IGNORE)
         for i in range(0, len(chosen), rows * world):
-            some, mine = chosen[i : i + rows * world], []
-            for number in some[rank::world]:
-                k = int(np.searchsorted(ends, number, "right"))
-                wanted = windows[k][number - int(ends[k])]  # counted from the end
-                mine.append((self.parts[k], self.parts[k].exam(wanted, block_size)))
-            yield self.of(mine + [empty] * (-(-len(some) // world) - len(mine)))
+            some = chosen[i : i + rows * world]
+            mine = [read(number) for number in some[rank::world]]
+            yield self.of(mine + [nothing] * (-(-len(some) // world) - len(mine)))
 
     def of(self, windows: list[tuple[Text | Rows, np.ndarray]]) -> Batch:
         """A batch of these windows, (block_size + 1) tokens each, IGNORE where there is none."""
@@ -292,8 +278,9 @@ class Split:
     def rows(self) -> Iterator[list[int]]:
         """The ids of each row, in the order in which they were prepared."""
         for strip in self.strips:
-            for start, length in strip.rows(self.tokenizer.end_of_text)[0].tolist():
-                yield strip.read(start, length).tolist()
+            if strip.kind == "rows":
+                for place in strip.rows(self.tokenizer.end_of_text)[0].tolist():
+                    yield strip.read(*place).tolist()
 
     def bytes_of(self, tokens: np.ndarray) -> int:
         """How many bytes of text some of its tokens stand for; an end-of-text has none."""
@@ -327,53 +314,28 @@ class Dataset:
         self.learning = dict(mask=mask, train_on=train_on, mix=mix)
         self.folders = [Folder(name) for name in folder.split(",")]
         self.kind = "rows" if any(f.kind == "rows" for f in self.folders) else "text"
-        found = [self.find(f, tokenizer) for f in self.folders]
+        found = [f.tokenizer(tokenizer) for f in self.folders]
         self.tokenizer = max(found, key=lambda t: t.vocab_size)
         for f, theirs in zip(self.folders, found, strict=True):
             if not self.tokenizer.extends(theirs):
+                largest = self.folders[found.index(self.tokenizer)].path
                 raise ValueError(
-                    f"{f.path} is written in another vocabulary ({theirs.name}, {theirs.vocab_size}"
-                    f" tokens) than the rest of {folder} ({self.tokenizer.vocab_size}): prepare"
-                    f" it with --tokenizer={self.folders[found.index(self.tokenizer)].path}"
+                    f"{f.path} is written in another vocabulary than {largest}: prepare it anew,"
+                    f" with --tokenizer={largest}"
                 )
-
-    @staticmethod
-    def find(folder: Folder, tokenizer: str) -> Tokenizer:
-        """The tokenizer of a folder: its own, or that of public shards, which is called so."""
-        if folder.public and not tokenizer:
-            raise ValueError(
-                f"{folder.path} has no meta.json: name the vocabulary of its shards, as in"
-                " --tokenizer=gpt2"
-            )
-        named = find_tokenizer(tokenizer) if tokenizer else None
-        if folder.public:
-            return named
-        own = Tokenizer.load(folder.path)
-        if named and named.digest() != own.digest():
-            raise ValueError(
-                f"tokenizer={tokenizer!r} is not that of {folder.path}, which has its own: leave it"
-                " out"
-            )
-        return own
 
     def require_tokenizer(self, tokenizer: Tokenizer, run: str, grows: bool = False) -> None:
         """Raises ValueError, with the command that mends it, if the model `run` reads other ids; if
         it `grows`, it may lack those that came last."""
         ours = self.tokenizer
-        if ours.extends(tokenizer) if grows else tokenizer.extends(ours):
-            return
-        folder = self.folders[0]
-        out = f"{folder.path}-{Path(run).name}"
-        sources = ["TEXT" if source == "-" else str(source) for source in folder.made["source"]]
-        kept = ("val", "test", "pattern", "field", "encoding", "prompt", "answer", "task", "group")
-        kept = [key for key in (*kept, "seed") if folder.made.get(key) not in (None, "", [])]
-        other = [f"--{key}={folder.made[key]}" for key in kept]
-        command = [*sources, *other, f"--tokenizer={run}", f"--out={out}"]
-        raise ValueError(
-            f"{run} reads {tokenizer.name} ({tokenizer.vocab_size} tokens), but {self.folder} is"
-            f" written in {ours.name} ({ours.vocab_size} tokens). For data in the model's own,"
-            f" `python prepare.py {shlex.join(command)}`, then --data={out}"
-        )
+        if not (ours.extends(tokenizer) if grows else tokenizer.extends(ours)):
+            folder = self.folders[0]
+            out = f"{folder.path}-{Path(run).name}"
+            raise ValueError(
+                f"{run} reads {tokenizer.name} ({tokenizer.vocab_size} tokens), but {self.folder}"
+                f" is written in {ours.name} ({ours.vocab_size} tokens). For data in the model's"
+                f" own, `{folder.command(f'--tokenizer={run}', f'--out={out}')}`, then --data={out}"
+            )
 
     def split(self, name: str) -> Split:
         """The split called `name`; the sizes of its shards are checked, their content is not."""
@@ -394,7 +356,7 @@ class Dataset:
         """Reads all shards and returns a digest of the whole: equal digests mean equal data."""
         whole = hashlib.sha256(self.tokenizer.digest().encode())
         for folder in self.folders:
-            for path in [path for name in folder.files for path in folder.paths(name)]:
+            for path in (path for name in folder.files for path in folder.paths(name)):
                 whole.update(folder.verify(path).encode())
                 shard = open_shard(path)
                 if folder.public and shard.max() >= self.tokenizer.vocab_size:

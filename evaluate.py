@@ -39,7 +39,6 @@ EVAL_TOKENS = 16384  # in one forward pass
 COMPARABLE_BYTES = 20_000_000  # xz takes too long for a larger text
 LOGITS = 1 << 26  # numbers of them at once, where each token's loss is wanted
 WINDOW_TOKENS = 1 << 18  # enough for a mean by position, and for an interval
-SAMPLE_TOKENS = 200  # of a text that is drawn, if max_tokens does not tell
 
 
 @dataclass
@@ -53,6 +52,7 @@ class Settings:
 
     # of text
     eval_tokens: Count = 0  # tokens of it to evaluate on, evenly spread; 0 is all
+    device_batch: Count = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
     generate: Count = 0  # texts to draw: is their variety that of human ones?
 
     # of rows
@@ -72,7 +72,6 @@ class Settings:
     label: str = ""  # jsonl of rows without answers: writes them with the model's, for prepare.py
 
     # machine
-    device_batch: Count = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of matrix products
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
@@ -89,13 +88,14 @@ def main(argv: list[str]) -> int:
     settings.require(not s.label or Path(s.label).is_file(), s, "label", "a file of rows")
     here = start(s)
     run = Opened(s.out, s.checkpoint)
-    if s.label or run.data(s).kind == "rows":
-        return evaluate_rows(s, run, here)
+    data = None if s.label else run.data(s)
+    if s.label or data.kind == "rows":
+        return evaluate_rows(s, run, data, here)
     of_rows = ("task", "limit", "marker", "choices", "exchange")
     given = [name for name in of_rows if getattr(s, name) != getattr(Settings, name)]
     if given:
-        raise ValueError(f"--{given[0]} is for rows, and the data holds running text")
-    return evaluate_text(s, run, here)
+        raise ValueError(f"--{given[0]} is for rows, and {data.folder} holds running text")
+    return evaluate_text(s, run, data, here)
 
 
 def evaluate_run(s) -> int:
@@ -135,6 +135,13 @@ class Opened:
             self.require_markers()
         data.require_tokenizer(self.tokenizer, self.name)
         return data
+
+    def make_ready(self, s, here: "Machine") -> None:
+        from engine import fast, machine
+
+        self.model.to(here.device)
+        machine.use_threads(s.threads, here, self.model, EVAL_TOKENS)
+        fast.use(self.model, here, s.fast)
 
     def require_markers(self) -> None:
         if not self.tokenizer.markers:
@@ -203,11 +210,7 @@ def compressors(split: Split, tokenizer: "Tokenizer") -> str:
 
 
 def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
-    from engine import fast, machine
-
-    run.model.to(here.device)
-    machine.use_threads(s.threads, here, run.model, EVAL_TOKENS)
-    fast.use(run.model, here, s.fast)
+    run.make_ready(s, here)
     split = data.split(s.split)
     loss, bpb = evaluate(run.model, split, here, None, s.device_batch, s.eval_tokens)
     bits = f", {bpb:.4f} bits per byte" if bpb else ""
@@ -215,9 +218,8 @@ def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
     here.say(f"{where}: {loss:.4f} nats a token{bits}")
 
 
-def evaluate_text(s: Settings, run: Opened, here: "Machine") -> int:
+def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> int:
     """Prints what a model makes of running text, beside compressors, another run, and people."""
-    data = run.data(s)
     tell_loss(s, run, data, here)
     if here.rank:
         return 0
@@ -232,19 +234,21 @@ def evaluate_text(s: Settings, run: Opened, here: "Machine") -> int:
     if s.baseline:
         other = Opened(s.baseline)
         data.require_tokenizer(other.tokenizer, s.baseline)
-        contexts = [opened.model.config.block_size for opened in (run, other)]
-        if contexts[0] != contexts[1]:
+        if other.model.config.block_size != run.model.config.block_size:
             raise ValueError(
-                f"{s.out} and {s.baseline} have contexts of {contexts[0]} and {contexts[1]} tokens:"
-                " they cannot be compared window by window"
+                f"{s.baseline} has a context of {other.model.config.block_size} tokens, and {s.out}"
+                f" one of {run.model.config.block_size}: their windows are not the same"
             )
-        theirs = perplexity_of(window_nats(other.model.to(here.device), split, here))
+        other.make_ready(s, here)
+        theirs = perplexity_of(window_nats(other.model, split, here))
         gap, low, high, verdict = scores.compared(score, theirs)
-        print(
-            f"{s.baseline}: {theirs.value:.3f}, {gap:+.3f} ({low:+.3f} to {high:+.3f}): {verdict}"
-        )
+        print(f"{s.baseline} has {theirs.value:.3f}, which makes {gap:+.3f}", end="")
+        print(f" ({low:+.3f} to {high:+.3f}): {verdict}")
     if s.generate:
-        variety(s, run, split, here)
+        import exam
+
+        model = exam.ready(run.model, here, s)
+        exam.variety(s, model, run.tokenizer, split, answers_file(s, run))
     return 0
 
 
@@ -277,47 +281,23 @@ def by_position(nats: np.ndarray) -> Iterator[str]:
         start, end = end, end * 4
 
 
-def variety(s: Settings, run: Opened, split: Split, here: "Machine") -> None:
-    """Draws texts, and prints how varied they are beside as many human ones of the same lengths.
-
-    Whoever lowers the temperature gets likelier texts and duller ones, so both have to be looked at
-    (arXiv:1811.02549).
-    """
-    import exam
-    from grading import aligned
-
-    tokenizer, prompts = run.tokenizer, [run.tokenizer.encode_prompt("")] * s.generate
-    model = exam.ready(run.model, here, s)
-    most = min(s.max_tokens or SAMPLE_TOKENS, model.config.block_size)
-    drawn = exam.written(model, tokenizer, prompts, most, s, s.temperature or 1.0)
-    starts = np.linspace(0, max(0, split.tokens - most), len(drawn)).astype(int)
-    human = [split.read(int(i), len(ids)) for i, ids in zip(starts, drawn, strict=True)]
-    human = [ids[ids != tokenizer.end_of_text].tolist() for ids in human]
-    texts = [[tokenizer.decode(ids) for ids in some] for some in (drawn, human)]
-    lines = [["", "drawn", "human"]]
-    for name, figure in scores.VARIETY.items():
-        lines.append([name, *(f"{figure(some):.1f}" for some in texts)])
-    print("", *aligned(lines), sep="\n")
-    exam.write_lines(answers_file(s, run), [dict(text=text) for text in texts[0]])
-
-
 # --- rows
 
 
-def evaluate_rows(s: Settings, run: Opened, here: "Machine") -> int:
+def evaluate_rows(s: Settings, run: Opened, data: Dataset | None, here: "Machine") -> int:
+    """Asks rows, of the data or of the file `s.label`: the first process does."""
     import exam
 
-    run.require_markers()
-    other = Opened(s.baseline) if s.baseline else None
-    if other:
-        other.require_markers()
-        other = (exam.ready(other.model, here, s), other.tokenizer)
-    data = None if s.label else run.data(s)
-    model = exam.ready(run.model, here, s)
-    if here.rank == 0 and s.label:
-        exam.label(s, model, run.tokenizer, answers_file(s, run))
-    elif here.rank == 0:
-        exam.examine(s, model, run.tokenizer, data, answers_file(s, run), other)
+    runs = [run, Opened(s.baseline)] if s.baseline else [run]
+    for opened in runs:
+        opened.require_markers()
+    if here.rank:
+        return 0
+    models = [(exam.ready(opened.model, here, s), opened.tokenizer) for opened in runs]
+    if s.label:
+        exam.label(s, *models[0], answers_file(s, run))
+    else:
+        exam.examine(s, models, data, answers_file(s, run))
     return 0
 
 

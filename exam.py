@@ -31,14 +31,15 @@ from tokenizer import Tokenizer
 FLOOR_ROWS = 20_000  # of each task, from which floors learn
 POSITIONS = 16_384  # in one forward pass that scores answers
 LOGITS = 1 << 26  # numbers of them at once
+SAMPLE_TOKENS = 200  # of a text that is drawn, if max_tokens does not tell
 LONGER = 8  # tokens by which an answer may exceed the longest reference
 
 
-def examine(s, model: GPT, tokenizer: Tokenizer, data: Dataset, file: Path, baseline=None) -> None:
+def examine(s, models: list[tuple[GPT, Tokenizer]], data: Dataset, file: Path) -> None:
     """Asks the rows of a split, writes the answers to `file`, prints what they are worth.
 
-    `s` are the settings of evaluate.py, `baseline` is another model with its tokenizer. Raises
-    ValueError before anything is asked.
+    `s` are the settings of evaluate.py. A second of the `models` is what the first is compared
+    with. Raises ValueError.
     """
     rows = rows_of(data.split(s.split), s.limit, s.task)
     learned = rows_of(data.split("train"), FLOOR_ROWS)
@@ -47,18 +48,16 @@ def examine(s, model: GPT, tokenizer: Tokenizer, data: Dataset, file: Path, base
     for task, some in rows.items():
         built_in = any(task == source or task.startswith(f"{source}_") for source in sources)
         exams.append(Exam(some, learned.get(task, []), choices_of(s), built_in))
-    for package in grading.lacking():
-        print(f"{package} is not installed (pip install {package}): its scores are left out")
+    tell_what_lacks()
     lines = []
     for exam in exams:
-        result = ask(model, tokenizer, exam.rows, exam.labels, s)
-        lines += grading.written_down(exam, result)
+        results = [ask(*model, exam.rows, exam.labels, s) for model in models]
+        lines += grading.written_down(exam, results[0])
         print(f"\n{exam.task or 'rows'}: {len(exam.rows):,} rows of the {s.split} split")
-        print(*grading.table(exam, result), sep="\n")
-        if baseline:
-            other = ask(*baseline, exam.rows, exam.labels, s)
-            same_tokens = baseline[1].digest() == tokenizer.digest()
-            print(*grading.comparison(exam, result, other, same_tokens), sep="\n")
+        print(*grading.table(exam, results[0]), sep="\n")
+        if len(models) == 2:
+            same_tokens = models[0][1].digest() == models[1][1].digest()
+            print(*grading.comparison(exam, *results, same_tokens), sep="\n")
     write_lines(file, lines)
 
 
@@ -98,6 +97,29 @@ def unanswered(path: Path) -> Iterator[Row]:
                 f'{path}, line {number}: no row such as {{"messages": [{{"role": "user",'
                 f' "content": "..."}}]}} ({e!r:.60})'
             ) from e
+
+
+def variety(s, model: GPT, tokenizer: Tokenizer, split: Split, file: Path) -> None:
+    """Draws texts, writes them, and prints how varied they are beside human ones as long.
+
+    Whoever lowers the temperature gets likelier texts and duller ones, so both have to be looked at
+    (arXiv:1811.02549).
+    """
+    most = min(s.max_tokens or SAMPLE_TOKENS, model.config.block_size)
+    prompts = [tokenizer.encode_prompt("")] * s.generate
+    drawn = written(model, tokenizer, prompts, most, s, s.temperature or 1.0)
+    starts = np.linspace(0, max(0, split.tokens - most), len(drawn)).astype(int)
+    human = [split.read(int(i), len(ids)) for i, ids in zip(starts, drawn, strict=True)]
+    human = [ids[ids != tokenizer.end_of_text].tolist() for ids in human]
+    texts = [[tokenizer.decode(ids) for ids in some] for some in (drawn, human)]
+    tell_what_lacks()
+    print("", *grading.variety(*texts), sep="\n")
+    write_lines(file, [dict(text=text) for text in texts[0]])
+
+
+def tell_what_lacks() -> None:
+    for package in grading.lacking():
+        print(f"{package} is not installed (pip install {package}): its scores are left out")
 
 
 def choices_of(s) -> list[str]:

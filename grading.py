@@ -134,26 +134,45 @@ def lacking() -> list[str]:
     return [package for package in wanted if not importlib.util.find_spec(package)]
 
 
+def variety(drawn: list[str], human: list[str]) -> Iterator[str]:
+    """Lines: how varied texts are that a model has drawn, beside human ones."""
+    figures = {"distinct-1": lambda texts: scores.distinct(texts, 1)}
+    figures["distinct-2"] = lambda texts: scores.distinct(texts, 2)
+    figures["repetition"] = scores.repetition
+    if "sacrebleu" not in lacking():
+        figures["self-BLEU"] = scores.self_bleu
+    lines = [[name, f"{f(drawn):.1f}", f"{f(human):.1f}"] for name, f in figures.items()]
+    yield from aligned([["", "drawn", "human"], *lines])
+
+
 def table(exam: Exam, result: Result) -> Iterator[str]:
-    """Lines: each figure with its interval, and what the floors reach."""
+    """Lines: each figure with its interval, what the floors reach, and by how much it is above the
+    best of them."""
     floors = {name: exam.figures(said) for name, said in exam.floors().items()}
-    lines = [["", "model", "95% interval", *floors]]
+    lines = [["", "model", "95% interval", *floors, "above the best" if floors else ""]]
     for name, score in exam.all_figures(result).items():
         low, high = scores.interval(scores.resampled(score))
-        beside = [f"{found[name].value:.1f}" if name in found else "" for found in floors.values()]
-        lines.append([name, f"{score.value:.2f}", f"{low:.2f} to {high:.2f}", *beside])
+        line = [name, f"{score.value:.2f}", f"{low:.2f} to {high:.2f}"]
+        beside = [found[name] for found in floors.values() if name in found]
+        line += [f"{floor.value:.1f}" for floor in beside] or [""] * len(floors)
+        line.append("")
+        if beside:
+            best = max(beside, key=lambda floor: floor.value)
+            gap, low, high, _ = scores.compared(score, best)
+            line[-1] = f"{gap:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append(line)
     yield from aligned(lines)
 
 
 def comparison(exam: Exam, result: Result, other: Result, same_tokens: bool) -> Iterator[str]:
     """Lines: another model's figures, and whether the two differ."""
-    lines = [["", "baseline", "difference", "95% interval", ""]]
+    lines = [["compared with", "baseline", "difference", "95% interval", ""]]
     theirs = exam.all_figures(other)
     for name, score in exam.all_figures(result).items():
         if same_tokens or name not in ("perplexity", "prompts exchanged"):  # these count tokens
             gap, low, high, verdict = scores.compared(score, theirs[name])
-            beside = [f"{gap:+.2f}", f"{low:+.2f} to {high:+.2f}", verdict]
-            lines.append([name, f"{theirs[name].value:.2f}", *beside])
+            interval = f"{low:+.2f} to {high:+.2f}"
+            lines.append([name, f"{theirs[name].value:.2f}", f"{gap:+.2f}", interval, verdict])
     yield from aligned(lines)
 
 

@@ -11,7 +11,7 @@ more memory than the largest of them.
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from engine.files import atomic_folder, write_json, write_manifest
 class Settings:
     command: tuple = ()  # import SOURCE TARGET, or export CHECKPOINT TARGET
     checkpoint: str = "best"  # of an exported run: best (lowest validation loss), latest, step-...
+    trunk_only: bool = False  # export the weights alone, though no class there has the model's mask
 
 
 WANTED = ["*.json", "model*.safetensors", "*.model", "merges.txt"]  # of a model on huggingface.co
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     if command == "import":
         import_model(source, locate(source), Path(target))
     else:
-        export_model(source, s.checkpoint, Path(target))
+        export_model(source, s, Path(target))
 
 
 # --- in
@@ -98,17 +99,31 @@ def locate(source: str) -> Path:
 
 # --- out
 
+CHAT = """\
+`apply_chat_template(messages, task=...)` gives the ids that the model has learned from: whatever is
+said in a message is text, also a literal `<|end|>`. `tokenizer(text)` reads that as the marker that
+it is, unless it is told `split_special_tokens=True`."""
+TRUNK = """\
+These are the weights alone: the model was trained with mask={}, and the classes of transformers are
+causal, so that what they compute is not what the model computes."""
 
-def export_model(source: str, which: str, target: Path) -> None:
+
+def export_model(source: str, s: Settings, target: Path) -> None:
     """Writes a checkpoint as `target`. Raises ValueError if transformers has no such model."""
     import torch
 
     from engine import checkpoint, families, tensors, tokenizer_json
     from engine.metrics import read_metrics
 
-    path = checkpoint.find(source, which)
+    path = checkpoint.find(source, s.checkpoint)
     model, tokenizer, facts = checkpoint.load_weights(path)
-    family, stored, theirs = families.to_config(model.config)
+    mask = model.config.mask
+    if mask != "causal" and not s.trunk_only:
+        raise ValueError(
+            f"{source} was trained with mask={mask}, and the classes of transformers are causal:"
+            " export its weights alone with --trunk_only, for code of your own"
+        )
+    family, stored, theirs = families.to_config(replace(model.config, mask="causal"))
     state, there = model.state_dict(), families.layout(family, stored)
 
     def weights() -> Iterator:
@@ -117,14 +132,7 @@ def export_model(source: str, which: str, target: Path) -> None:
             yield families.join(family, ours, stored.head_dim)
 
     shapes = {n: families.join(family, parts, stored.head_dim).shape for n, parts in there.items()}
-    end, ends = tokenizer.end_of_text, tokenizer.ends
-    bos = tokenizer.begin[0] if tokenizer.begin else end
-    ids = dict(bos_token_id=bos, eos_token_id=ends if len(ends) > 1 else end, pad_token_id=end)
-    words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=stored.block_size)
-    for key, i in dict(bos_token=bos, eos_token=end, pad_token=end).items():
-        words[key] = tokenizer_json.text_of(tokenizer, i)
-    # text is text, as here: no space is tidied up, and no special token read out of it
-    words |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True)
+    ids, words = about_tokens(tokenizer, stored.block_size)
     with atomic_folder(target) as new:
         tensors.write_safetensors(new / "model.safetensors", shapes, weights())
         write_json(new / "config.json", theirs | ids)
@@ -136,13 +144,33 @@ def export_model(source: str, which: str, target: Path) -> None:
         text = card(target.name, family.architecture, model, tokenizer, facts, rows)
         (new / "README.md").write_text(text, encoding="utf-8")
     print(f"{target}: {path} as a {family.architecture}")
-    cut = (tokenizer.encoding._pat_str, tokenizer.normalizer)
-    if family is families.QWEN2 and cut != (tokenizer_json.QWEN_SPLIT, "NFC"):
+    if mask != "causal":
+        print(TRUNK.format(mask))
+    if family is families.QWEN2:
         print(
-            "AutoTokenizer (transformers 5) cuts the words for any Qwen2ForCausalLM as Qwen's own"
-            " tokenizer does: open this one with PreTrainedTokenizerFast",
+            "AutoTokenizer (transformers 5) reads text for any Qwen2ForCausalLM as Qwen's own"
+            " tokenizer does: if this is another, or has a chat template, open it with"
+            " PreTrainedTokenizerFast",
             file=sys.stderr,
         )
+
+
+def about_tokens(tokenizer, context: int) -> tuple[dict, dict]:
+    """The ids with a meaning, as config.json has them, and the content of tokenizer_config.json."""
+    from engine import chat_template, tokenizer_json
+
+    end, ends = tokenizer.end_of_text, tokenizer.ends
+    begin = tokenizer.begin[0] if tokenizer.begin else end
+    ids = dict(bos_token_id=begin, eos_token_id=ends if len(ends) > 1 else end, pad_token_id=end)
+    words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=context)
+    for key, i in dict(bos_token=begin, eos_token=end, pad_token=end).items():
+        words[key] = tokenizer_json.text_of(tokenizer, i)
+    # text is text, as here: no space is tidied up, and no special token read out of it, but for
+    # what a chat template writes
+    words |= dict(clean_up_tokenization_spaces=False, split_special_tokens=not tokenizer.markers)
+    if tokenizer.markers:
+        words["chat_template"] = chat_template.chat_template(tokenizer)
+    return ids, words
 
 
 def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list[dict]) -> str:
@@ -159,7 +187,12 @@ def card(name: str, architecture: str, model, tokenizer, facts: dict, rows: list
     else:
         record["imported_from"] = facts["source"]
     text = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-    return f"{text}# {name}\n\n```json\n{json.dumps(record, indent=2)}\n```\n"
+    text += f"# {name}\n\n```json\n{json.dumps(record, indent=2)}\n```\n"
+    if tokenizer.markers:
+        text += f"\n{CHAT}\n"
+    if model.config.mask != "causal":
+        text += f"\n{TRUNK.format(model.config.mask)}\n"
+    return text
 
 
 if __name__ == "__main__":

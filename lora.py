@@ -2,8 +2,8 @@
 
 Fine-tuning changes all numbers of each matrix W (out, in), keeps a gradient and AdamW's two moments
 beside each, four times the memory of the model, and every task has a checkpoint as large as it. But
-what a task changes in W is found to be of low rank, nearly: the same few directions over and over.
-So W is frozen, and two thin matrices beside it learn:
+what a task changes in W is nearly of low rank, it is found: a product of two thin matrices.
+So W is frozen, and two such matrices beside it learn:
 
     h = W x + (alpha / r) B A x        A (r, in) reads r directions of x, B (out, r) writes r of h
 

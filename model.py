@@ -1,15 +1,22 @@
 """The Transformer: tokens in, a score for every possible next token out.
 
-This is the reference, written as the papers do. engine/fast.py has faster forms of the norm, the
-attention and the head, which take their places only where they compute the same as these.
-
     tokens ─> embedding ─> block ─> ... ─> block ─> norm ─> head ─> logits ─> loss
                              │
                  x = x + attention(norm(x))     look at the tokens before
                  x = x + mlp(norm(x))           think about what was found
 
-The file follows the data: the whole model, positions, block, norm, attention, MLP, head. Each
-setting (shape.py) is a switch of its own; these combinations of them are published:
+At its plainest, with GPT-2's parts, that is
+
+    x = wte[tokens] + wpe[positions]                  # what each token is, and where it stands
+    for block in blocks:
+        x = x + block.attention(block.norm1(x))
+        x = x + block.mlp(block.norm2(x))
+    logits = norm(x) @ wte.T                          # (B, T, V)
+    loss = -log(softmax(logits)[targets]).mean()
+
+and what follows adds better parts to choose from, and says why each is there. The file follows the
+data: the whole model, positions, block, norm, attention, MLP, head, loss; then the first weights.
+Settings, in shape.py, choose the parts; these combinations are published:
 
     GPT-2     learned positions, LayerNorm, GELU, biases, tied head (Radford et al. 2019)
     modern    rotary, RMSNorm, also behind the embedding and of queries and keys, ReLU^2, no biases,
@@ -20,6 +27,9 @@ setting (shape.py) is a switch of its own; these combinations of them are publis
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary.
+
+Unless --fast=false is given, faster forms of embedding, norm, attention and head (engine/fast.py)
+take the places of these, where they compute the same. Change this file, and it is obeyed.
 """
 
 import math
@@ -28,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cache import KVCache
 from shape import GPTConfig
 
 IGNORE = -100  # a target that does not count: cross_entropy's own convention
@@ -40,12 +51,9 @@ class GPT(nn.Module):
         super().__init__()
         c = config
         self.config = config
-        # where a norm follows, the scale of an embedding sets only how fast it learns; but a tied
-        # one is the head as well, and numbers of size 1 would make logits of size sqrt(C)
-        std = 1.0 if c.embed_norm and c.zero_init and not c.tied else 0.02
-        self.wte = embedding(c.vocab_size, c.n_embd, std)  # one vector for each token
+        self.wte = embedding(c, c.vocab_size)  # a vector for each token; the name is GPT-2's
         if c.position == "learned":
-            self.wpe = embedding(c.block_size, c.n_embd, std)  # and one for each position
+            self.wpe = embedding(c, c.block_size)  # and one for each position
         self.embed_norm = Norm(c.n_embd, c) if c.embed_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
@@ -57,7 +65,7 @@ class GPT(nn.Module):
         tokens: Tensor,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: "KVCache | None" = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """All but the head: tokens (B, T) to the final hidden states (B, T, C).
 
@@ -68,18 +76,18 @@ class GPT(nn.Module):
         T = tokens.size(1)
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens exceed block_size={self.config.block_size}")
-        if cache is not None:
-            stored_at, seen = cache.begin(T)
-            positions = stored_at if positions is None else positions
-            mask = seen if mask is None else mask
+        x = self.wte(tokens)  # (B, T, C)
+        if cache is not None:  # only when it writes: these tokens stand behind what was read before
+            behind, causal = cache.begin(T)
+            positions = behind if positions is None else positions
+            mask = causal if mask is None else mask
         elif positions is None:
             positions = torch.arange(T, device=tokens.device)  # (T)
-        x = self.wte(tokens)  # (B, T, C)
         rope = None
         if self.config.position == "learned":
             x = x + self.wpe(positions)
         else:
-            rope = rotary(positions, self.config)  # the attention of each block uses it
+            rope = rotary(positions, self.config)  # for the attention of every block
         x = self.drop(self.embed_norm(x))
         for block in self.blocks:
             x = block(x, rope, mask, cache)
@@ -98,7 +106,7 @@ class GPT(nn.Module):
         reduction: str = "mean",
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: "KVCache | None" = None,
+        cache: KVCache | None = None,
         smoothing: float = 0.0,
     ) -> Tensor:
         """Logits (B, T, V), or with `targets` (B, T) the cross-entropy in nats, mean or sum.
@@ -106,8 +114,8 @@ class GPT(nn.Module):
         `targets` are `tokens` shifted by one: at each position the token that comes next. So one
         pass over T tokens is T exercises in prediction. Targets of -100 do not count. With a
         `cache`, only the last position's logits: (B, 1, V), for they choose the next token.
-        `smoothing` gives that share of each target to all tokens alike: who must never be sure
-        learns less by heart (arXiv:1512.00567, section 7).
+        `smoothing` is the share of each target that goes to all tokens alike: a model that is never
+        rewarded for being certain learns less by heart (arXiv:1512.00567, section 7).
         """
         x = self.trunk(tokens, mask, positions, cache)
         logits = self.logits(x if cache is None else x[:, -1:])
@@ -124,19 +132,12 @@ class GPT(nn.Module):
             label_smoothing=smoothing,
         )
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draws all matrices, on the CPU, a function of `seed` alone; norms and biases stay."""
-        g = torch.Generator().manual_seed(seed)
+        """Draws all matrices, on the CPU, a function of `seed` alone: see `draw` at the end."""
+        generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
-            std = getattr(module, "std", None)  # `embedding`, `linear` and `Head` have set it
-            if std == 0:
-                module.weight.zero_()
-            elif std and isinstance(module, nn.Linear) and self.config.zero_init:
-                bound = math.sqrt(3) * std  # uniform, of that variance: no weight is an outlier
-                module.weight.uniform_(-bound, bound, generator=g)
-            elif std:
-                module.weight.normal_(0.0, std, generator=g)
+            if hasattr(module, "std"):
+                draw(module, self.config, generator)
 
     def set_context(self, block_size: int, dropout: float) -> None:
         """Sets the longest context and the dropout rate, keeping the weights.
@@ -159,7 +160,7 @@ class GPT(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = dropout
 
-    def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> "KVCache":
+    def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
         """An empty KV cache for `batch` texts of up to `size` tokens (0: the whole context)."""
         like = self.wte.weight
         return KVCache(self.config, batch, like.device, like.dtype, size, whole)
@@ -168,44 +169,18 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def embedding(rows: int, dim: int, std: float) -> nn.Embedding:
-    """A table of vectors, one for each id. `std` is that of its first weights."""
-    table = nn.Embedding.from_pretrained(torch.zeros(rows, dim), freeze=False)
-    table.std = std
-    return table
-
-
-def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) -> nn.Linear:
-    """x W^T + b, with the scale of its first weights; b begins at zero.
-
-    Each output is a sum over `inputs` terms: weights of variance 1 / inputs keep its size. A
-    `residual` layer, the last of a branch, begins at zero: then every block begins as the identity,
-    however many there are (arXiv:1901.09321). It learns all the same, since the gradient of W is
-    its input times what comes back: the head in the first step, for it begins at zero too, these
-    layers and the embedding from the second on, all others from the third. GPT-2's scheme: 0.02
-    for matrices, less where 2 n_layer branches add up.
-    """
-    layer = nn.Linear(inputs, outputs, bias)
-    if c.zero_init:
-        layer.std = 0.0 if residual else inputs**-0.5
-    else:
-        layer.std = 0.02 / math.sqrt(2 * c.n_layer) if residual else 0.02
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
 # --- positions
 
 
 def rotary(positions: Tensor, c: GPTConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of each position's angles: two of (T, D/2), or (B, T, D/2).
 
-    A score knows what two tokens are and not how far apart. Rotary positions (arXiv:2104.09864)
-    turn queries and keys: pair i of their channels by the angle position * base^(-2i/D), fast
-    for the first pairs, slowly for the last, like the hands of a clock.
+    Attention compares a query with keys. Without positions it would know what two tokens are, and
+    not how far apart. Rotary positions (arXiv:2104.09864) turn queries and keys: pair i of their
+    channels by the angle position * base^(-2i/D), fast for the first pairs, slowly for the last,
+    like the hands of a clock.
     """
-    # in this very form, which transformers has too: at large positions rounding matters
+    # in just this order of operations, as others do: at large positions its rounding matters
     channels = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / c.rope_base ** (channels / c.head_dim)  # (D/2), radians a position
     if c.rope_factor != 1:
@@ -224,8 +199,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         a' = a cos - b sin          (a, b) is a point in the plane, turned about the origin
         b' = b cos + a sin
 
-    Turn q by the angle m f and k by n f: since turning both alike changes no product, theirs is as
-    if k alone were turned by (n - m) f. So a score depends on q, k and how far apart they stand,
+    Let R(m) turn by the angle m f, for position m. Turning two vectors alike changes no product of
+    them, so R(m) q . R(n) k = q . R(n - m) k: a score depends on q, k and how far apart they stand,
     and no longer on where. Channels i and i + D/2 are a pair, as in GPT-NeoX and transformers;
     Meta's own Llama pairs 2i with 2i + 1, which is the same with other rows of wq and wk.
     """
@@ -307,8 +282,9 @@ class Attention(nn.Module):
         self.wk = linear(c, c.n_embd, c.n_kv_head * c.head_dim, bias)
         self.wv = linear(c, c.n_embd, c.n_kv_head * c.head_dim, bias)
         self.wo = linear(c, c.n_head * c.head_dim, c.n_embd, c.bias, residual=True)
-        # with norms of q and k no score exceeds sqrt(D), times their weights if they have any: no
-        # head can come to stare at one position and stop learning (arXiv:2302.05442)
+        # with norms of q and k no score exceeds sqrt(D), times their weights if they have any. In
+        # large models scores otherwise grow until all weight is on one token, and training fails
+        # (arXiv:2302.05442)
         self.q_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
         self.k_norm = Norm(c.head_dim, c) if c.qk_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
@@ -327,14 +303,14 @@ class Attention(nn.Module):
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D): all that came before, too
-        groups = q.size(1) // k.size(1)
-        k = k.repeat_interleave(groups, dim=1)  # (B, H, S, D)
-        v = v.repeat_interleave(groups, dim=1)
+        sharing = q.size(1) // k.size(1)  # how many queries share a key
+        k = k.repeat_interleave(sharing, dim=1)  # (B, H, S, D)
+        v = v.repeat_interleave(sharing, dim=1)
         if mask is None:  # causal
             mask = causal_mask(T, k.size(2), x.device)
         # a sum of D independent products of mean 0 and variance 1 has variance D, so size sqrt(D).
-        # Divided by it, softmax begins soft; undivided, one weight would be near 1, all others
-        # near 0, and with them their gradients
+        # Divided by it, softmax begins soft; undivided, one weight would be near 1 and all others
+        # near 0, where softmax is flat: almost no gradient would come through
         scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
         scores = scores.masked_fill(~mask, -math.inf)  # e^-inf = 0: no weight at all
         weights = self.drop(scores.softmax(dim=-1))  # each row sums to 1
@@ -350,83 +326,13 @@ def causal_mask(T: int, S: int, device=None) -> Tensor:
         1 1 1 0
         1 1 1 1
 
-    Without it, a position could look at the very token that it is to predict: the loss would fall
-    to nothing, and the model, which has nothing to look at when it writes, would have learned
+    and the last row alone for T = 1: a token that was just written sees all that stands before.
+
+    Without a mask, a position could look at the very token that it is to predict: the loss would
+    fall to nothing, and the model, which has nothing to look at when it writes, would have learned
     nothing.
     """
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-
-
-class KVCache:
-    """Keys and values of all positions so far, preallocated for `size` (0: the whole context).
-
-    Tokens that have been read never change their keys and values, since no position looks ahead:
-    with these stored, only the new token passes through the layers, and looks back at S of them. It
-    costs memory for 2 n_layer K D S numbers. Each row is a slot for a text, of any length:
-
-        slot 0   A l l . m e n      lengths 7, 2, 0: a mask hides what is left behind a text's end,
-        slot 1   N o - - - - -      from the text that had the slot before
-        slot 2   - - - - - - -
-
-    A forward pass calls `begin`, and each of its layers `append`; then it adds T to `lengths`.
-    """
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch: int,
-        device=None,
-        dtype=torch.float32,
-        size: int = 0,
-        whole: bool = False,
-    ):
-        size = size or config.block_size
-        shape = (config.n_layer, batch, config.n_kv_head, size, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch, dtype=torch.long)  # (B), on the CPU: Python asks for them
-        self.whole = whole  # S is always `size`, and not only as far as the longest text goes
-
-    def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
-        """Makes room for T more tokens in each row: their positions, and the mask of `Attention`.
-
-        Texts of one length stand at the same positions (T), and the mask is None, causal; others at
-        (B, T), with a mask (B, 1, T, S) for each. Raises ValueError if they do not fit.
-        """
-        shortest, longest = (int(n) for n in self.lengths.aminmax())
-        size, device = self.k.size(3), self.k.device
-        if longest + T > size:
-            raise ValueError(f"{longest + T} positions do not fit in a KV cache of {size}")
-        self.end = size if self.whole else longest + T  # S
-        self.at = None
-        if shortest == longest and not self.whole:
-            return torch.arange(longest, self.end, device=device), None
-        self.at = (self.lengths[:, None] + torch.arange(T)).to(device)  # (B, T)
-        mask = torch.arange(self.end, device=device) <= self.at[..., None]  # (B, T, S)
-        return self.at, mask[:, None]
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, K, T, D) of one layer and returns all of its k and v (B, K, S, D)."""
-        for stored, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.at is None:
-                stored[:, :, self.end - new.size(2) : self.end] = new
-            else:  # each row at a place of its own
-                at = self.at[:, None, :, None].expand_as(new)
-                stored.scatter_(2, at, new.to(stored.dtype))
-        return self.k[layer, :, :, : self.end], self.v[layer, :, :, : self.end]
-
-    def take(self, rows: list[int]) -> None:
-        """Row i becomes a copy of what row rows[i] was: to repeat, drop, or reorder texts."""
-        self.k = self.k[:, rows]
-        self.v = self.v[:, rows]
-        self.lengths = self.lengths[rows]
-
-    def put(self, rows: list[int], other: "KVCache") -> None:
-        """Texts of another cache take the slots `rows`; the other slots stay as they are."""
-        end = int(other.lengths.max())
-        self.k[:, rows, :, :end] = other.k[:, :, :, :end]
-        self.v[:, rows, :, :end] = other.v[:, :, :, :end]
-        self.lengths[rows] = other.lengths
 
 
 # --- MLP and head
@@ -436,8 +342,8 @@ class MLP(nn.Module):
     """Two layers, wide in between: C to mlp_dim to C, at each position alone.
 
     GELU as in GPT-2 (tanh form, arXiv:1606.08415), ReLU^2 (arXiv:2109.08668), or SwiGLU, which
-    multiplies by a gate (arXiv:2002.05202; with 8/3 C instead of 4 C its three matrices are as many
-    numbers). Without such a non-linearity two layers would be no more than one.
+    multiplies by a gate (arXiv:2002.05202; with mlp_dim = 8/3 C its three matrices are as many
+    numbers as two with 4 C). Without such a non-linearity two layers would be no more than one.
     """
 
     def __init__(self, config: GPTConfig):
@@ -466,8 +372,8 @@ def relu2(x: Tensor) -> Tensor:
 class Head(nn.Module):
     """A score for each token of the vocabulary: how well its vector fits the hidden state.
 
-    A tied head uses the vectors of the embedding (arXiv:1608.05859). One that begins at zero finds
-    all V tokens equally likely, so the first loss is -ln(1/V) = ln V.
+    A tied head uses the vectors of the embedding (arXiv:1608.05859). A head of its own that begins
+    at zero finds all V tokens equally likely, so the first loss is -ln(1/V) = ln V.
     """
 
     def __init__(self, config: GPTConfig):
@@ -486,3 +392,55 @@ class Head(nn.Module):
         if self.cap:  # no logit runs away, which keeps training stable (arXiv:2408.00118)
             logits = self.cap * torch.tanh(logits / self.cap)
         return logits
+
+
+# --- the first weights
+
+
+def embedding(c: GPTConfig, rows: int) -> nn.Embedding:
+    """A table of vectors (rows, C), one for each id. `std` is the size of its first numbers.
+
+    Where a norm follows, the size of a vector says only how fast it learns: 1 is as good as any.
+    But a tied table is the head as well, and would make logits of size sqrt(C): it has 0.02.
+    """
+    table = nn.Embedding(rows, c.n_embd)
+    table.std = 1.0 if c.embed_norm and c.zero_init and not c.tied else 0.02
+    return table
+
+
+def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) -> nn.Linear:
+    """x W^T + b, with the size `std` of its first weights; b begins at zero.
+
+    Each output is a sum over `inputs` terms: weights of variance 1 / inputs keep its size. A
+    `residual` layer, the last of a branch, begins at zero: then every block begins as the identity,
+    and the sum of many random branches does not drown what the embedding says, however many there
+    are (arXiv:1901.09321). It learns all the same, since the gradient of W is
+    its input times what comes back. With a head that begins at zero, too, nothing comes back
+    through what is still zero, so
+
+        the first step moves    the head
+        the second              also residual layers and the embedding
+        the third               everything
+
+    GPT-2's scheme (zero_init=false): 0.02 for all matrices, less where 2 n_layer branches add up.
+    """
+    layer = nn.Linear(inputs, outputs, bias)
+    if c.zero_init:
+        layer.std = 0.0 if residual else inputs**-0.5
+    else:
+        layer.std = 0.02 / math.sqrt(2 * c.n_layer) if residual else 0.02
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+@torch.no_grad()
+def draw(module: nn.Module, c: GPTConfig, generator: torch.Generator) -> None:
+    """The first weights of one module: of mean 0, and of the size that it has as `std`."""
+    if module.std == 0:
+        module.weight.zero_()
+    elif isinstance(module, nn.Linear) and c.zero_init:
+        bound = math.sqrt(3) * module.std  # uniform, of that variance: no weight is an outlier
+        module.weight.uniform_(-bound, bound, generator=generator)
+    else:
+        module.weight.normal_(0.0, module.std, generator=generator)

@@ -7,21 +7,21 @@ momentum    Each batch pulls elsewhere. m = beta * m + (1 - beta) * g is the mea
 Nesterov    m lags behind. (1 - beta) * g + beta * m counts the newest gradient once more.
 Adam        The embedding of a rare token has tiny gradients, the head large ones, and one rate
             cannot serve both. Adam keeps a second moment, v = beta2 * v + (1 - beta2) * g^2, and
-            moves each weight by lr * m / (sqrt(v) + eps): about lr, whatever the gradient's size.
-            Both begin at zero, hence too small at first, and are divided by 1 - beta^step.
-            arXiv:1412.6980
-AdamW       Weights that nothing pulls back drift upwards and fit noise. w -= lr * decay * w does,
-            outside of Adam's quotient, which would undo it (arXiv:1711.05101). Only matrices decay:
-            a bias or a norm's weight is one number a channel and has little to overfit with, and a
-            norm's weight, which begins at 1, would shrink what all layers behind it see.
+            moves each weight by lr * m / (sqrt(v) + eps): by about lr where the gradients agree,
+            whatever their size, and by less where they contradict each other. Both begin at zero,
+            hence too small at first, and are divided by 1 - beta^step. arXiv:1412.6980
+AdamW       Weights that nothing pulls back grow and fit noise. w -= lr * decay * w pulls them back,
+            apart from m / sqrt(v), whose division would cancel the pull (arXiv:1711.05101). Only
+            matrices decay: a bias or a norm's weight is one number a channel and has little to
+            overfit with, and a norm's weight, which begins at 1, would shrink what all layers
+            behind it see.
 Muon        Adam treats a matrix as a list of numbers. Muon treats it as a map: see below.
 
-`train.py` does two things before an optimizer's step. Clipping: a gradient longer than `grad_clip`
-is shortened to that length, so that one strange batch cannot throw the weights far away
-(arXiv:1211.5063). Loss scaling: see `LossScale`.
+Before the step, `update` in train.py clips the gradient and undoes loss scaling (`LossScale`).
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +33,17 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float, final: flo
     Rises in a line over `warmup` steps, holds 1, and falls over the last `decay` (a fraction of
     `steps`) to `final`, in a line or as half a cosine. `warmup` below 1 is a fraction of `steps`.
 
-    Why rise: the first moments rest on a few gradients, and large steps along them do harm that
-    takes long to mend (arXiv:1706.02677). Why fall: at a constant rate the noise of the batches
+    Why rise: Adam's moments rest on a few gradients at first, and large steps along such guesses do
+    harm that takes long to mend (arXiv:1908.03265). Muon's steps are bounded: by default there is
+    no rise. Why fall: at a constant rate the noise of the batches
     keeps the weights bouncing between the walls of a valley; small steps reach its floor. Why hold
     between: a long run is then a short one with more steps before the fall (arXiv:2405.18392).
     """
     warmup = warmup if warmup >= 1 else warmup * steps
     if step < warmup:
         return (step + 1) / (math.floor(warmup) + 1)
-    left = (steps - step) / max(1.0, min(decay * steps, steps - warmup))  # 1 .. 0 over the decay
+    # from 1 towards 0 over the decay: the last update still moves
+    left = (steps - step) / max(1.0, min(decay * steps, steps - warmup))
     if left >= 1:
         return 1.0
     if shape == "cosine":
@@ -72,7 +74,7 @@ def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     So whatever began above 0.0016 ends within 0.68 to 1.21, near enough to 1; what began at 0.001
     has come to 0.47 only. Source: kellerjordan.github.io/posts/muon.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # of the source: steepest at zero, bounded up to 1
+    a, b, c = 3.4445, -4.7750, 2.0315  # of the source: steep at zero, below 1.21 up to 1
     wide = g.size(1) <= g.size(2)
     x = g if wide else g.mT  # x x^T is the smaller of the two squares
     # singular values of at most 1. In float32, for a small gradient is nothing at all in float16
@@ -125,28 +127,32 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """The optimizers of settings `s`; each group keeps its full rate as `base_lr`.
 
-    muon: block matrices by Muon at `lr`; embeddings at `embed_lr`, head, vectors and the matrices
-    of lora.py at `head_lr` by AdamW. adamw, nadamw (Nesterov's momentum in it): everything at `lr`.
-    Weight decay falls on matrices only, and under Muon, as in its source, on those of Muon only.
+    muon: block matrices by Muon at `lr`; the others by AdamW, embeddings at `embed_lr`, all else
+    (head, vectors, the thin matrices of lora.py) at `head_lr`. adamw, nadamw (Nesterov's momentum
+    in it): everything at `lr`. Weight decay falls on matrices only, and beside Muon, as in its
+    source, on none that AdamW has.
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = {n: p for n, p in named.items() if p.ndim >= 2}
-    vectors = [p for p in named.values() if p.ndim < 2]
     betas = (s.beta1, s.beta2)
     if s.optimizer == "muon":
-        thin = {n: p for n, p in matrices.items() if n.endswith((".A", ".B"))}  # of lora.py
-        inner = [p for n, p in matrices.items() if n.startswith("blocks.") and n not in thin]
-        embed = [p for n, p in matrices.items() if n.startswith(("wte.", "wpe."))]
-        head = [p for n, p in matrices.items() if n.startswith("head.")] + [*thin.values()]
-        groups = [dict(params=embed, lr=s.embed_lr), dict(params=head + vectors, lr=s.head_lr)]
+        embed = [p for n, p in named.items() if n.startswith(("wte.", "wpe."))]
+        thin = (".A", ".B")  # of lora.py
+        blocks = [n for n in named if n.startswith("blocks.") and not n.endswith(thin)]
+        inner = [named[n] for n in blocks if named[n].ndim == 2]
+        taken = {*embed, *inner}
+        others = [p for p in named.values() if p not in taken]
+        groups = [dict(params=embed, lr=s.embed_lr), dict(params=others, lr=s.head_lr)]
         adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0, fused=True)
         optimizers: list = [adamw]
         if inner:
             muon = Muon(inner, s.lr, s.momentum, weight_decay=s.weight_decay, dtype=dtype)
             optimizers.append(muon)
     else:
-        decaying = dict(params=list(matrices.values()), weight_decay=s.weight_decay)
-        groups = [decaying, dict(params=vectors, weight_decay=0.0)] if vectors else [decaying]
+        matrices = [p for p in named.values() if p.ndim >= 2]
+        vectors = [p for p in named.values() if p.ndim < 2]
+        groups = [dict(params=matrices, weight_decay=s.weight_decay)]
+        if vectors:
+            groups.append(dict(params=vectors, weight_decay=0.0))
         if s.optimizer == "adamw":
             optimizers = [torch.optim.AdamW(groups, s.lr, betas, fused=True)]
         else:
@@ -171,7 +177,7 @@ class LossScale:
         first = (2.0**16 if self.on else 1.0, 0)
         self.value, self.good_steps = state if self.on and state else first
 
-    def unscale(self, parameters: list[nn.Parameter]) -> None:
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.on:
             grads = [p.grad for p in parameters if p.grad is not None]  # frozen ones have none
             torch._foreach_mul_(grads, 1 / self.value)

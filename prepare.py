@@ -24,7 +24,7 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -157,12 +157,12 @@ def take(document: Iterable[str] | Row, part: str, spool: Spool, report: Counter
     kind = "text"
     if isinstance(document, Row):
         kind = "rows"
-        said = [(role, "".join(clean([t], report, progress))) for role, t in document.messages]
-        row = document._replace(messages=said)
-        if not row.sure:
+        if not document.sure:
             return "unsure"
-        spool.tasks |= {row.task} - {""}
-        fate = spool.add([row.content()], part, row.group, row.prompt())
+        for message in document.messages:
+            message["content"] = "".join(clean([message["content"]], report, progress))
+        spool.tasks |= {document.task} - {""}
+        fate = spool.add([document.content()], part, document.group, document.prompt())
     else:
         fate = spool.add(clean(document, report, progress), part)
     if spool.kind not in ("", kind):
@@ -203,81 +203,80 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
     A model that has read a text predicts it better than it will predict any other. Were windows or
     lines drawn, validation would ask for sentences whose neighbours it knows; were duplicates left
     in, for texts that it knows by heart (Lee et al. 2021, arXiv:2107.06499). So each document goes
-    to one split whole, and a hash of its content decides: the same one whatever else is there. Of
-    a row it is a hash of its group, or else of its prompt: equal questions go to one split.
-
-    But among a few novels chance would leave a split empty, or make it one novel. So a text larger
-    than a split's share is cut in order at line ends, train | val | test; so is a single text of
-    any size. Shorter ones than a page stay whole; where nothing is drawn for a split, it gets the
-    document that came nearest.
-
-    Splits that were published as such are taken as they are, and none like them is drawn. But a
-    prompt that stands in two leaves train, or val, and never test.
+    to one split whole, and `places` says to which. Of rows, those that ask the same go to the same
+    one: a prompt that stands in two splits, as they were published, leaves train, and never test.
     """
     fractions = {
-        name: 0 if name in spool.published else fraction
+        name: 0.0 if name in spool.published else fraction
         for name, fraction in (("val", s.val), ("test", s.test))
     }
-    val, test = fractions.values()
-    share = spool.size * min((f for f in (val, test) if f), default=1)
-
-    def is_cut(document: Document) -> bool:
-        if spool.kind == "rows" or document.split in fractions:
-            return False
-        return spool.count == 1 or document.size > max(share, PAGE)
-
-    def draws() -> Iterator[float]:
-        drawn = (d for d in spool if d.split not in fractions and not is_cut(d))
-        return (draw(document.group, s.seed) for document in drawn)
-
-    val_end, test_end = val, val + test
-    if at_least_three(draws()):  # with fewer, nothing would be left to train on
-        val_end = max(val_end, min(draws())) if val else 0.0
-        nearest = min((u for u in draws() if u > val_end), default=1.0)
-        test_end = max(test_end, nearest) if test else val_end
-
-    def place(document: Document) -> str:
-        """The split of a document that is not cut."""
-        if document.split in fractions:
-            return document.split
-        u = draw(document.group, s.seed)
-        return "val" if val and u <= val_end else "test" if u <= test_end else "train"
-
-    held: dict[str, set[bytes]] = dict(val=set(), test=set())
+    place = places(spool, **fractions, seed=s.seed)
+    prompts: dict[str, set[bytes]] = {"val": set(), "test": set()}
     if spool.crossing:
         for document in spool:
-            if not is_cut(document) and place(document) in held:
-                held[place(document)].add(document.prompt)
-    asked: set[bytes] = set()  # prompts of val and test that stand in other splits, too
+            prompts.get(place(document), set()).add(document.prompt)
+    asked: set[bytes] = set()  # what is asked in two
     with Progress("splitting", spool.size) as progress:
         for document in spool:
             progress(document.start)
-            if is_cut(document):
-                spool.put_in_order(document, val, test)
-                continue
             name = place(document)
-            behind = SPLITS[SPLITS.index(name) + 1 :]
-            other = next((split for split in behind if document.prompt in held[split]), "")
-            if other:
-                report[name, other] += 1
+            if not name:
+                spool.put_in_order(document, **fractions)
+                continue
+            later = [n for n in SPLITS[SPLITS.index(name) + 1 :] if document.prompt in prompts[n]]
+            if later:
+                report[name, later[-1]] += 1
                 asked.add(document.prompt)
             else:
                 spool.put(name, document.start, document.start + document.size)
     report["asked in test"] = sum(d.prompt in asked for d in spool if d.split == "test")
-    if not spool.bytes["train"]:
+    if not spool.written["train"]["bytes"]:
         raise ValueError("nothing is left to train on: use more text, or smaller --val and --test")
-    for name in fractions:
-        if (fractions[name] or name in spool.published) and not spool.bytes[name]:
+    for name, fraction in fractions.items():
+        if (fraction or name in spool.published) and not spool.written[name]["bytes"]:
             raise ValueError(
                 f"nothing fell into the {name} split ({spool.count} documents, {spool.size} bytes):"
                 f" use a larger --{name}, more text, or --{name}=0"
             )
 
 
-def at_least_three(values: Iterable[float]) -> bool:
-    """Whether three of them differ."""
-    found: set[float] = set()
-    return any(len(found) == 3 for value in values if not found.add(value))
+def places(spool: Spool, val: float, test: float, seed: int) -> Callable[[Document], str]:
+    """Which split a document goes to, as a function; "" stands for all of them, in order.
+
+    Val and test that were published stay what they are. Of the others a hash decides: of the
+    content, so that it is the same whatever else is there, or of a row's group or else prompt.
+
+    But among a few novels chance would leave a split empty, or make it one novel. So a text larger
+    than a split's share is cut in order at line ends, train | val | test; so is a single text of
+    any size. Shorter ones than a page stay whole; where nothing is drawn for a split, it gets the
+    document that came nearest.
+    """
+    share = spool.size * min((f for f in (val, test) if f), default=1)
+
+    def is_cut(document: Document) -> bool:
+        return spool.kind == "text" and (spool.count == 1 or document.size > max(share, PAGE))
+
+    def draws() -> Iterator[float]:
+        drawn = (d for d in spool if d.split not in ("val", "test") and not is_cut(d))
+        return (draw(document.group, seed) for document in drawn)
+
+    val_end, test_end = val, val + test
+    first = min(draws(), default=1.0)
+    second = min((u for u in draws() if u > first), default=1.0)
+    if any(u > second for u in draws()):  # else nothing would be left to train on
+        val_end = max(val_end, first) if val else 0.0
+        nearest = min((u for u in draws() if u > val_end), default=1.0)
+        test_end = max(test_end, nearest) if test else val_end
+
+    def place(document: Document) -> str:
+        if document.split in ("val", "test"):
+            return document.split
+        if is_cut(document):
+            return ""
+        u = draw(document.group, seed)
+        return "val" if val and u <= val_end else "test" if u <= test_end else "train"
+
+    return place
 
 
 def draw(digest: bytes, seed: int) -> float:
@@ -322,11 +321,13 @@ def learn(s: Settings, spool: Spool) -> Tokenizer:
 
 
 def count_words(path: Path, number: int, rows: bool) -> Counter:
+    pattern = ROW_SPLIT if rows else SPLIT
     words, texts = Counter(), read_chunk(path, number, rows).split("\0")
     if rows:
-        texts = (text for row in texts[:-1] for _, text in json.loads(row)[1])
+        rows = map(json.loads, texts[:-1])
+        texts = (message["content"] for row in rows for message in row["messages"])
     for text in texts:
-        words.update(regex.findall(ROW_SPLIT if rows else SPLIT, text))
+        words.update(regex.findall(pattern, text))
     return words
 
 
@@ -345,7 +346,7 @@ def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
             writer.close()
             path.unlink()
             tokens = sum(shard["tokens"] for shard in writer.shards)
-            splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written(name)
+            splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written[name]
             if spool.kind == "rows" and tokens:
                 paths = [spool.folder / shard["file"] for shard in writer.shards]
                 firsts = Counter(Strip(paths).rows(tokenizer.end_of_text)[1].tolist())
@@ -372,8 +373,7 @@ def encode_rows(path: Path, number: int) -> np.ndarray:
     """The tokens of a chunk of rows, with their markers: see `Tokenizer.encode_row`."""
     ids = []
     for row in read_chunk(path, number, rows=True).split("\0")[:-1]:
-        task, turns = json.loads(row)
-        ids += tokenizer.encode_row([dict(role=role, content=text) for role, text in turns], task)
+        ids += tokenizer.encode_row(**json.loads(row))
     return np.array(ids, np.uint32)
 
 

@@ -179,14 +179,6 @@ def self_bleu(texts: list[str]) -> float:
     return sum(score.score for score in found) / max(1, len(found))
 
 
-VARIETY = {
-    "distinct-1": lambda texts: distinct(texts, 1),
-    "distinct-2": lambda texts: distinct(texts, 2),
-    "repetition": repetition,
-    "self-BLEU": self_bleu,
-}
-
-
 # --- floors
 
 

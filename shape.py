@@ -18,8 +18,18 @@ Mask = Literal["causal", "prefix", "full"]
 
 @dataclass
 class GPTConfig:
-    """The defaults are the modern shape; config/gpt2.py has GPT-2's. Raises ValueError for a shape
-    that cannot be. What is 0 for "derived" is filled in."""
+    """The defaults are the modern shape; config/gpt2.py has GPT-2's. Published sizes:
+
+                       n_layer  n_embd  n_head  n_kv_head  mlp_dim  block_size  vocab_size
+        GPT-2               12     768      12         12     3072        1024       50257
+        GPT-2 XL            48    1600      25         25     6400        1024       50257
+        Llama 2 7B          32    4096      32         32    11008        4096       32000
+        Llama 3.1 8B        32    4096      32          8    14336      131072      128256
+        Qwen3 0.6B          28    1024      16          8     3072       40960      151936
+
+    (Qwen3's head_dim is 128; Llama's and Qwen's mlp is swiglu.) Raises ValueError for a shape that
+    cannot be. What is 0 for "derived" is filled in.
+    """
 
     vocab_size: int  # that of the tokenizer; without a default it is no setting of the command line
     block_size: Context = 256  # longest context, in tokens
@@ -30,7 +40,7 @@ class GPTConfig:
     head_dim: Count = 0  # width of a head; 0 means n_embd / n_head
     mlp_dim: Count = 0  # width inside the MLP; 0 means 4 * n_embd
     position: Literal["rotary", "learned"] = "rotary"  # how the model knows the order of tokens
-    rope_base: AboveZero = 10000.0  # longest wavelength of rotary positions, over 2 pi
+    rope_base: AboveZero = 10000.0  # the slowest rotary pair turns by almost 1 / rope_base a token
     rope_factor: AtLeastOne = 1.0  # Llama 3.1: long wavelengths turn this much slower; 1 is off
     rope_original: Count = 0  # the context before that extension
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
@@ -45,7 +55,7 @@ class GPTConfig:
     logit_cap: NotNegative = 15.0  # logits = cap * tanh(logits / cap); 0 is none
     mask: Mask = "causal"  # a token sees those before it; prefix: a prompt sees itself; full: all
     dropout: BelowOne = 0.0  # fraction of activations set to zero in training
-    zero_init: bool = True  # residual projections and head begin at zero: the first loss is ln V
+    zero_init: bool = True  # residual layers, and a head of its own, begin at zero; false: as GPT-2
 
     def __post_init__(self):
         settings.require_bounds(self)

@@ -334,7 +334,7 @@ def bytes_tokenizer() -> Tokenizer:
 #
 #     pairs: es 6 + 3 = 9   st 6 + 3 = 9   we 2 + 6 = 8   lo 5 + 2 = 7   ow 7   ne 6   ew 6   ...
 #     1. e s -> es     9 times; st has 9 too, but of equals the one with the smaller ids is first
-#     2. es t -> est   9 times; s t is gone, and w e has only lower's 2: in newest w es stands now
+#     2. es t -> est   9 times; s t is gone, and newest's w is followed by es now
 #     3. l o -> lo     7 times
 #     4. lo w -> low   7 times; so lower is low e r now, and newest n e w est
 #

@@ -1,11 +1,25 @@
-"""Token shards to checkpoints: python train.py config/small.py --steps=500
+"""Training: python train.py config/small.py --steps=500
 
-Runs as one process, or as several under torchrun, on one machine or many:
+A model learns from text by predicting each next token, and being corrected. At its plainest:
+
+    for step in range(steps):
+        start = random.randrange(len(text) - T)
+        x = text[start : start + T]                   # T tokens
+        y = text[start + 1 : start + T + 1]           # after each of them, the one that comes next
+        loss = cross_entropy(model(x), y)             # how surprised the model is
+        loss.backward()                               # how each weight would change that: p.grad
+        for p in weights:
+            p -= rate * p.grad                        # a small step downhill
+            p.grad = 0
+
+`update` is the inside of that loop, with a batch too large for memory, several machines and 16-bit
+numbers thought of; `train` is the loop, with all windows in random order, a rate that rises and
+falls (optim.py), and a diary. It runs as one process, or as several under torchrun, on one machine
+or many:
 
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 
 Interrupted, it continues where its newest checkpoint stands, when the same command is given again.
-The file reads downwards: the settings; `update`, which is how a model learns; `train`, the run.
 """
 
 import math
@@ -14,6 +28,7 @@ import shlex
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +39,7 @@ from engine.stop import Stop
 from shape import GPTConfig
 
 START = time.monotonic()
+SHOWN = 3  # rows that are answered at the end
 Rate = Annotated[float, Bound("from 0 to 1000", lambda x: 0 <= x <= 1000)]
 
 
@@ -45,20 +61,22 @@ class Settings:
     train_on: Literal["answers", "all"] = "answers"  # all: prompts, too, as GPT-1 did beside labels
     mix: str = ""  # how often each task: by size, temperature=2, or sums=0.5,text=0.2
     label_smoothing: BelowOne = 0.0  # this share of each target goes to all tokens alike
+    augment: BelowOne = 0.0  # this share of the tokens of prompts is changed: see robust.py
+    adversarial: NotNegative = 0.0  # learn also from embeddings moved by this: see robust.py
 
     # the model: n_layer, n_embd and the others stand in shape.py; vocab_size is that of the data
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
 
-    # the optimization. The rates are those of Muon (kellerjordan.github.io/posts/muon) and of
-    # nanochat, which uses it too. An update of Muon has singular values near 1, whatever the
-    # gradient, and a fresh square matrix up to 2: so 0.02 is about a hundredth of it (what begins
-    # at zero grows by 0.02 a step). AdamW moves each number by about its rate: 0.3 for embeddings,
-    # whose numbers are near 1, and little for the head, which begins at zero.
+    # the optimization: see optim.py. The rates are those of kellerjordan.github.io/posts/muon and
+    # of nanochat, which uses it too, for the default shape. Muon's update stretches
+    # every vector by the rate, a fresh matrix some by up to 2: 0.02 is a hundredth of it. AdamW
+    # moves each number by at most about its rate: 0.3 for embeddings, whose numbers are near 1,
+    # little for the head, which begins at zero. With adamw, lr is for all, and about 0.001 fits
     steps: Positive = 1000  # updates
     batch_tokens: Positive = 8192  # tokens in one update, over all processes
     device_batch: Count = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
     optimizer: Literal["muon", "adamw", "nadamw"] = "muon"  # muon has AdamW for embeddings and head
-    lr: Rate = 0.02  # of the matrices
+    lr: Rate = 0.02  # of the matrices; with adamw and nadamw, of everything
     embed_lr: Rate = 0.3  # of the embeddings, with muon
     head_lr: Rate = 0.004  # of the head, biases and norm weights, with muon
     warmup: NotNegative = 0.0  # steps of linear rise; below 1: a fraction of steps
@@ -101,8 +119,8 @@ def update(model, optimizers, scale, batch, step: int, s: Settings, here):
     """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
     gradient (infinite: float16 overflowed, and the update was left out).
 
-    `batch` is this process's share of it: tokens (B, T), and at each position the token that comes
-    next, see dataset.py. `here` is the machine: its device, its type of numbers, the other
+    `batch` is this process's share of it: tokens (B, T), and behind each the token that comes next,
+    see dataset.py. `here` is where it is computed: the device, its type of numbers, and the other
     processes. `scale` is 1 but for float16, see optim.py. Raises FloatingPointError, with no weight
     changed, if loss or gradient are not finite and a smaller scale is no remedy.
     """
@@ -110,21 +128,21 @@ def update(model, optimizers, scale, batch, step: int, s: Settings, here):
 
     from engine import machine
 
-    # the loss is the mean over all targets of the global batch. Each pass gives a sum, divided by
-    # their number in all passes and processes: means of means would weigh some targets more
+    # how many targets the batch has, in all processes. The loss is their mean: each pass below
+    # gives a sum, divided by this number. A mean of means would weigh some targets more
     (counted,) = here.sum([int((batch.targets != IGNORE).sum())])
     mean_loss = torch.zeros((), device=here.device)
     B = len(batch.tokens)
-    rows = rows_in_a_pass(B, s)
+    some = windows_in_a_pass(B, s)
     # 1. forward, and backward: by the chain rule, from the loss back to the first layer, how much
     # the loss would change with each weight: p.grad. A batch too large for memory is taken in
-    # passes of some rows, since backward() adds to the p.grad that is there: gradient accumulation
-    for i in range(0, B, rows):
-        machine.seed(s.seed, step, here.rank, i)  # of dropout, which is so the same when resumed
-        # the processes (DDP) hold equal weights and learn from different rows. Once, while the last
+    # passes of some windows: backward() adds to the p.grad that is there (gradient accumulation)
+    for i in range(0, B, some):
+        machine.seed(s.seed, step, here.rank, i)  # of dropout: a run that is resumed drops the same
+        # processes hold equal weights and learn from different windows (DDP). While the last
         # backward pass runs, their gradients are summed: then all make the same update
-        here.gradients.active = i + rows == B
-        tokens, targets, positions, mask = (here.put(z) for z in batch.windows(i, i + rows))
+        here.gradients.active = i + some == B
+        tokens, targets, positions, mask = (here.put(z) for z in batch.windows(i, i + some))
         # autocast: products in 16 bits are faster where the hardware has them; weights, gradients
         # and the optimizer's sums stay in 32, where a small update to a large number is not rounded
         # away (arXiv:1710.03740)
@@ -134,21 +152,21 @@ def update(model, optimizers, scale, batch, step: int, s: Settings, here):
         (loss * scale.value).backward()  # scaled, where float16 would round gradients to zero
         mean_loss += loss.detach()
     here.gradients.wait()
-    scale.unscale(list(model.parameters()))
+    scale.unscale(model.parameters())
     # 2. clipping: a gradient longer than grad_clip is shortened, its direction kept, so that one
     # odd batch does not outweigh all others in the optimizers' running means (arXiv:1211.5063)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
     # 3. the step itself, unless there is nothing sound to follow
-    (loss,) = here.sum([mean_loss.item()])
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if not finite and (scale.value == 1 or not math.isfinite(loss)):
-        raise FloatingPointError(f"its loss is {loss} and its gradient norm {norm}")
+    (mean_loss,) = here.sum([mean_loss.item()])
+    finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    if not finite and (scale.value == 1 or not math.isfinite(mean_loss)):
+        raise FloatingPointError(f"its loss is {mean_loss} and its gradient norm {norm}")
     if finite:
         for optimizer in optimizers:
             optimizer.step()
     scale.update(finite)
     model.zero_grad(set_to_none=True)
-    return loss, norm
+    return mean_loss, norm
 
 
 def train(s: Settings, stop: Stop) -> int:
@@ -158,40 +176,48 @@ def train(s: Settings, stop: Stop) -> int:
     from engine.run import Run
     from evaluate import evaluate
     from optim import LossScale, learning_rate, make_optimizers, set_rates
+    from robust import Adversarial, augment
 
-    # 1. the machine, the folder of the run, the data
+    # 1. where it is computed, the folder it is kept in, the data
     here = machine.pick(s.device, s.dtype, s.compile)
     machine.start(here, s.deterministic)
     run = Run(s, here, stop, START)
     data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix)
-    learned = data.split("train")
-    held_out = data.split("val")
-    learned.require(s.model.block_size)
+    train_split = data.split("train")
+    val_split = data.split("val")
+    T = s.model.block_size
+    train_split.require(T)
+    B = s.batch_tokens // T  # windows in a batch, of which each process has its share
+    some = windows_in_a_pass(B // here.world, s)
 
     # 2. the model and its optimizers: new, or as the newest checkpoint of the run has them
     model = run.load_model() if run.step else new_model(s, data, here)
-    rows = s.batch_tokens // s.model.block_size  # windows in a batch; each process has its share
-    in_a_pass = rows_in_a_pass(rows // here.world, s)
-    run.make_ready(model, in_a_pass)
+    run.make_ready(model, some)
     optimizers = make_optimizers(model, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
-    validate = partial(evaluate, model, held_out, here, stop, s.device_batch, s.eval_tokens)
+    validate = partial(evaluate, model, val_split, here, stop, s.device_batch, s.eval_tokens)
     run.begin(data, model, optimizers, scale, validate)
     if run.finished():
         return 0
-    runner = machine.compiled(model, here, in_a_pass) if here.compile else model
+    learner = machine.compiled(model, here, some) if here.compile else model  # the same weights
+    if s.adversarial:
+        learner = Adversarial(learner, s.adversarial)
 
-    # 3. the steps. Number 1000 learns from batch 999, a function of it and the seed: it needs no
-    # memory of those before. Whatever is interrupted here goes on as if it had not been
+    # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
+    # the seed, and needs no memory of those before: so what is interrupted goes on as if it had not
+    # been. `run` does each of its three things when it is due, and all of them at the last step
     with run:
         for step in run.steps():
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
-            batch = learned.batch(step - 1, rows, s.model.block_size, s.seed, here.rank, here.world)
-            loss, norm = update(runner, optimizers, scale, batch, step, s, here)
-            run.log(step, loss, s.lr * factor, norm)
-            run.save(step)
-            run.evaluate(step)
+            batch = train_split.batch(step - 1, B, T, s.seed, here.rank, here.world)
+            if s.augment:
+                first = (step - 1) * B + here.rank * (B // here.world)
+                batch = augment(batch, data.tokenizer.markers, s.augment, s.seed, first)
+            loss, norm = update(learner, optimizers, scale, batch, step, s, here)
+            run.log(step, loss, s.lr * factor, norm)  # every log_every steps a row of metrics.jsonl
+            run.save(step)  # every save_every steps: weights, optimizers, step, in a checkpoint
+            run.evaluate(step)  # every eval_every steps: the loss on text it does not learn from
     if run.completed and here.rank == 0:
         show_result(model, data, s, run)
     return run.status
@@ -213,14 +239,14 @@ def new_model(s: Settings, data, here):
     return model
 
 
-def rows_in_a_pass(share: int, s: Settings) -> int:
-    """The most rows that device_batch allows and that divide the share of a process evenly."""
+def windows_in_a_pass(share: int, s: Settings) -> int:
+    """The most windows that device_batch allows and that divide the share of a process evenly."""
     most = min(s.device_batch or share, share)
     return next(n for n in range(most, 0, -1) if share % n == 0)
 
 
 def show_result(model, data, s: Settings, run) -> None:
-    """Prints how good the best checkpoint is, beside general compressors, and a sample."""
+    """Prints how good the best checkpoint is, beside general compressors, and what it writes."""
     import torch
 
     import sample
@@ -228,26 +254,36 @@ def show_result(model, data, s: Settings, run) -> None:
 
     run.stop.at_once = True  # all is saved
     run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
-    if s.sample_tokens:
+    torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
+    picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
+    if s.sample_tokens and data.kind == "text":
         print("\na sample, by the weights of the last step:\n")
-        torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
-        picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
-        sample.write_samples(model.eval(), data.tokenizer, s.sample_prompt, picked)
-    print(f"\nnext: python sample.py {s.out} --prompt={shlex.quote(s.sample_prompt)}")
+        begin = [sample.turn("user", s.sample_prompt)]
+        sample.write_samples(model.eval(), data.tokenizer, begin, picked, echo=s.sample_prompt)
+    elif s.sample_tokens:
+        print("\nwhat the weights of the last step answer to rows that they have not seen:")
+        for ids in islice(data.split("val").rows(), SHOWN):
+            task, turns = data.tokenizer.decode_row(ids)
+            asked = replace(picked, task=task, chat=True, temperature=0)
+            print(f"\n{turns[-2]['content']}\n> ", end="")
+            sample.write_samples(model.eval(), data.tokenizer, turns[:-1], asked)
+    then = "--chat" if data.kind == "rows" else f"--prompt={shlex.quote(s.sample_prompt)}"
+    print(f"\nnext: python sample.py {s.out} {then}")
 
 
 def show_batch(s: Settings) -> int:
     """Prints the windows that the update of step `s.show_batch` learns from, decoded."""
     from dataset import Dataset
 
-    data = Dataset(s.data, s.tokenizer)
+    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix)
     split = data.split("train")
     split.require(s.model.block_size)
-    rows = s.batch_tokens // s.model.block_size
-    x, y, *_ = split.batch(s.show_batch - 1, rows, s.model.block_size, s.seed)
-    for i, (inputs, targets) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
-        text = data.tokenizer.decode([*inputs, targets[-1]])
-        print(f"--- step {s.show_batch}, window {(s.show_batch - 1) * rows + i}\n{text}")
+    B = s.batch_tokens // s.model.block_size
+    batch = split.batch(s.show_batch - 1, B, s.model.block_size, s.seed)
+    for i, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True)):
+        last = targets[-1:][targets[-1:] != IGNORE]
+        text = data.tokenizer.decode([*tokens.tolist(), *last.tolist()])
+        print(f"--- step {s.show_batch}, window {(s.show_batch - 1) * B + i}\n{text}")
     return 0
 
 
@@ -260,7 +296,7 @@ def check(s: Settings) -> None:
     whole = f"a multiple of block_size={s.model.block_size}{processes}, such as {near}"
     begin = Path(s.init_from).resolve()
     itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
-    public = not (Path(s.data) / "meta.json").exists()
+    public = not all((Path(name) / "meta.json").exists() for name in s.data.split(","))
     another = f"another run than out={s.out!r}: choose another --out"
     settings.require(s.batch_tokens % rows == 0, s, "batch_tokens", whole)
     settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
@@ -280,13 +316,14 @@ def main(argv: list[str]) -> int:
     s.out = s.out or f"out/{Path(s.config).stem}"
     check(s)
     stop = Stop()  # before torch is imported, which takes a second or more
-    missing = Path(s.data).name == "python" and not Path(s.data).exists()
-    if missing and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # other ranks wait when all meet
-        from prepare import Settings as Preparation
-        from prepare import prepare
+    for name in s.data.split(","):
+        missing = Path(name).name == "python" and not Path(name).exists()
+        if missing and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # other ranks wait when all meet
+            from prepare import Settings as Preparation
+            from prepare import prepare
 
-        # a small vocabulary: a small model has no weights to spare for rare tokens
-        prepare(Preparation(source=("python",), out=s.data, vocab_size=2048))
+            # a small vocabulary: a small model has no weights to spare for rare tokens
+            prepare(Preparation(source=("python",), out=name, vocab_size=2048))
     if s.show_batch:
         return show_batch(s)
     if s.eval_only:

@@ -61,15 +61,12 @@ def complaint(e: UnicodeDecodeError, chosen: str, given: bool) -> str:
 
 def decoded(line: bytes, encoding: str) -> str:
     """The text of a line that is in UTF-8 or, if it is not, in `encoding`. Raises ValueError."""
-    try:
+    for name in ("utf-8-sig", encoding):
         try:
-            return line.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            if encoding == "utf-8":
-                raise
-            return line.decode(encoding)
-    except UnicodeDecodeError as e:
-        raise ValueError(complaint(e, encoding, encoding != "utf-8")) from e
+            return line.decode(name)
+        except UnicodeDecodeError as e:
+            error = e
+    raise ValueError(complaint(error, encoding, encoding != "utf-8"))
 
 
 def contradiction(data: bytes, chosen: str) -> str | None:

@@ -110,7 +110,7 @@ def lock_file(path: Path, wait: bool = True):
 
 @contextmanager
 def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to write in, which becomes `target` at the end, durably; after an error nothing is.
+    """A folder to write in, which becomes `target` at the end, durably, or after an error nothing.
 
     Left empty, it becomes nothing. Waits for another process that makes the same. A `target` with
     something in it makes way if `replace` is set. Raises ValueError if a folder of the user's

@@ -1,8 +1,11 @@
 """A model made ready to generate: faster linear layers, eight-bit weights, recorded steps.
 
 One token at a time, a model is a chain of matrix-vector products, and each reads all of its weights
-from memory to use them once. So what counts is how fast the weights are read, and how many bytes
-they have. docs/speed.md has the figures.
+from memory to use them once. GPT-2's smallest has 124M weights, 248 MB in bfloat16: read at 30 GB/s
+they take 8 ms, and the 248 million multiplications and additions, at 400 GFLOP/s, less than one. So
+what counts is how fast the weights are read, and how many bytes they have; and several texts at
+once, or a prompt of many tokens, cost little more than one token, since all share one reading.
+docs/speed.md has the figures.
 """
 
 from functools import partial

@@ -1,64 +1,93 @@
 """Rows into windows, and tasks in turn: what dataset.py needs so that few positions stay empty."""
 
 import difflib
+import re
 from collections import Counter
 from functools import lru_cache
 
 import numpy as np
 
 from engine.shards import Strip
+from tokenizer import Markers, Tokenizer
 
 
 class Rows:
-    """The rows of one task as a part of a split: they are packed into windows, once for all."""
+    """The rows of one task as a part of a split: they are packed into windows, once for all.
 
-    def __init__(self, strip: Strip, task: str, rows: np.ndarray, markers):
-        self.strip, self.task, self.rows, self.markers = strip, task, rows, markers
-        self.packed = lru_cache(self.pack)  # for a block_size and a seed
-        self.lengths = lru_cache(self.fitting)  # for a block_size
+    Windows are lists of rows, by number. The methods are those of `Text` in dataset.py.
+    """
 
-    def pack(self, block_size: int, seed: int = 0) -> list[list[int]]:
-        """The rows of each window."""
-        return pack(self.lengths(block_size), block_size + 1, seed)
+    def __init__(self, strip: Strip, task: str, places: np.ndarray, markers: Markers):
+        self.strip, self.task, self.markers = strip, task, markers
+        self.places = places  # where each row begins and how many tokens it has, (N, 2)
+        self.lengths = lru_cache(self.lengths)
+        self.windows = lru_cache(self.windows)
+        self.epoch = lru_cache(maxsize=2)(self.epoch)  # a batch may need parts of two
 
-    def fitting(self, block_size: int) -> np.ndarray:
+    def row(self, i: int, block_size: int) -> np.ndarray:
+        return fit(self.strip.read(*self.places[i]), block_size + 1, self.markers)
+
+    def lengths(self, block_size: int) -> np.ndarray:
         """How many tokens of each row a window takes, (N): those that are longer lose some."""
-        lengths = self.rows[:, 1].copy()
+        lengths = self.places[:, 1].copy()
         for i in np.flatnonzero(lengths > block_size + 1):
             lengths[i] = len(self.row(i, block_size))
         return lengths
 
+    def windows(self, block_size: int, seed: int) -> list[list[int]]:
+        return pack(self.lengths(block_size), block_size + 1, seed)
+
+    def per_epoch(self, block_size: int, seed: int) -> int:
+        return len(self.windows(block_size, seed))
+
+    def epoch(self, number: int, block_size: int, seed: int) -> list[list[int]]:
+        windows = self.windows(block_size, seed)
+        rng = np.random.default_rng((seed, number))
+        return [windows[i] for i in rng.permutation(len(windows))]
+
+    def in_order(self, block_size: int) -> list[list[int]]:
+        return self.windows(block_size, 0)
+
+    def read(self, window: list[int], block_size: int) -> np.ndarray:
+        tokens = np.concatenate([self.row(i, block_size) for i in window])
+        empty = np.full(block_size + 1 - len(tokens), self.markers.end_of_text)
+        return np.concatenate([tokens, empty])
+
     def require(self, block_size: int) -> None:
-        if not self.packed(block_size):
+        if not self.in_order(block_size):
             raise ValueError(
                 f"no row of the task {self.task!r} in {self.strip.paths[0].parent} has an answer"
                 f" that fits block_size={block_size}: use a larger one"
             )
 
-    def row(self, i: int, block_size: int) -> np.ndarray:
-        return fit(self.strip.read(*self.rows[i]), block_size + 1, self.markers)
 
-    def per_epoch(self, block_size: int, seed: int) -> int:
-        return len(self.packed(block_size, seed))
-
-    def window(self, number: int, block_size: int, seed: int) -> np.ndarray:
-        windows = self.packed(block_size, seed)
-        epoch, position = divmod(number, len(windows))
-        return self.exam(windows[shuffled(len(windows), seed, epoch)[position]], block_size)
-
-    def in_order(self, block_size: int) -> list[list[int]]:
-        return self.packed(block_size)
-
-    def exam(self, rows: list[int], block_size: int) -> np.ndarray:
-        """The window of these rows, (block_size + 1) tokens."""
-        tokens = np.concatenate([self.row(i, block_size) for i in rows])
-        empty = block_size + 1 - len(tokens)
-        return np.pad(tokens, (0, empty), constant_values=self.markers.end_of_text)
+def tasks_of(strip: Strip, tokenizer: Tokenizer) -> list[Rows]:
+    """The rows of each task, which their first token tells; those without one are "rows"."""
+    places, firsts = strip.rows(tokenizer.end_of_text)
+    names = {i: task for task, i in tokenizer.tasks().items()}
+    tasks: dict[str, list[int]] = {}
+    for i in np.unique(firsts).tolist():
+        tasks.setdefault(names.get(i, "rows"), []).append(i)
+    return [
+        Rows(strip, task, places[np.isin(firsts, ids)], tokenizer.markers)
+        for task, ids in tasks.items()
+    ]
 
 
-@lru_cache(maxsize=64)  # two for each task
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+def describe(parts: list[Rows], block_size: int, seed: int) -> str:
+    """One line about how rows are packed, and what they lose."""
+    windows = sum(part.per_epoch(block_size, seed) for part in parts)
+    lengths = np.concatenate([part.lengths(block_size) for part in parts])
+    whole = np.concatenate([part.places[:, 1] for part in parts])
+    dropped = int((lengths == 0).sum())
+    cut = int((lengths < whole).sum()) - dropped
+    filled = lengths.sum() / (windows * (block_size + 1))
+    line = f"rows: {len(whole):,} in {windows:,} windows, {filled:.1%} of positions filled"
+    if cut:
+        line += f"; {cut:,} lose the front of their prompt"
+    if dropped:
+        line += f"; {dropped:,} are left out, as their answer is too long"
+    return line + (f" for block_size={block_size}" if cut or dropped else "")
 
 
 def pack(lengths: np.ndarray, room: int, seed: int) -> list[list[int]]:
@@ -90,7 +119,7 @@ def pack(lengths: np.ndarray, room: int, seed: int) -> list[list[int]]:
     return windows
 
 
-def fit(row: np.ndarray, room: int, markers) -> np.ndarray:
+def fit(row: np.ndarray, room: int, markers: Markers) -> np.ndarray:
     """The row, or what is to be learned from it in `room` tokens: nothing if its answer takes more.
 
     It keeps the marker of its task, its last answer, and before that as many turns as there is room
@@ -118,38 +147,33 @@ def fit(row: np.ndarray, room: int, markers) -> np.ndarray:
 def shares(sizes: list[tuple[str, int]], mix: str) -> list[float]:
     """How much of all windows each of some parts gets, given its task and its windows an epoch.
 
-    `mix` is "" (by size), a temperature as in "temperature=2" (by size^(1/2), so that small tasks
-    are seen more often; Raffel et al. 2020, section 3.5.2), or shares by name, as in
-    "text=0.2,sums=0.5"; other tasks share by size what is left. Raises ValueError.
+    By size, unless `mix` says more: shares by name, as in "text=0.2,sums=0.5", with the others
+    sharing what is left; and a temperature, as in "temperature=2", by which they share it: by
+    size^(1/2), so that small tasks are seen more often (Raffel et al. 2020, section 3.5.2). Raises
+    ValueError.
     """
     total: Counter = Counter()
     for name, size in sizes:
         total[name] += size
-    weights = {name: float(size) for name, size in total.items()}
     given = {}
     for word in filter(None, mix.split(",")):
         name, _, value = word.strip().partition("=")
-        try:
-            given[name] = float(value)
-        except ValueError:
-            given[name] = -1.0
-        if name not in [*total, "temperature"]:
+        if name not in (*total, "temperature"):
             near = difflib.get_close_matches(name, total, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(total)}"
             raise ValueError(f"mix={mix!r} names the task {name!r}: {hint}")
-        if not 0 <= given[name] < float("inf"):
-            raise ValueError(f"mix={mix!r}: {name} should be a number from 0 on, not {value!r}")
-    if list(given) == ["temperature"] and "temperature" not in total:
-        if not given["temperature"]:
-            raise ValueError(f"mix={mix!r}: a temperature should be above 0")
-        weights = {name: size ** (1 / given["temperature"]) for name, size in weights.items()}
-    elif given:
-        rest = {name: size for name, size in weights.items() if name not in given}
-        left = 1 - sum(given.values())
-        if left < -1e-9 or (rest and left < 1e-9) or (not any(given.values()) and not rest):
-            others = f", and something left for {', '.join(rest)}" if rest else ""
-            raise ValueError(f"mix={mix!r} should add up to 1{others}")
-        weights = given | {name: left * size / sum(rest.values()) for name, size in rest.items()}
+        if not re.fullmatch(r"\d+\.?\d*|\.\d+", value):
+            raise ValueError(f"mix={mix!r}: {name} should be a number, not {value!r}")
+        given[name] = float(value)
+    temperature = given.pop("temperature", 1.0)
+    if not temperature:
+        raise ValueError(f"mix={mix!r}: a temperature should be above 0")
+    others = {name: size ** (1 / temperature) for name, size in total.items() if name not in given}
+    left = 1 - sum(given.values())
+    if left < -1e-9 or (left < 1e-9 if others else not any(given.values())):
+        also = f", and leave something for {', '.join(others)}" if others else ""
+        raise ValueError(f"mix={mix!r} should add up to 1{also}")
+    weights = given | {name: left * size / sum(others.values()) for name, size in others.items()}
     whole = sum(weights.values())
     return [weights[name] / whole * size / total[name] for name, size in sizes]
 
@@ -158,10 +182,10 @@ def turns(shares: list[float], first: int, last: int) -> list[tuple[int, int]]:
     """For each window from `first` to `last` - 1 of an endless sequence the part that it belongs
     to, and how many of that part's came before.
 
-    Each goes to the part that is most behind its share s: with n windows so far, to the one with
-    the least (n + 1/2) / s. Nobody has to go through all that came before, since part k gets its
-    window n at the time (n + 1/2) / s, and by the time t all have got t, give or take half a window
-    each. So it is enough to sort the windows around those that are wanted.
+    Each goes to the part that is furthest behind its share s: that with the least (n + 1/2) / s, if
+    it has had n windows so far. Nobody has to go through all that came before, since part k gets
+    its window n at the time (n + 1/2) / s, and by the time t all have got t, give or take half a
+    window each. So it is enough to sort the windows around those that are wanted.
     """
     some = [k for k, share in enumerate(shares) if share > 0]
     near = len(some) + 1

@@ -1,11 +1,13 @@
 """A prepared folder: what is in it, whether it is there already, and what was put into it."""
 
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 
 from engine.files import sha256_of
 from engine.shards import split_of, tokenizer_digest
+from tokenizer import Tokenizer, find_tokenizer
 
 SPLITS = ("train", "val", "test")
 
@@ -53,6 +55,34 @@ class Folder:
                 f"the tokenizer files in {name} (encoding.json, vocab.tiktoken) are damaged or"
                 " missing: prepare the data again"
             )
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """Its own; of public shards, the one that is called so."""
+        if self.public and not name:
+            raise ValueError(
+                f"{self.path} has no meta.json: name the vocabulary of its shards, as in"
+                " --tokenizer=gpt2"
+            )
+        named = find_tokenizer(name) if name else None
+        if self.public:
+            return named
+        own = Tokenizer.load(self.path)
+        if named and named.digest() != own.digest():
+            raise ValueError(
+                f"tokenizer={name!r} is not that of {self.path}, which has its own: leave it out"
+            )
+        return own
+
+    def command(self, *more: str) -> str:
+        """The command that prepares it, with some settings that are different."""
+        kept = ("val", "test", "pattern", "field", "encoding", "answer", "task", "group", "seed")
+        made = {name: self.made.get(name) for name in kept} | {
+            "above": self.made.get("above") or ""
+        }
+        words = ["TEXT" if source == "-" else str(source) for source in self.made["source"]]
+        words += [f"--prompt={column}" for column in self.made.get("prompt", ())]
+        words += [f"--{name}={value}" for name, value in made.items() if value not in ("", None)]
+        return f"python prepare.py {shlex.join([*words, *more])}"
 
     def paths(self, split: str) -> list[Path]:
         """The shards of a split, all of them there; their content is not looked at."""

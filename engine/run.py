@@ -102,6 +102,8 @@ class Run:
         learned, held_out = (f"{data.split(name).tokens:,} tokens" for name in ("train", "val"))
         known = f"vocabulary {data.tokenizer.vocab_size:,}"
         here.say(f"data: {s.data}, {learned} to train on, {held_out} to validate, {known}")
+        if packed := data.split("train").describe(s.model.block_size, s.seed):
+            here.say(packed)
         number = torch.get_num_threads()
         self.circumstances = dict(  # what equal bits depend on, beside settings and data
             processes=here.world,
@@ -114,9 +116,9 @@ class Run:
             deterministic=s.deterministic,
             device_batch=s.device_batch,
         )
-        here.first_does(self.open_log)
         if self.step:
             checkpoint.load_optimizers(self.path, model, optimizers)
+        here.first_does(self.open_log)  # the first that changes anything
         threads = f"{number} thread{'s' if number > 1 else ''}"
         count = f"{model.num_parameters():,} parameters"
         here.say(f"model: {count}, {s.batch_tokens:,} tokens a step, {threads}")

@@ -87,6 +87,8 @@ def expand(words: Iterable[str]) -> list[str]:
             raise ValueError(f"the list {word[1:]} is not UTF-8") from e
         split = [shlex.split(line, comments=True) for line in lines]
         found += [line[0] if len(line) == 1 else shlex.join(line) for line in split if line]
+        if not any(split):
+            raise ValueError(f"no source in the list {word[1:]}")
     return found
 
 

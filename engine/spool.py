@@ -47,8 +47,7 @@ class Spool:
         self.tasks: set[str] = set()  # of rows
         self.crossing = False  # whether a prompt may stand in two splits
         self.digest = hashlib.sha256()  # of the whole
-        self.bytes = dict.fromkeys(SPLITS, 0)
-        self.documents = dict.fromkeys(SPLITS, 0)
+        self.written = {name: dict(bytes=0, documents=0) for name in SPLITS}
 
     def __enter__(self):
         return self
@@ -105,15 +104,12 @@ class Spool:
                 yield Document(start, size, *digests, (*SPLITS, "")[number])
                 start += size
 
-    def written(self, split: str) -> dict:
-        return dict(bytes=self.bytes[split], documents=self.documents[split])
-
     def put(self, split: str, start: int, end: int) -> None:
         """Copies the bytes from `start` to `end` to a split, as one document, if there are any."""
         if start == end:
             return
-        self.bytes[split] += end - start
-        self.documents[split] += 1
+        self.written[split]["bytes"] += end - start
+        self.written[split]["documents"] += 1
         self.text.seek(start)
         while start < end:
             start += self.splits[split].write(self.text.read(min(PIECE, end - start)))
@@ -152,33 +148,23 @@ def chunks(path: Path) -> int:
 
 
 def read_chunk(path: Path, number: int, rows: bool = False) -> str:
-    """Chunk `number` of a spool file, about PIECE bytes: chunks meet at safe cuts, or at `rows`."""
+    """Chunk `number` of a spool file, about PIECE bytes: chunks meet at safe cuts."""
     with open(path, "rb") as f:
-        cut = end_of_row if rows else boundary
-        start, end = cut(f, number * PIECE), cut(f, (number + 1) * PIECE)
+        start, end = (boundary(f, n * PIECE, rows) for n in (number, number + 1))
         f.seek(start)
         return f.read(end - start).decode()
 
 
-def boundary(f, position: int) -> int:
-    """The first safe cut after `position`; the next whole character if none is near."""
+def boundary(f, position: int, rows: bool) -> int:
+    """The first safe cut after `position`, which among rows is the end of one; in a text where none
+    is near, the next whole character."""
     if position == 0:
         return 0
     f.seek(position)
     window = f.read(PIECE // 16)
+    while rows and b"\0" not in window and (more := f.read(PIECE // 16)):
+        window += more
     inside = len(window) - len(window.lstrip(INSIDE))
     text = window[inside:].decode(errors="ignore")
     cut = SAFE_CUT.search(text)
     return position + inside + (len(text[: cut.end()].encode()) if cut else 0)
-
-
-def end_of_row(f, position: int) -> int:
-    """Where the row ends in which the byte before `position` stands."""
-    position = max(0, position - 1)
-    f.seek(position)
-    while position and (window := f.read(PIECE // 16)):
-        found = window.find(b"\0") + 1
-        if found:
-            return position + found
-        position += len(window)
-    return position

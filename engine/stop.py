@@ -65,5 +65,5 @@ def speaker(victim: bool) -> str:
     if os.environ.get("LOCAL_RANK", "0") == "0" and not victim:
         return ""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(GRACE)
+    time.sleep(GRACE * (4 if victim else 1))  # who has something to say goes first
     return f"rank {os.environ.get('RANK', 0)}: "

@@ -52,18 +52,19 @@ class Reading:
 class Row(NamedTuple):
     """A conversation."""
 
-    messages: list[tuple[str, str]]  # role and text of each turn
+    messages: list[dict]  # each with role and content, and no more
     task: str
     group: str
-    sure: bool = True  # its probability is above the bound, if it has one
+    sure: bool  # its probability is above the bound, if it has one
 
     def content(self) -> str:
-        """All that is learned from it, in one form."""
-        return json.dumps([self.task, self.messages], ensure_ascii=False)
+        """All that is learned from it, in one form: what `Tokenizer.encode_row` takes."""
+        return json.dumps(dict(messages=self.messages, task=self.task), ensure_ascii=False)
 
     def prompt(self) -> str:
         """All that stands before the last answer, likewise."""
-        last = max(i for i, (role, _) in enumerate(self.messages) if role == "assistant")
+        roles = [message["role"] for message in self.messages]
+        last = len(roles) - 1 - roles[::-1].index("assistant")
         return self._replace(messages=self.messages[:last]).content()
 
 
@@ -77,7 +78,8 @@ def document(row, reading: Reading) -> Iterable[str] | Row:
     if reading.answer:
         asked = [text_of(row, column, "prompt") for column in reading.prompt]
         asked = "\n".join(text for text in asked if text.strip())
-        messages = [("user", asked), ("assistant", text_of(row, reading.answer, "answer"))]
+        answer = text_of(row, reading.answer, "answer")
+        messages = [dict(role="user", content=asked), dict(role="assistant", content=answer)]
         task = reading.task
     elif "messages" in row:
         messages = turns(row["messages"])
@@ -86,13 +88,18 @@ def document(row, reading: Reading) -> Iterable[str] | Row:
         return [text_of(row, reading.field, "field")]
     else:
         raise ValueError(f"field {reading.field!r} is no text but {row[reading.field]!r:.60}")
-    for role, text in messages:
-        if role != "system" and not text.strip():
-            raise ValueError(f"the {'answer' if role == 'assistant' else 'prompt'} is empty")
+    for message in messages:
+        if message["role"] != "system" and not message["content"].strip():
+            what = "answer" if message["role"] == "assistant" else "prompt"
+            raise ValueError(f"the {what} is empty")
     if task:
         check_task(task)
     group = text_of(row, reading.group, "group") if reading.group else row.get("group") or ""
-    sure = not reading.above or float(row.get("probability", 1)) > reading.above
+    probability = row.get("probability", 1.0)
+    try:
+        sure = not reading.above or float(probability) > reading.above
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"its probability is no number but {probability!r:.60}") from e
     return Row(messages, task, str(group), sure)
 
 
@@ -108,7 +115,7 @@ def one_newline(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def turns(messages) -> list[tuple[str, str]]:
+def turns(messages) -> list[dict]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages should be a list of objects with role and content")
     for message in messages:
@@ -118,7 +125,7 @@ def turns(messages) -> list[tuple[str, str]]:
             raise ValueError(f"a message's content is no text but {message.get('content')!r:.60}")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("its messages have no assistant's, and nothing else is to be learned")
-    return [(message["role"], one_newline(message["content"])) for message in messages]
+    return [dict(role=m["role"], content=one_newline(m["content"])) for m in messages]
 
 
 def require_columns(there: Iterable[str], wanted: list[str], option: str) -> None:

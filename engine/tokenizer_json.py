@@ -13,6 +13,7 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_SPLIT
 
+from engine import chat_template
 from engine.tensors import read_json
 from tokenizer import END_OF_TEXT, Tokenizer, published_tokenizer
 
@@ -26,12 +27,6 @@ BYTE = {character: b for b, character in SPELLING.items()}
 # GPT-2's pattern when digits have been cut out before, one by one or in runs, as SmolLM does: to
 # the white space before it, a digit is then the end of the text.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}@| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-
-# Qwen's, that of Llama 3 but for digits, which are alone.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 LARGEST = 2**20  # ids: four times the largest vocabulary that is published
 
@@ -120,7 +115,11 @@ def from_json(info: dict, name: str, vocab_size: int, ends: Sequence[list] = ())
             raise ValueError(f"the tokenizer of {name} needs {needs}, which this one lacks")
 
     pattern = read_pattern(info, require)
-    forms = [step["type"] for step in steps(info, "normalizer", "normalizers")]
+    forms = [
+        step["type"]
+        for step in steps(info, "normalizer", "normalizers")
+        if chat_template.GUARD not in step.get("pattern", {}).get("Regex", "")  # written by us
+    ]
     require(forms in ([], ["NFC"], ["NFD"], ["NFKC"], ["NFKD"]), f"the normaliser {forms}")
     ranks, special = read_tokens(info, require)
     literal = [token for token in info.get("added_tokens") or [] if not token.get("special")]
@@ -248,10 +247,13 @@ def to_json(tokenizer: Tokenizer) -> dict:
         dict(id=i, content=text, special=text not in tokenizer.literal, **flags)
         for text, i in sorted(special.items(), key=lambda item: item[1])
     ]
+    normalizers = [chat_template.normalizer(tokenizer)] if tokenizer.markers else []
+    if tokenizer.normalizer:
+        normalizers.append(dict(type=tokenizer.normalizer))
     return dict(
         version="1.0",
         added_tokens=added,
-        normalizer={"type": tokenizer.normalizer} if tokenizer.normalizer else None,
+        normalizer=dict(type="Sequence", normalizers=normalizers) if normalizers else None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
         post_processor=template(tokenizer) if tokenizer.begin else None,
         decoder=byte_level,

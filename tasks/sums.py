@@ -2,9 +2,9 @@
 
 Why reversed: a carry runs from the low digits to the high ones. In 125, the first digit depends on
 all digits of both numbers, so the whole sum must be done before anything is written, in one pass
-through the layers. From the low end each digit takes two digits and a carry, which the two digits
-and the one just written tell: a small rule, the same one each time (arXiv:2307.03381).
-tasks/sums_plain.py asks for the same sums written plainly, to show the difference.
+through the layers. From the low end, a digit takes the two digits above it and a carry, which is
+known from the column before, whose digits and result stand there: a small rule, the same one each
+time (arXiv:2307.03381). tasks/sums_plain.py asks for the same sums written plainly.
 """
 
 import random

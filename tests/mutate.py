@@ -44,14 +44,16 @@ NEAR = {
     "shape.py": ("settings", "model", "mistakes", "train"),
     "optim.py": ("updates", "machine", "lora", "train"),
     "train.py": ("updates", "kept", "train"),
-    "dataset.py": ("splits", "evaluate", "train"),
+    "cache.py": ("model", "generate", "inference"),
+    "dataset.py": ("rows", "splits", "evaluate", "train"),
     "tokenizer.py": ("prepare", "huggingface"),
-    "evaluate.py": ("splits", "updates", "train"),
+    "evaluate.py": ("exam", "splits", "updates", "train"),
+    "grading.py": ("exam",),
     "generate.py": ("endings", "inference", "sample"),
-    "pick.py": ("generate", "endings"),
+    "pick.py": ("generate", "sample"),
     "sample.py": ("endings",),
     "prepare.py": ("splits", "kept", "mistakes"),
-    "huggingface.py": ("mistakes",),
+    "huggingface.py": ("chat_template", "mistakes"),
     "engine/checkpoint.py": ("files", "lora", "kept", "sample", "train", "interruptions"),
     "engine/adopt.py": ("lora", "train"),
     "engine/encodings.py": ("encodings", "prepare"),
@@ -61,6 +63,7 @@ NEAR = {
     "engine/inference.py": ("sample",),
     "engine/machine.py": ("updates", "train"),
     "engine/metrics.py": ("kept", "train", "interruptions"),
+    "engine/packing.py": ("rows", "dataset"),
     "engine/prepared.py": ("prepare", "mistakes"),
     "engine/resume.py": ("kept", "train", "interruptions"),
     "engine/run.py": ("kept", "train", "interruptions"),
@@ -69,11 +72,16 @@ NEAR = {
     "engine/sources.py": ("prepare", "mistakes"),
     "engine/spool.py": ("prepare", "splits"),
     "engine/stop.py": ("train", "interruptions"),
+    "engine/tables.py": ("rows", "prepare", "mistakes"),
     "engine/tensors.py": ("huggingface",),
     "engine/threads.py": ("machine",),
-    "engine/tokenizer_json.py": ("tokenizer", "huggingface"),
+    "engine/tokenizer_json.py": ("tokenizer", "chat_template", "huggingface"),
     "engine/vocabulary.py": ("tokenizer", "mistakes"),
 }
+
+
+for task in ("__init__", "docstrings", "facts", "library", "modules", "numbers", "sums"):
+    NEAR[f"tasks/{task}.py"] = ("tasks",)
 
 
 class Mutant(NamedTuple):

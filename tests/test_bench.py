@@ -11,14 +11,14 @@ import torch
 
 import bench
 import peers
-from engine import machine
+from engine import machine, measure
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=300", "--rows=2", "--length=16"]
 TINY += ["--tokens=8", "--calls=2"]
 SHAPE = dict(vocab_size=300, block_size=1024, n_layer=2, n_head=2, n_embd=32)
 
 
-def measure(capsys, what: str, variant: str, *argv: str) -> dict:
+def measure_one(capsys, what: str, variant: str, *argv: str) -> dict:
     bench.main([what, *TINY, *argv, f"--only={variant}"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["value"] > 0
@@ -36,24 +36,34 @@ def measure(capsys, what: str, variant: str, *argv: str) -> dict:
     ],
 )
 def test_ours_is_measured_in_a_shape_of_any_size(what, variant, shape, capsys):
-    assert measure(capsys, what, variant, f"--shape={shape}")["unit"] == "tokens/s"
+    assert measure_one(capsys, what, variant, f"--shape={shape}")["unit"] == "tokens/s"
+
+
+@pytest.mark.parametrize("variant", ["one by one", "32 at once"])
+def test_answers_are_measured(variant, capsys):
+    assert measure_one(capsys, "answers", variant, "--answers=4")["unit"] == "answers/s"
+
+
+@pytest.mark.parametrize("variant", ["training, running text", "training, rows"])
+def test_learning_from_rows_is_measured_beside_running_text(variant, capsys):
+    assert measure_one(capsys, "answers", variant)["unit"] == "tokens/s"
 
 
 @pytest.mark.parametrize("what", ["train", "decode"])
 def test_transformers_is_measured(what, capsys):
     pytest.importorskip("transformers", reason="the peer is not installed")
-    assert measure(capsys, what, "transformers, float32")["unit"] == "tokens/s"
+    assert measure_one(capsys, what, "transformers, float32")["unit"] == "tokens/s"
 
 
 def test_the_limits_of_the_machine_are_measured(capsys, monkeypatch):
     monkeypatch.setattr(bench, "timed", lambda _, function: function() and 1.0)  # once is enough
-    assert measure(capsys, "train", "matrix product, float32")["unit"] == "GFLOP/s"
-    assert measure(capsys, "train", "memory read")["unit"] == "GB/s"
+    assert measure_one(capsys, "train", "matrix product, float32")["unit"] == "GFLOP/s"
+    assert measure_one(capsys, "train", "memory read")["unit"] == "GB/s"
 
 
 def test_preparing_is_measured_by_the_whole_command(capsys, monkeypatch):
     monkeypatch.setattr(bench, "library_text", lambda: "a line of text\n" * 3000)
-    result = measure(capsys, "prepare", "ours", "--tokenizer=bytes")
+    result = measure_one(capsys, "prepare", "ours", "--tokenizer=bytes")
     assert result["unit"] == "M tokens/s"
 
 
@@ -96,7 +106,7 @@ def test_the_peer_trains_with_our_optimizer_and_our_loss(monkeypatch, capsys):
     monkeypatch.setattr(torch.Tensor, "backward", seen_backward)
     for variant in ("ours, float32", "transformers, float32"):
         losses.clear()
-        measure(capsys, "train", variant)
+        measure_one(capsys, "train", variant)
         assert losses[0] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.3)  # ln V
     assert made == [{"fused": True}] * 2
 
@@ -122,7 +132,7 @@ def test_bfloat16_that_would_be_emulated_is_left_out(monkeypatch, capsys):
     ]:
         with pytest.raises(ValueError, match="no fast bfloat16 here.*a CPU of 2013"):
             bench.main([what, *TINY, f"--only={variant}"])
-    measure(capsys, "decode", "ours, bfloat16")  # one token at a time waits for memory instead
+    measure_one(capsys, "decode", "ours, bfloat16")  # one token at a time waits for memory instead
 
 
 def test_what_is_left_out_is_said_with_its_reason_and_not_tried_again(monkeypatch, capsys):
@@ -149,7 +159,7 @@ def test_the_table_has_medians_and_ratios(capsys):
     def runs(*values, unit="tokens/s"):
         return [dict(value=v, unit=unit, peak_mb=100 * v, more="") for v in values]
 
-    bench.print_table({"a": runs(9, 2, 4), "b": runs(8), "c": runs(7, unit="GB/s")})
+    measure.print_table({"a": runs(9, 2, 4), "b": runs(8), "c": runs(7, unit="GB/s")})
     _, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
     assert rows[0] == ["a", "4.00", "tokens/s", "1.00", "400"]
     assert rows[1] == ["b", "8.00", "tokens/s", "2.00", "800"]
@@ -159,16 +169,16 @@ def test_the_table_has_medians_and_ratios(capsys):
 def test_it_starts_where_nobody_tells_the_peak_of_memory(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     try:
-        assert importlib.reload(bench).figure(1.0, "s")["peak_mb"] is None
+        assert importlib.reload(measure).figure(1.0, "s")["peak_mb"] is None
     finally:
         monkeypatch.undo()
-        importlib.reload(bench)
+        importlib.reload(measure)
 
 
 @pytest.mark.parametrize(
     "argv, sentence",
     [
-        (["speed"], "what='speed' should be one of train, decode, prepare"),
+        (["speed"], "what='speed' should be one of train, decode, answers, prepare"),
         (["train", "--only=theirs"], "only='theirs' should be one of its variants"),
         (["train", "--rounds=0"], "rounds=0 should be at least 1"),
         (["train", "--shape=round"], "shape='round' should be one of gpt2, modern"),

@@ -4,10 +4,12 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import evaluate as script
+import scores
 from dataset import Dataset
 from engine import machine
 from engine.checkpoint import load_model
@@ -106,3 +108,49 @@ def test_the_command_refuses_data_in_another_vocabulary(run, text_file, tmp_path
     prepare.main([str(text_file), f"--out={other}", "--vocab_size=300"])
     with pytest.raises(ValueError, match=f"--tokenizer={run}"):
         script.main([str(run), f"--data={other}"])
+
+
+def test_the_loss_of_each_position_adds_up_to_the_whole(run, data, here):
+    model, _ = load_model(str(run))
+    split = Dataset(str(data)).split("val")
+    nats = script.window_nats(model, split, here)
+    loss, _ = evaluate(model, split, here)
+    counted = np.isfinite(nats)
+    assert counted.sum() == split.tokens - 1
+    assert nats[counted].mean() == pytest.approx(loss, rel=1e-5)
+    assert script.perplexity_of(nats).value == pytest.approx(math.exp(loss), rel=1e-5)
+    expected, _ = by_hand(model, split, [(0, 1)])
+    assert nats[0, 0] == pytest.approx(expected, rel=1e-5)
+    ranges = dict(map(str.split, script.by_position(nats)))
+    assert list(ranges) == ["0", "1", "4", "16"]
+    assert float(ranges["4"]) == pytest.approx(np.nanmean(nats[:, 4:16]), abs=0.006)
+
+
+def test_text_stands_beside_compressors_and_a_baseline(run, train, capsys):
+    other = train("other", "--lr=0", "--embed_lr=0", "--head_lr=0")
+    capsys.readouterr()
+    script.main([str(run), f"--baseline={other}"])
+    said = capsys.readouterr().out
+    assert re.search(r"compressors: gzip -9 \d\.\d+, xz -9e \d\.\d+", said)
+    value, low, high = map(float, re.search(r"perplexity (\S+) \((\S+) to (\S+) by", said).groups())
+    assert low < value < high
+    assert re.search(r"other has 257\.\d+, which makes -\d.*: they differ", said)
+    script.main([str(run), f"--baseline={run}"])
+    assert "+0.000 (+0.000 to +0.000): no difference is shown" in capsys.readouterr().out
+
+
+def test_runs_of_another_context_are_not_compared(run, train):
+    other = train("other", "--block_size=16")
+    with pytest.raises(ValueError, match="a context of 16 tokens, and .* one of 32"):
+        script.main([str(run), f"--baseline={other}"])
+
+
+def test_drawn_texts_stand_beside_human_ones(run, capsys, tmp_path):
+    file = tmp_path / "drawn.jsonl"
+    script.main([str(run), "--generate=5", "--max_tokens=20", f"--answers={file}"])
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert len(texts) == 5 and len(set(texts)) > 1  # drawn, though temperature is 0 by default
+    said = capsys.readouterr().out
+    drawn = float(re.search(r"distinct-1 +(\S+) +(\S+)", said)[1])
+    assert drawn == pytest.approx(scores.distinct(texts, 1), abs=0.06)
+    assert {"distinct-2", "repetition", "self-BLEU"} <= set(re.findall(r"^[\w-]+", said, re.M))

@@ -205,9 +205,10 @@ def test_labels_are_seen_and_naive_bayes_stands_beside(evaluated):
     said, lines = evaluated("--task=animal")
     found = figures(said, "animal")
     right = [line["answer"] == line["reference"] for line in lines]
-    value, _, _, most_frequent, bayes = found["accuracy"]
+    value, _, _, most_frequent, bayes, above, _, _ = found["accuracy"]
     assert value == pytest.approx(100 * sum(right) / len(right), abs=0.01)
     assert (most_frequent, bayes) == (pytest.approx(66.7, abs=0.05), 100)
+    assert above == pytest.approx(value - 100, abs=0.06)
     assert found["macro-F1"][3] == pytest.approx(40, abs=0.05)  # (80 + 0) / 2
     assert "naive Bayes" in said and "BLEU" not in said
 

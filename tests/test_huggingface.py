@@ -462,7 +462,7 @@ def test_who_exports_a_qwen2_with_other_words_is_told(tmp_path, capsys):
     bpe(True, vocab_size=490).save(str(tmp_path / "in" / "tokenizer.json"))
     huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "ours")])
     huggingface.main(["export", str(tmp_path / "ours"), str(tmp_path / "out")])
-    assert "open this one with PreTrainedTokenizerFast" in capsys.readouterr().err
+    assert "open it with PreTrainedTokenizerFast" in capsys.readouterr().err
     words = tf.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     ours = Tokenizer.load(tmp_path / "ours")
     assert [words(t).input_ids for t in TEXTS[:200]] == [ours.encode(t) for t in TEXTS[:200]]

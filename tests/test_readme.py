@@ -23,7 +23,8 @@ SMALL += ["--n_embd=32", "--device_batch=2", "--sample_tokens=5", "--eval_every=
 def place(tmp_path_factory, data):
     """A folder like a clone, in which the sources are small."""
     folder = tmp_path_factory.mktemp("clone")
-    for path in [*ROOT.glob("*.py"), ROOT / "config", ROOT / "engine", ROOT / "README.md"]:
+    folders = [ROOT / name for name in ("config", "engine", "tasks")]
+    for path in [*ROOT.glob("*.py"), *folders, ROOT / "README.md"]:
         (folder / path.name).symlink_to(path)
     (folder / "data").mkdir()
     for name in ("python", "shakespeare"):

@@ -45,6 +45,10 @@ def test_an_interval_of_accuracy_is_that_of_the_binomial():
     assert scores.interval(scores.resampled(score)) == (low, high)
 
 
+def test_an_interval_leaves_out_a_fortieth_at_each_end():
+    assert scores.interval(np.arange(1001)) == (25, 975)
+
+
 def test_the_95_percent_interval_holds_the_truth_about_19_times_of_20():
     rng, held = random.Random(0), 0
     for _ in range(100):
@@ -145,12 +149,12 @@ def test_floors_that_copy():
 
 
 def test_naive_bayes_by_hand():
-    """P(x) = 2/3, P(y) = 1/3; known: good, bad, film, good film, bad film.
+    """P(y) = 2/3, P(x) = 1/3; known are good, bad, film and the pairs good film, bad film.
 
-    "bad film": x 2/3 * (1/9) * (3/9) * (1/9), y 1/3 * (2/8) * (2/8) * (2/8): y, by the pair.
+    "bad film": y 2/3 * (1/9) * (3/9) * (1/9), x 1/3 * (2/8) * (2/8) * (2/8): x.
     """
-    bayes = NaiveBayes(["good film", "film", "bad film"], ["x", "x", "y"])
-    assert bayes("bad film") == "y"
-    assert bayes("good film") == "x"
-    assert bayes("unknown") == "x"  # the more frequent label
-    assert bayes.sizes == {"x": 4 + 5, "y": 3 + 5}
+    bayes = NaiveBayes(["good film", "film", "bad film"], ["y", "y", "x"])
+    assert bayes("bad film") == "x"
+    assert bayes("good film") == "y"
+    assert bayes("unknown") == "y"  # the more frequent label
+    assert bayes.sizes == {"y": 4 + 5, "x": 3 + 5}

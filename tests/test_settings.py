@@ -191,12 +191,13 @@ def test_no_setting_is_unused():
 
     from conftest import CODE
 
+    import evaluate
     import plot
     import prepare
     import sample
     import train
 
     code = "".join(path.read_text(encoding="utf-8") for path in CODE)
-    for script in (plot, prepare, sample, train):
+    for script in (evaluate, plot, prepare, sample, train):
         for name in settings_of(script.Settings):
-            assert re.search(rf"\b(s|settings|self|c|config|model)\.{name}\b", code), name
+            assert re.search(rf"\b(s|settings|self|c|config|model|reading)\.{name}\b", code), name

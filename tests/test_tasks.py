@@ -3,6 +3,7 @@
 import random
 import re
 import sysconfig
+from hashlib import blake2b
 from itertools import islice
 
 import pytest
@@ -34,7 +35,14 @@ def small_library(tmp_path, monkeypatch):
         body = "".join(function.format(10 * i + j) for j in range(10))
         path.write_bytes(f"# e\u0301 {i}\r\n{body}".encode())
     (folder / "copy.py").write_text((folder / "email" / "file1.py").read_text())
-    (folder / "large.py").write_text("x = 1\n" * 10_000)
+
+    def digest(text: str) -> bytes:
+        return blake2b(text.encode(), digest_size=16).digest()
+
+    # by its hash the large one would be held back, were it not cut
+    large = (f"x = {i}\n" * 10_000 for i in range(1000))
+    held = (text for text in large if prepare.draw(digest(text), 0) < 0.05)
+    (folder / "large.py").write_text(next(held))
     (folder / "binary.py").write_bytes(bytes(range(256)) * 9)
     (folder / "syntax.py").write_text("print 'an older Python'\n")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder))
@@ -141,15 +149,16 @@ def test_each_direction_of_numbers_is_asked_for_equally_often():
 
 STORY = (
     "Nora went to the attic. Nora took the rope. Felix ran to the attic. Nora walked to the cellar."
-    " Nora put down the rope. Felix picked up the map."
+    " Nora put down the rope. Nora took the rope. Nora went to the harbour. Nora left the rope."
+    " Felix picked up the map."
 )
 
 
 @pytest.mark.parametrize(
     "question, answer",
     [
-        ("Where is Nora?", "cellar"),
-        ("Where is the rope?", "cellar"),  # put down where she went with it
+        ("Where is Nora?", "harbour"),
+        ("Where is the rope?", "harbour"),  # put down where she went with it at last
         ("Where is the map?", "attic"),
         ("Who has the map?", "Felix"),
         ("Who has the rope?", "nobody"),
@@ -162,7 +171,7 @@ STORY = (
 )
 def test_facts_as_a_reader_would_answer_them(question, answer):
     assert facts.solve(f"{STORY}\n{question}") == answer
-    assert facts.right(f"{STORY}\n{question}", "cellar") == (answer == "cellar")
+    assert facts.right(f"{STORY}\n{question}", "harbour") == (answer == "harbour")
 
 
 def test_what_is_no_story_has_no_right_answer():
@@ -178,10 +187,10 @@ def test_files_of_the_library_are_split_as_prepare_splits_them(small_library, tm
         ids = data.split(split).read(0, 10**9).tolist()
         prepared = set(data.tokenizer.decode(ids).split("<|endoftext|>")[:-1])
         ours = {text for _, text in library.files(split, 0.05, 0.05)}
-        cut = {text for text in ours | prepared if text.startswith("x = 1\n")}
+        cut = {text for text in ours | prepared if text.startswith("x = ")}
         assert ours - cut == prepared - cut
         assert ours
-    assert any(text.startswith("x = 1\n") for _, text in library.files("train", 0.05, 0.05))
+    assert any(text.startswith("x = ") for _, text in library.files("train", 0.05, 0.05))
 
 
 @pytest.mark.parametrize("name", ["docstrings", "modules"])

@@ -1,0 +1,59 @@
+"""What changes prompts and embeddings leaves alone what it promises to."""
+
+import numpy as np
+import torch
+
+from dataset import IGNORE, Batch, layout
+from model import GPT, GPTConfig
+from robust import Adversarial, augment
+from tokenizer import bytes_tokenizer
+
+TOKENIZER = bytes_tokenizer().extended([])
+
+
+def batch(rows: int = 40) -> Batch:
+    """Windows of one row each: a prompt of 26 different letters, and an answer."""
+    turns = [dict(role="user", content="abcdefghijklmnopqrstuvwxyz")]
+    turns.append(dict(role="assistant", content="ABC"))
+    ids = np.array([TOKENIZER.encode_row(turns)] * rows)
+    x, y = ids[:, :-1], ids[:, 1:].copy()
+    answer = np.flatnonzero(ids[0] == TOKENIZER.markers.assistant)[0]
+    y[:, :answer] = IGNORE
+    return Batch(x, y, *layout(x, TOKENIZER.markers, "causal"))
+
+
+def test_only_prompts_are_changed_and_about_as_often_as_asked():
+    before = batch()
+    after = augment(before, TOKENIZER.markers, 0.3, seed=1, first=0)
+    prompt = slice(1, 27)
+    outside = np.ones(before.tokens.shape[1], bool)
+    outside[prompt] = False
+    assert (after.tokens[:, outside] == before.tokens[:, outside]).all()
+    assert (after.targets == before.targets).all()
+    hidden = before.mask[:, 0, -1] & ~after.mask[:, 0, -1]  # from the last position
+    assert not hidden[:, outside].any()
+    changed = (after.tokens != before.tokens)[:, prompt] | hidden[:, prompt]
+    assert 0.2 < changed.mean() < 0.45  # an exchange changes two
+    assert after.mask[:, 0].any(axis=-1).all()  # nobody sees nothing
+
+
+def test_a_window_is_changed_alike_wherever_it_is_computed():
+    whole, both = batch(), slice(20, 40)
+    after = augment(whole, TOKENIZER.markers, 0.3, seed=1, first=100)
+    half = augment(whole.windows(20, 40), TOKENIZER.markers, 0.3, seed=1, first=120)
+    assert (after.tokens[both] == half.tokens).all() and (after.mask[both] == half.mask).all()
+    other = augment(whole, TOKENIZER.markers, 0.3, seed=1, first=101)
+    assert (after.tokens != other.tokens).any()
+
+
+def test_moved_embeddings_cost_more_and_no_gradient_is_left_over():
+    model = GPT(GPTConfig(262, block_size=64, n_layer=2, n_head=2, n_embd=32, zero_init=False))
+    model.init_weights(0)
+    x, y, positions, mask = (torch.from_numpy(z) for z in batch(4))
+    plain = model(x, y, "sum", mask, positions)
+    moved = Adversarial(model, 1.0)(x, y, "sum", mask, positions)
+    assert moved > plain + 1e-3  # the mean of the plain loss and a higher one
+    torch.testing.assert_close(Adversarial(model, 0.0)(x, y, "sum", mask, positions), plain)
+    assert all(p.grad is None for p in model.parameters())
+    moved.backward()
+    assert all(p.grad is not None for p in model.parameters())
