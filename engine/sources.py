@@ -183,6 +183,8 @@ def file_documents(path: Path, reading: Reading) -> Iterator[Iterable[str] | Row
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             if name.endswith(".jsonl"):
                 yield from each(tables.jsonl(f, path, reading.encoding), reading)
+            elif reading.answer and name.endswith(".json"):
+                raise Unreadable(path, "rows are read from .jsonl: each of its objects on a line")
             elif reading.answer:
                 text = pieces(f, path, reading.encoding)
                 yield from each(tables.separated(text, path, reading), reading)

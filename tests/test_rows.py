@@ -564,6 +564,8 @@ MISTAKES = {
         [X, "--group=story"], ["line 1", "'story'"], write(X, lines(GOOD))),
     "a prompt without an answer": (["t.csv", "--prompt=q"], ["--answer"], write("t.csv", "q\n1\n")),
     "an answer without a prompt": (["t.csv", "--answer=q"], ["--prompt"], write("t.csv", "q\n1\n")),
+    "a list in one piece": (
+        ["x.json", *COLUMNS], ["x.json", ".jsonl"], write("x.json", '[{"q": "1", "a": "2"}]')),
     "no rows": ([X, *COLUMNS], ["no text left", X], write(X, "")),
     "no row above the bound": (
         [X, "--above=0.9"], ["no text left"], write(X, lines(talk("a", "b", probability=0.5)))),
