@@ -93,6 +93,19 @@ def test_a_text_moves_into_a_slot_while_the_others_go_on(shape, pieces):
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_several_texts_move_in_together_and_each_keeps_its_length():
+    model, x = make("modern"), tokens()
+    expected = model(x)
+    fresh, cache = model.new_cache(2, size=7), model.new_cache(3)
+    for row, length in enumerate((3, 7)):
+        read_into(fresh, row, model, x[row, :length])
+    cache.put([2, 0], fresh)
+    assert cache.lengths.tolist() == [7, 0, 3]
+    logits = model(torch.stack((x[1, 7:8], x[2, :1], x[0, 3:4])), cache=cache)[:, 0]
+    wanted = torch.stack((expected[1, 7], expected[2, 0], expected[0, 3]))
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_rows_can_be_repeated_dropped_and_put_in_another_order():
     model, x = make("modern"), tokens()
     expected = model(x)
