@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import re
 import shlex
 import sys
 import sysconfig
@@ -17,7 +18,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -66,14 +67,6 @@ class Source(NamedTuple):
     reading: Reading
 
 
-@dataclass
-class Line:
-    """A source with settings of its own: a line of a list, or a quoted word."""
-
-    source: tuple = ()  # one
-    reading: Reading = field(default_factory=Reading)
-
-
 def expand(words: Iterable[str]) -> list[str]:
     """The sources, with the lines of @LIST in its place. Raises ValueError."""
     found = []
@@ -83,33 +76,25 @@ def expand(words: Iterable[str]) -> list[str]:
             continue
         try:
             lines = Path(word[1:]).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as e:
-            raise ValueError(f"the list {word[1:]} is not UTF-8") from e
-        split = [shlex.split(line, comments=True) for line in lines]
-        found += [line[0] if len(line) == 1 else shlex.join(line) for line in split if line]
+            split = [shlex.split(line, comments=True) for line in lines]
+        except ValueError as e:
+            raise ValueError(f"the list {word[1:]} cannot be read: {e}") from e
         if not any(split):
             raise ValueError(f"no source in the list {word[1:]}")
+        found += [line[0] if len(line) == 1 else shlex.join(line) for line in split if line]
     return found
 
 
 def parse(word: str, common: Reading) -> Source:
     """A source as it is named, [train=|val=|test=]NAME [--setting=value ...]. Raises ValueError."""
-    split, name = "", word
-    reading = common
-    if " --" in word:
-        line = settings.load(Line, shlex.split(word), "", "source", nargs="*")
-        if len(line.source) != 1:
-            raise ValueError(f"{word!r} should name one source, then its settings")
-        name = line.source[0]
-        own = {k: v for k, v in vars(line.reading).items() if v != getattr(Reading(), k)}
-        reading = replace(common, **own)
-    for wanted in ("train", "val", "test"):
-        if name.startswith(f"{wanted}="):
-            split, name = wanted, name.removeprefix(f"{wanted}=")
+    name, *more = shlex.split(word) if " --" in word else [word]
+    own = vars(settings.load(Reading, more, "", "source"))
+    reading = replace(common, **{k: v for k, v in own.items() if v != getattr(Reading(), k)})
+    reading.encoding = encodings.find(reading.encoding)
     if bool(reading.prompt) != bool(reading.answer):
         raise ValueError(f"{word!r} wants both --prompt and --answer, the columns of its rows")
-    reading.encoding = encodings.find(reading.encoding)
-    return Source(name, split, reading)
+    split, name = re.fullmatch("(?:(train|val|test)=)?(.*)", name, re.DOTALL).groups()
+    return Source(name, split or "", reading)
 
 
 def require(source: str, tasks: Iterable[str] = ()) -> None:
