@@ -48,7 +48,7 @@ PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
 
 @dataclass
 class Settings:
-    source: tuple = ()  # files, folders, - for standard input, @LIST, python, shakespeare, a task
+    source: tuple = ()  # files, folders, - for standard input, @LIST, python, shakespeare, tasks
     out: str = ""  # folder to write; by default data/<name of the first source>
     tokenizer: str = "bpe"  # bpe (learned here), bytes, a name in tiktoken, a run or data folder
     vocab_size: int = 4096  # of a bpe vocabulary: 256 bytes, what is learned, special tokens
@@ -64,7 +64,8 @@ class Settings:
 
 def main(argv: list[str]) -> None:
     clean_up_when_told_to_end()
-    s = settings.load(Settings, argv, "Prepare text or rows for training.", "source", nargs="*")
+    about = "Prepare text or rows for training. Published splits: train=FILE val=FILE test=FILE."
+    s = settings.load(Settings, argv, about, "source", nargs="*")
     if not s.source:
         raise ValueError("no source: name a text file, a folder, - for standard input, or python")
     prepare(s)
@@ -349,7 +350,7 @@ def encode_rows(path: Path, number: int) -> np.ndarray:
     ids = []
     for row in read_chunk(path, number, rows=True).split("\0")[:-1]:
         ids += tokenizer.encode_row(**json.loads(row))
-    return np.array(ids, np.uint32)
+    return np.array(ids, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
 if __name__ == "__main__":

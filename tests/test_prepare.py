@@ -277,6 +277,17 @@ def test_no_split_of_a_few_short_rows_is_empty(tmp_path, seed):
     assert everything(tmp_path / "out") == sorted(rows)
 
 
+def test_texts_that_were_published_as_splits_stay_apart(tmp_path):
+    texts = [make_text(40, seed) for seed in range(30)]
+    for name, some in (("train", texts[:20]), ("test", texts[18:])):
+        folder_of(tmp_path / name, some)
+    argv = [f"train={tmp_path / 'train'}", f"test={tmp_path / 'test'}", "--val=0.2"]
+    prepare.main([*argv, f"--out={tmp_path / 'out'}", "--tokenizer=bytes"])
+    splits = read(tmp_path / "out")
+    assert sorted(splits["test"]) == sorted(texts[18:]) and splits["val"]
+    assert sorted(splits["train"] + splits["val"]) == sorted(texts[:18])
+
+
 def test_paragraphs_longer_than_a_split_do_not_empty_it(tmp_path):
     line = "words and words " * 100
     (tmp_path / "essay.txt").write_text(f"{line}\n{line}\n", encoding="utf-8")

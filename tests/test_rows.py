@@ -108,6 +108,8 @@ def test_numbers_are_read_digit_by_digit(tmp_path):
     tokenizer = Dataset(str(out)).tokenizer
     assert tokenizer.vocab_size == json.loads((out / "meta.json").read_text())["vocab_size"] <= 300
     assert len(tokenizer.encode("123456")) == 6 and len(tokenizer.encode(" plus")) == 1
+    tokens = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    assert not [token for token in tokens if token.isdigit() and len(token) > 1]
 
 
 # --- windows
@@ -217,6 +219,7 @@ def test_epochs_show_all_windows_of_one_task_each(chat):
     a, b = {2: ["a", "b"]}[len(split.parts)]
     assert [part.task for part in split.parts] == [a, b]
     counts = [part.per_epoch(64, 3) for part in split.parts]
+    orders = []
     for epoch in range(3):
         shown = [
             batch.tokens.tobytes()
@@ -224,6 +227,8 @@ def test_epochs_show_all_windows_of_one_task_each(chat):
             for batch in [split.batch(step, 1, 64, 3)]
         ]
         assert len(set(shown)) == sum(counts)
+        orders.append(shown)
+    assert orders[0] != orders[1] and {*orders[0]} == {*orders[1]}
     everything = Counter()
     for step in range(sum(counts)):
         tokens = split.batch(step, 1, 64, 3).tokens[0]
@@ -335,7 +340,7 @@ def test_what_rows_lose_is_said(tmp_path):
 
 
 def test_every_kind_of_table_gives_the_same_rows(tmp_path):
-    pairs = [(f'say "{i}", twice,\nplease\t', f"{i};\n{i}") for i in range(40)]
+    pairs = [(f'"say {i}", twice,\nplease\t', f"{i};\n{i}") for i in range(40)]
     plain = [(q.replace("\n", " ").strip(), a.replace("\n", " ")) for q, a in pairs]
     with open(tmp_path / "t.csv", "w", encoding="utf-8-sig", newline="") as f:
         csv.writer(f).writerows([("q", "n", "a"), *((q, i, a) for i, (q, a) in enumerate(pairs))])
@@ -648,6 +653,8 @@ MISTAKES = {
         [X, "--group=story"], ["line 1", "'story'"], write(X, lines(GOOD))),
     "a prompt without an answer": (["t.csv", "--prompt=q"], ["--answer"], write("t.csv", "q\n1\n")),
     "an answer without a prompt": (["t.csv", "--answer=q"], ["--prompt"], write("t.csv", "q\n1\n")),
+    "a list in one piece": (
+        ["x.json", *COLUMNS], ["x.json", ".jsonl"], write("x.json", '[{"q": "1", "a": "2"}]')),
     "no rows": ([X, *COLUMNS], ["no text left", X], write(X, "")),
     "no row above the bound": (
         [X, "--above=0.9"], ["no text left"], write(X, lines(talk("a", "b", probability=0.5)))),
@@ -673,7 +680,11 @@ MISTAKES = {
     "a setting of the whole in a list": (
         ["@list.txt"], ["'tokenizer'"], write("list.txt", "a.csv --tokenizer=bytes\n")),
     "two sources in a line": (
-        ["@list.txt"], ["one source"], write("list.txt", "a.csv b.csv --prompt=q --answer=a\n")),
+        ["@list.txt"], ["one source", "b.csv"],
+        write("list.txt", "a.csv b.csv --prompt=q --answer=a\n")),
+    "a list with a quote that is not closed": (
+        ["@list.txt"], ["list.txt", "quote"], write("list.txt", "'a.csv --prompt=q\n")),
+    "a list that is no text": (["@list.txt"], ["list.txt", "UTF-8"], write("list.txt", b"\xff")),
     "an empty list": (["@list.txt"], ["no source"], write("list.txt", "# nothing\n")),
     "a source that is not there": ([f"train={X}"], [f"'{X}'", "sums"], None),
 }  # fmt: skip
