@@ -130,7 +130,8 @@ class Opened:
         if not folder:
             raise ValueError(f"{self.path} was not trained here: name the data, --data=data/NAME")
         named = s.tokenizer if s.data else s.tokenizer or self.trained_with.get("tokenizer", "")
-        data = Dataset(folder, named, self.model.config.mask)
+        train_on = self.trained_with.get("train_on", "answers")
+        data = Dataset(folder, named, self.model.config.mask, train_on)
         if data.kind == "rows":
             self.require_markers()
         data.require_tokenizer(self.tokenizer, self.name)

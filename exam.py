@@ -48,6 +48,11 @@ def examine(s, models: list[tuple[GPT, Tokenizer]], data: Dataset, file: Path) -
     for task, some in rows.items():
         built_in = any(task == source or task.startswith(f"{source}_") for source in sources)
         exams.append(Exam(some, learned.get(task, []), choices_of(s), built_in))
+    if s.choices == "auto" and not any(exam.labels for exam in exams):
+        raise ValueError(
+            f"choices='auto' finds no labels: the answers are more than {grading.LABELS} different"
+            " ones, or there are not ten rows for each"
+        )
     tell_what_lacks()
     lines = []
     for exam in exams:

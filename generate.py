@@ -57,12 +57,10 @@ def prefill(model: GPT, texts: list[list[int]], cache: KVCache, markers=None) ->
 def visible(model: GPT, tokens: Tensor, markers) -> Tensor | None:
     """Who may look where while texts `tokens` (B, T) are read: (B, 1, T, T), or None for causal."""
     policy = model.config.mask
-    if policy == "causal":
-        return None
     if policy == "full":
         raise ValueError("mask='full' makes an encoder, which sees what follows: it cannot write")
-    if markers is None:
-        raise ValueError(f"mask={policy!r} needs the tokenizer's markers to read a prompt")
+    if policy == "causal" or markers is None or not (tokens == markers.assistant).any():
+        return None  # under prefix, too, running text is causal: it has no prompt
     _, mask = dataset.layout(tokens.numpy(), markers, policy)
     return torch.from_numpy(mask).to(model.wte.weight.device)
 
@@ -206,7 +204,7 @@ def to_answer(
         if not prompt:
             raise ValueError(NO_TOKEN)
         prompt = prompt[-limit:]
-        most = min(max_tokens, limit + 1 - len(prompt))
+        most = min(max(1, max_tokens), limit + 1 - len(prompt))
         yield Answer(number, prompt, most, random.Random(f"{seed} {number}"))
 
 

@@ -50,8 +50,9 @@ class Result(NamedTuple):
 class Exam:
     """The rows of a task, what is measured of it, and `learned`: rows from which floors learn.
 
-    `choices` are labels, or auto for those of the training split. A task that is `built_in` is
-    checked by its own file. Raises ValueError for choices that cannot be the answers.
+    `choices` are labels, or auto for those of the training split, where they are few. A task that
+    is `built_in` is checked by its own file. Raises ValueError if an answer is not among the
+    choices.
     """
 
     def __init__(self, rows: list[Row], learned: list[Row], choices: list[str], built_in: bool):
@@ -60,9 +61,12 @@ class Exam:
         self.module = tasks.find(self.task) if built_in else None
         there = sorted({row.reference for row in learned})
         few = 0 < len(there) <= min(LABELS, len(learned) // 10)
-        self.labels = there if choices == ["auto"] else choices
-        if self.labels:
-            self.check_labels()
+        self.labels = choices
+        if choices == ["auto"]:
+            self.labels = there if few else []
+        elif choices:
+            for answer in self.references:
+                self.require_choice(answer)
         if self.labels or few:
             self.kind = "labels"
         elif self.module and all(self.module.right(row.prompt, row.reference) for row in rows):
@@ -70,16 +74,10 @@ class Exam:
         else:
             self.kind = "texts"
 
-    def check_labels(self) -> None:
-        unknown = sorted({*self.references} - {*self.labels})
-        if len(self.labels) > LABELS:
+    def require_choice(self, answer: str) -> None:
+        if answer not in self.labels:
             raise ValueError(
-                f"the task {self.task!r} has {len(self.labels):,} different answers, too many to be"
-                " labels: leave out --choices=auto"
-            )
-        if unknown:
-            raise ValueError(
-                f"{unknown[0][:60]!r} is an answer in the data, but not among the choices"
+                f"{answer[:60]!r} is an answer to {self.task or 'a row'}, but not among the choices"
                 f" {','.join(self.labels)}"
             )
 

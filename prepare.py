@@ -34,6 +34,7 @@ import numpy as np
 import regex
 
 import tasks
+from bpe import bpe_tokenizer
 from dataset import ShardWriter
 from engine import encodings, settings, tables
 from engine.files import atomic_folder, write_json
@@ -44,7 +45,7 @@ from engine.shards import Strip
 from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
 from engine.spool import Document, Spool, chunks, read_chunk
 from engine.tables import Reading, Row
-from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, bpe_tokenizer, find_tokenizer
+from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, find_tokenizer
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
 PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
@@ -91,7 +92,7 @@ def prepare(s: Settings) -> None:
     free = ("out", "workers", "overwrite")  # settings that do not change the result
     wanted = {k: v for k, v in settings.flat(s).items() if k not in free}
     meta = dict(settings=json.loads(json.dumps(wanted)))  # as read back: tuples are lists
-    defaults = settings.flat(Settings())
+    defaults = json.loads(json.dumps(settings.flat(Settings())))
     began, report = time.monotonic(), Counter()
     try:
         found = made_like(out, meta, defaults, s.overwrite)
@@ -153,25 +154,12 @@ def documents_of(source: Source, s: Settings) -> Iterator[tuple[str, Iterable[st
 
 
 def take(document: Iterable[str] | Row, part: str, spool: Spool, report: Counter, progress) -> str:
-    """Cleans a document and puts it into the spool; returns what became of it."""
-    kind = "text"
-    if isinstance(document, Row):
-        kind = "rows"
-        if not document.sure:
-            return "unsure"
-        for message in document.messages:
-            message["content"] = "".join(clean([message["content"]], report, progress))
-        spool.tasks |= {document.task} - {""}
-        fate = spool.add([document.content()], part, document.group, document.prompt())
-    else:
-        fate = spool.add(clean(document, report, progress), part)
-    if spool.kind not in ("", kind):
-        raise ValueError(
-            f"the sources hold both {spool.kind} and {kind}: prepare each in a folder of its own,"
-            " and train on both with --data=FOLDER,FOLDER"
-        )
-    spool.kind = kind
-    return fate
+    """Puts a document into the spool, cleaned; returns what became of it."""
+    if not isinstance(document, Row):
+        return spool.add(clean(document, report, progress), part)
+    for message in document.messages:
+        message["content"] = "".join(clean([message["content"]], report, progress))
+    return spool.add([document.content()], part, document) if document.sure else "unsure"
 
 
 # --- 2. clean
@@ -296,11 +284,8 @@ def learn(s: Settings, spool: Spool) -> Tokenizer:
     """
     path, rows = spool.folder / "spool_train", spool.kind == "rows"
     markers = len(ROLES) + 1 + len(spool.tasks) if rows else 0  # <|end|>
-    if s.vocab_size < 257 + markers:
-        raise ValueError(
-            f"vocab_size={s.vocab_size} should be at least {257 + markers}: the bytes, end-of-text"
-            f" and {markers} markers"
-        )
+    least = f"at least {257 + markers}: the bytes, end-of-text and {markers} markers"
+    settings.require(s.vocab_size >= 257 + markers, s, "vocab_size", least)
     total = chunks(path)
     keep = min(total, s.bpe_bytes // PIECE)
     evenly = [i * total // keep for i in range(keep)]

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from dataset import IGNORE, Batch
-from tokenizer import Markers
 
 
-def augment(batch: Batch, markers: Markers, rate: float, seed: int, first: int) -> Batch:
+def augment(batch: Batch, special: list[int], rate: float, seed: int, first: int) -> Batch:
     """`batch` with about `rate` of the tokens of its prompts changed; targets stay as they are.
 
     A third of them changes places with the next token, a third becomes another token of the
-    window, a third is hidden: no other position sees it. Markers and answers are left alone. Window
-    i of a global batch, which has the number `first` + i, draws from (seed, number): the same on
-    every rank. Running text has no prompts, and comes back as it was.
+    window, a third is hidden: no other position sees it. Answers are left alone, and so are the ids
+    `special`, the markers above all. Window i, number `first` + i of all that are learned from,
+    draws from (seed, number), whichever process has it. Running text comes back as it was: it has
+    no prompts.
     """
     if batch.mask is None:
         return batch
     tokens, mask = batch.tokens.copy(), batch.mask.copy()
     answered = np.zeros(tokens.shape, bool)
     answered[:, 1:] = batch.targets[:, :-1] != IGNORE
-    changeable = ~answered & ~np.isin(tokens, markers) & (tokens < min(markers))
+    changeable = ~answered & ~np.isin(tokens, special)
     for i, row in enumerate(tokens):
         rng = np.random.default_rng((seed, first + i))
         chosen = np.flatnonzero(changeable[i] & (rng.random(len(row)) < rate))
@@ -54,10 +54,16 @@ class Adversarial(nn.Module):
 
     def forward(self, *arguments, **options) -> Tensor:
         embedded: list[Tensor] = []
-        with self.model.wte.register_forward_hook(lambda module, ids, x: embedded.append(x)):
+
+        def note(module, ids: Tensor, x: Tensor) -> Tensor:
+            embedded.append(x if x.requires_grad else x.detach().requires_grad_())  # frozen
+            return embedded[0]
+
+        with self.model.wte.register_forward_hook(note):
             plain = self.model(*arguments, **options)
         (g,) = torch.autograd.grad(plain, embedded, retain_graph=True)
+        g = g.float()  # its square may be nothing in float16
         uphill = self.size * g / g.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)  # (B, T, C)
-        with self.model.wte.register_forward_hook(lambda module, ids, x: x + uphill):
+        with self.model.wte.register_forward_hook(lambda module, ids, x: x + uphill.to(x.dtype)):
             moved = self.model(*arguments, **options)
         return (plain + moved) / 2

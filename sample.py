@@ -133,8 +133,9 @@ def read(turns: list[dict], tokenizer, limit: int, s: Settings) -> list[int]:
     room = limit - min(s.max_tokens, limit // 4)
     there = len(turns)
     tokens = tokenizer.encode_row(before + turns, s.task, open=True)
-    while len(tokens) > room and len(turns) > 1:
-        del turns[:2]  # a question and its answer
+    kept = sum(said["role"] == "system" for said in turns[:1])
+    while len(tokens) > room and len(turns) > kept + 1:
+        del turns[kept : kept + 2]  # a question and its answer
         tokens = tokenizer.encode_row(before + turns, s.task, open=True)
     if len(turns) < there:
         gone = f"the first {there - len(turns)} turns are forgotten"
@@ -143,6 +144,8 @@ def read(turns: list[dict], tokenizer, limit: int, s: Settings) -> list[int]:
         note = f"the prompt makes {len(tokens)} tokens; only the last {room} or so fit the context"
         print(note, file=sys.stderr)
         tokens = fit(np.array(tokens), room, tokenizer.markers).tolist()
+    if not tokens:
+        raise ValueError(f"a context of {limit} tokens has no room for the markers of a turn")
     return tokens
 
 

@@ -187,6 +187,8 @@ def train(s: Settings, stop: Stop) -> int:
     val_split = data.split("val")
     T = s.model.block_size
     train_split.require(T)
+    if next(val_split.in_order(1, T), None) is None:
+        raise ValueError(f"no answer in the val split of {s.data} fits block_size={T}: use more")
     B = s.batch_tokens // T  # windows in a batch, of which each process has its share
     some = windows_in_a_pass(B // here.world, s)
 
@@ -199,9 +201,12 @@ def train(s: Settings, stop: Stop) -> int:
     run.begin(data, model, optimizers, scale, validate)
     if run.finished():
         return 0
-    learner = machine.compiled(model, here, some) if here.compile else model  # the same weights
+    learner = model
     if s.adversarial:
-        learner = Adversarial(learner, s.adversarial)
+        learner = Adversarial(model, s.adversarial)
+    elif here.compile:
+        first = train_split.batch(0, B, T, s.seed, here.rank, here.world).windows(0, some)
+        learner = machine.compiled(model, here, first, s.label_smoothing)  # the same weights
 
     # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
     # the seed, and needs no memory of those before: so what is interrupted goes on as if it had not
@@ -213,7 +218,8 @@ def train(s: Settings, stop: Stop) -> int:
             batch = train_split.batch(step - 1, B, T, s.seed, here.rank, here.world)
             if s.augment:
                 first = (step - 1) * B + here.rank * (B // here.world)
-                batch = augment(batch, data.tokenizer.markers, s.augment, s.seed, first)
+                special = [*data.tokenizer.special.values()]
+                batch = augment(batch, special, s.augment, s.seed, first)
             loss, norm = update(learner, optimizers, scale, batch, step, s, here)
             run.log(step, loss, s.lr * factor, norm)  # every log_every steps a row of metrics.jsonl
             run.save(step)  # every save_every steps: weights, optimizers, step, in a checkpoint
@@ -304,6 +310,12 @@ def check(s: Settings) -> None:
     settings.require(not itself, s, "init_from", another)
     settings.require(s.init_from or not s.lora_rank, s, "lora_rank", "0 without --init_from")
     settings.require(public or not s.tokenizer, s, "tokenizer", f"left out: {s.data} has its own")
+    sees_it = "causal or prefix: with full, a token sees the next one, and predicts nothing"
+    settings.require(s.model.mask != "full", s.model, "mask", sees_it)
+    for_answers = "0 with train_on=all: prompts are targets there"
+    settings.require(not s.augment or s.train_on == "answers", s, "augment", for_answers)
+    plain = "false with --adversarial, whose hooks a compiled model does not call"
+    settings.require(not (s.adversarial and s.compile == "true"), s, "compile", plain)
     settings.require_package("tensorboard", s.tensorboard)
     settings.require_package("wandb", s.wandb)
     settings.require_memory(

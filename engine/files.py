@@ -57,10 +57,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
     beside = path.with_name(path.name + ".partial")
     beside.write_bytes(b"")
     mode = beside.stat().st_mode  # some writers make their files for the owner only
-    yield beside
-    beside.chmod(mode)
-    fsync(beside)
-    beside.replace(path)
+    try:
+        yield beside
+        beside.chmod(mode)
+        fsync(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)  # what a full disk left half done
+        raise
     fsync(path.parent)
 
 

@@ -168,8 +168,8 @@ def worth_compiling(device: torch.device) -> tuple[bool, str]:
     return True, "pays on a GPU"
 
 
-def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before=None) -> str:
-    """Sets the number of threads for passes of `tokens` positions; returns it in words.
+def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before=None) -> None:
+    """Sets the number of threads for passes of `tokens` positions.
 
     `asked` is "auto" or a number. auto obeys OMP_NUM_THREADS (torchrun sets it), keeps the number
     of the run that is resumed, whose `before` is what `Run.circumstances` were, and otherwise
@@ -185,8 +185,6 @@ def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before
         if same and before["threads"] <= mine:
             number = before["threads"]  # for the same bits
         torch.set_num_threads(number)
-    number = torch.get_num_threads()
-    return f"{number} thread{'s' if number > 1 else ''}"
 
 
 def start(here: Machine, deterministic: bool) -> None:
@@ -219,13 +217,14 @@ def start(here: Machine, deterministic: bool) -> None:
         atexit.register(lambda: hasattr(sys, "last_value") or dist.destroy_process_group())
 
 
-def compiled(model: nn.Module, here: Machine, rows: int) -> nn.Module:
-    """`model`, compiled for training on `rows` windows at a time: which takes a minute, and is done
-    now, by one pass, before there is anything that a request to stop could lose."""
+def compiled(model: nn.Module, here: Machine, batch, smoothing: float) -> nn.Module:
+    """`model`, compiled for training on batches like this one, a Batch of dataset.py: which takes a
+    minute, and is done now, by one pass, before there is anything that a request to stop could
+    lose. (Where text is mixed with rows, the other form is compiled when it comes up.)"""
     fast = torch.compile(model)
-    tokens = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=here.device)
+    tokens, targets, positions, mask = map(here.put, batch)
     with here.autocast():
-        loss = fast(tokens, tokens.clone(), reduction="sum")
+        loss = fast(tokens, targets, "sum", mask, positions, smoothing=smoothing)
     loss.backward()
     model.zero_grad(set_to_none=True)
     return fast

@@ -54,7 +54,7 @@ class Rows:
         return np.concatenate([tokens, empty])
 
     def require(self, block_size: int) -> None:
-        if not self.in_order(block_size):
+        if not self.lengths(block_size).any():
             raise ValueError(
                 f"no row of the task {self.task!r} in {self.strip.paths[0].parent} has an answer"
                 f" that fits block_size={block_size}: use a larger one"

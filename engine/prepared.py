@@ -63,11 +63,10 @@ class Folder:
                 f"{self.path} has no meta.json: name the vocabulary of its shards, as in"
                 " --tokenizer=gpt2"
             )
-        named = find_tokenizer(name) if name else None
         if self.public:
-            return named
+            return find_tokenizer(name)
         own = Tokenizer.load(self.path)
-        if named and named.digest() != own.digest():
+        if name and find_tokenizer(name).digest() != own.digest():
             raise ValueError(
                 f"tokenizer={name!r} is not that of {self.path}, which has its own: leave it out"
             )
@@ -138,30 +137,30 @@ def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
 
 
 def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
-    what = "rows" if meta.get("kind") == "rows" else "documents"
-    left_out = [k for k in ("empty", "repeated", "unreadable", "unsure") if report[k]]
-    documents = meta["text"]["documents"] + sum(report[k] for k in left_out)
+    rows = meta.get("kind") == "rows"
+    what = "rows" if rows else "documents"
+
+    def counts(kinds: tuple[str, ...], of: str = "") -> str:
+        return ", ".join(f"{report[kind]:,} {kind}{of}" for kind in kinds if report[kind])
+
+    left_out = ("empty", "repeated", "unreadable", "unsure")
+    documents = meta["text"]["documents"] + sum(report[kind] for kind in left_out)
     print(f"read     {documents:,} {what}, {report['bytes read']:,} bytes")
-    removed = ", ".join(f"{report[k]:,} {k} {what}" for k in left_out)
-    print(f"removed  {removed or f'no {what}'}")
+    print(f"removed  {counts(left_out, f' {what}') or f'no {what}'}")
     for name, other in (("train", "val"), ("train", "test"), ("val", "test")):
         if report[name, other]:
             print(f"         {report[name, other]:,} {what} of {name}: {other} asks the same")
     if report["asked in test"]:
-        print(
-            f"kept     {report['asked in test']:,} {what} of test whose prompt stood elsewhere, too"
-        )
-    cleaned = [k for k in ("control characters removed", "pieces brought to NFC") if report[k]]
-    print(f"cleaned  {', '.join(f'{report[k]:,} {k}' for k in cleaned) or 'nothing'}")
-    unit, of = ("tokens", "documents") if what == "rows" else ("bytes", "tokens")
-    ratio = f"{unit}/{of.removesuffix('s').replace('document', 'row')}"
-    print(f"\n{'split':8} {what:>10} {'bytes':>14} {'tokens':>14} {ratio:>12}")
+        print(f"kept     {report['asked in test']:,} {what} of test that were asked elsewhere, too")
+    cleaned = ("control characters removed", "pieces brought to NFC")
+    print(f"cleaned  {counts(cleaned) or 'nothing'}")
+    size, ratio = ("", "tokens/row") if rows else ("bytes", "bytes/token")
+    print(f"\n{'split':8} {what:>10} {size:>14} {'tokens':>14} {ratio:>12}")
     for split, facts in meta["splits"].items():
-        if facts["tokens"]:
-            print(
-                f"{split:8} {facts['documents']:>10,} {facts['bytes']:>14,}"
-                f" {facts['tokens']:>14,} {facts[unit] / facts[of]:>12.2f}"
-            )
+        if tokens := facts["tokens"]:
+            size = "" if rows else f"{facts['bytes']:,}"
+            ratio = tokens / facts["documents"] if rows else facts["bytes"] / tokens
+            print(f"{split:8} {facts['documents']:>10,} {size:>14} {tokens:>14,} {ratio:>12.2f}")
     for task, count in meta["splits"]["train"].get("tasks", {}).items():
         print(f"{task}: {count:,} rows to learn from")
     print(f"\nwrote {out} in {seconds:.1f} s: {meta['vocab_size']:,} tokens in the vocabulary")

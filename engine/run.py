@@ -1,6 +1,7 @@
 """The folder of a training run. All processes hold a `Run`; only the first one touches the files.
 
 out/<run>/  lock  config.json  metrics.jsonl  metrics.sha256  step-00000400/  step-00000800/
+            base.safetensors: the frozen weights of a run of lora.py
 """
 
 import math
@@ -68,7 +69,8 @@ class Run:
         for pattern in ("step-*.partial", "step-*.old"):  # an interrupted save or deletion
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover)
-        (self.folder / "config.json.partial").unlink(missing_ok=True)
+        for leftover in self.folder.glob("*.partial"):
+            leftover.unlink()
         step, self.files = checkpoint.newest(self.folder)
         return step
 
@@ -186,10 +188,13 @@ class Run:
         if not_finite:
             self.tell_not_finite(self.current, error)
             self.status = 3
-        if self.here.rank == 0 and (not error or not_finite):
-            for track in self.trackers:
-                track(None)
+        if not error or not_finite:
+            self.close()
         return not_finite
+
+    def close(self) -> None:
+        for track in self.trackers if self.here.rank == 0 else ():
+            track(None)
 
     def evaluation_missing(self) -> bool:
         """Whether the newest checkpoint was to be evaluated, and no row tells how good it is."""
@@ -293,12 +298,13 @@ class Run:
 
     def finished(self) -> bool:
         """Whether there is nothing to do, which it says."""
+        done = self.stopping or self.step >= self.s.steps or self.out_of_patience()
         if self.stopping:  # while the missing evaluation was made
             self.tell_stopped(self.step)
-            return True
-        done = self.step >= self.s.steps or self.out_of_patience()
-        if done:
+        elif done:
             self.here.say(f"nothing to do: {self.s.out} has reached step {self.step}")
+        if done:
+            self.close()
         return done
 
     def tell_stopped(self, step: int) -> None:

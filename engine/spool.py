@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from engine.prepared import SPLITS
 from engine.sources import PIECE
+from engine.tables import Row
 
 ENTRY = struct.Struct("<Q16s16s16sB")  # of the index: a document, with the number of its split
 INSIDE = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
@@ -59,8 +60,10 @@ class Spool:
         for name in ("spool", "spool_index"):
             (self.folder / name).unlink()
 
-    def add(self, pieces: Iterable[str], split: str = "", group: str = "", prompt: str = "") -> str:
+    def add(self, pieces: Iterable[str], split: str = "", row: Row | None = None) -> str:
         """Takes one document, unless it is empty or has come before; returns which it was.
+
+        `pieces` are those of its text; `row` is the conversation that they spell, if it is one.
 
         It is written at once, since its digest, and so its fate, is known at its end only. What a
         test was published with stays, repeated or not: so its figures are those of others.
@@ -79,15 +82,25 @@ class Spool:
         if digest + split.encode() in self.seen and split != "test":
             return "repeated"
         self.seen.add(digest + split.encode())
-        asked = digest_of(prompt) if prompt else digest
-        together = digest_of(group) if group else asked
-        number = SPLITS.index(split) if split else len(SPLITS)
-        entry = ENTRY.pack(size, digest, together, asked, number)
+        kind = "rows" if row else "text"
+        if self.kind not in ("", kind):
+            raise ValueError(
+                f"the sources hold both {self.kind} and {kind}: prepare each in a folder of its"
+                " own, and train on both with --data=FOLDER,FOLDER"
+            )
+        self.kind = kind
+        prompt = group = digest
+        if row:
+            prompt = digest_of(row.prompt())
+            group = digest_of(row.group) if row.group else prompt
+            self.tasks |= {row.task} - {""}
+        if split:
+            self.published.add(split)
+        self.crossing = self.crossing or split != "" or group != prompt
+        entry = ENTRY.pack(size, digest, group, prompt, (*SPLITS, "").index(split))
         self.index.write(entry)
-        self.published |= {split} - {""}
-        self.crossing = self.crossing or bool(split or group)
         # of a text, only what it is: so it is in folders that were prepared before there were rows
-        self.digest.update(entry if split or group else entry[:24])
+        self.digest.update(entry if row or split else entry[:24])
         self.size += size
         self.count += 1
         return "taken"

@@ -184,7 +184,7 @@ def test_a_tokenizer_beside_data_that_have_their_own_is_not_ignored(data):
 
 
 def test_another_tokenizer_beside_data_that_have_their_own_is_refused(data, tmp_path):
-    from tokenizer import bpe_tokenizer
+    from bpe import bpe_tokenizer
 
     bpe_tokenizer({"low": 5, "lower": 2}, 260).save(tmp_path)
     with pytest.raises(ValueError, match="has its own: leave it out"):
@@ -206,7 +206,7 @@ def test_the_message_about_another_tokenizer_has_the_command_that_prepares_anew(
     import shlex
 
     import prepare
-    from tokenizer import bpe_tokenizer
+    from bpe import bpe_tokenizer
 
     other = bpe_tokenizer({"low": 5, "lower": 2}, 260)
     run = tmp_path / "a run"

@@ -186,6 +186,12 @@ def test_the_label_is_the_one_that_the_model_finds_likeliest(run, evaluated):
         assert line["probability"] == pytest.approx(share, rel=1e-4)
 
 
+def test_labels_of_one_task_are_no_labels_of_another(evaluated):
+    _, lines = evaluated("--choices=auto", "--max_tokens=3")
+    assert {line["answer"] for line in lines if line["task"] == "animal"} <= {"cat", "dog"}
+    assert not {line["answer"] for line in lines if line["task"] != "animal"} & {"cat", "dog"}
+
+
 def test_normalised_labels_are_chosen_by_the_mean_of_their_tokens(run, evaluated):
     """A label of many tokens has a small probability as a whole, though each token is likely."""
     choices = "--choices=cat,dog,cat and dog and cat and dog"
@@ -288,6 +294,11 @@ def test_a_limit_takes_rows_of_each_task_evenly(rows):
     ]
 
 
+def test_running_text_beside_rows_is_not_asked(rows, data):
+    mixed = exam.rows_of(Dataset(f"{data},{rows}").split("val"))
+    assert mixed == exam.rows_of(Dataset(str(rows)).split("val"))
+
+
 def test_a_prompt_that_is_too_long_loses_its_front_and_keeps_its_marker(run):
     model, tokenizer = load_model(str(run))
     row = Row("story", [dict(role="user", content="x" * 99 + "the end")], "")
@@ -334,11 +345,14 @@ def test_what_lacks_is_named_and_left_out(monkeypatch, evaluated):
     [
         (
             ["--choices=cat,cow"],
-            "'dog' is an answer in the data, but not among the choices cat,cow",
+            "'dog' is an answer to animal, but not among the choices cat,cow",
         ),
         (["--choices=cat,,dog"], "choices='cat,,dog' should be labels joined by commas"),
         (["--choices=cat,cat"], "choices='cat,cat' should be labels joined by commas"),
-        (["--task=story", "--choices=auto"], "'story' has 120 different answers, too many"),
+        (
+            ["--task=story", "--choices=auto"],
+            "choices='auto' finds no labels: the answers are more than 50",
+        ),
         (["--task=tale"], "task='tale' is not in the data: there is animal, story, sums"),
         (["--marker=animals"], "no task 'animals': did you mean animal"),
         (["--beam=2", "--temperature=1"], "beam=2 should be 1 with a temperature above 0"),

@@ -16,11 +16,12 @@ from conftest import make_text, script
 from safetensors.torch import load_file, save_file
 
 import huggingface
+from bpe import bpe_tokenizer
 from engine import families, tensors, tokenizer_json
 from engine.checkpoint import load_model
 from model import GPTConfig
 from sample import generate
-from tokenizer import SPLIT, Tokenizer, bpe_tokenizer, bytes_tokenizer
+from tokenizer import SPLIT, Tokenizer, bytes_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 tf = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT, make_text
 
 import prepare
+from bpe import bpe_tokenizer
 from dataset import Dataset
 from engine import pipeline, sources, spool
-from tokenizer import bpe_tokenizer
 
 
 def read(folder) -> dict[str, list[str]]:
@@ -408,7 +408,9 @@ def test_a_set_from_before_its_text_was_recorded_is_found(tmp_path, text_file, c
     argv = [str(text_file), f"--out={out}", "--tokenizer=bytes"]
     prepare.main(argv)
     meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-    del meta["text"], meta["settings"]["encoding"], meta["settings"]["skip_bad"]
+    del meta["text"]
+    for name in ("encoding", "skip_bad", "prompt", "answer", "task", "group", "above"):
+        del meta["settings"][name]
     (out / "meta.json").write_text(json.dumps(meta))
     before = files_of(out)
     prepare.main(argv)

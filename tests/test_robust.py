@@ -9,6 +9,7 @@ from robust import Adversarial, augment
 from tokenizer import bytes_tokenizer
 
 TOKENIZER = bytes_tokenizer().extended([])
+SPECIAL = [*TOKENIZER.special.values()]
 
 
 def batch(rows: int = 40) -> Batch:
@@ -24,7 +25,7 @@ def batch(rows: int = 40) -> Batch:
 
 def test_only_prompts_are_changed_and_about_as_often_as_asked():
     before = batch()
-    after = augment(before, TOKENIZER.markers, 0.3, seed=1, first=0)
+    after = augment(before, SPECIAL, 0.3, seed=1, first=0)
     prompt = slice(1, 27)
     outside = np.ones(before.tokens.shape[1], bool)
     outside[prompt] = False
@@ -39,10 +40,10 @@ def test_only_prompts_are_changed_and_about_as_often_as_asked():
 
 def test_a_window_is_changed_alike_wherever_it_is_computed():
     whole, both = batch(), slice(20, 40)
-    after = augment(whole, TOKENIZER.markers, 0.3, seed=1, first=100)
-    half = augment(whole.windows(20, 40), TOKENIZER.markers, 0.3, seed=1, first=120)
+    after = augment(whole, SPECIAL, 0.3, seed=1, first=100)
+    half = augment(whole.windows(20, 40), SPECIAL, 0.3, seed=1, first=120)
     assert (after.tokens[both] == half.tokens).all() and (after.mask[both] == half.mask).all()
-    other = augment(whole, TOKENIZER.markers, 0.3, seed=1, first=101)
+    other = augment(whole, SPECIAL, 0.3, seed=1, first=101)
     assert (after.tokens != other.tokens).any()
 
 

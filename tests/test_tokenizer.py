@@ -10,14 +10,13 @@ import regex
 import tiktoken
 from conftest import make_text
 
+from bpe import bpe_tokenizer, slow_bpe
 from tokenizer import (
     END_OF_TEXT,
     SPLIT,
     Tokenizer,
-    bpe_tokenizer,
     bytes_tokenizer,
     find_tokenizer,
-    slow_bpe,
 )
 
 HARD = [
