@@ -38,9 +38,9 @@ def ready(model: GPT, quantize: str = "", rows: int = 1, parts: bool = True) -> 
         names = fast.agreeing(model.config, like.device, like.dtype, training=False)
         fast.install(model, names)
         model.__class__ = FastGPT
-    if quantize or (on_cpu and rows == 1):
+    if quantize or (on_cpu and rows == 1 and streams(like.dtype)):
         kind = partial(StreamedLinear, quantize=quantize)
-    elif on_cpu and packable(like.dtype):
+    elif on_cpu and rows > 1 and packable(like.dtype):
         kind = PackedLinear
     else:
         kind = PlainLinear
@@ -172,6 +172,11 @@ class RecordedCache(KVCache):
         self.k[:, :, :, :end] = self.k[:, rows, :, :end]
         self.v[:, :, :, :end] = self.v[:, rows, :, :end]
         self.lengths = self.lengths[rows]
+
+
+def streams(dtype: torch.dtype) -> bool:
+    """Whether StreamedLinear reads weights faster than torch's own product does, as measured."""
+    return dtype != torch.float32 or bool(torch.cpu.get_capabilities().get("avx512_f"))
 
 
 def packable(dtype: torch.dtype) -> bool:

@@ -56,6 +56,7 @@ NEAR = {
     "sample.py": ("endings",),
     "prepare.py": ("rows", "splits", "kept", "mistakes"),
     "huggingface.py": ("chat_template", "mistakes"),
+    "engine/agreement.py": ("fast", "inference"),
     "engine/checkpoint.py": ("files", "lora", "kept", "sample", "train", "interruptions"),
     "engine/adopt.py": ("lora", "train"),
     "engine/encodings.py": ("encodings", "prepare"),

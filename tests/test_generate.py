@@ -361,8 +361,14 @@ def test_a_model_that_cannot_write_says_so():
         next(generate(encoder, [1], 3))
     with pytest.raises(ValueError, match="mask='full' makes an encoder"):
         next(answers(encoder, reader(), [[1]], 3))
-    with pytest.raises(ValueError, match="mask='prefix' needs the tokenizer's markers"):
-        next(generate(make_model(mask="prefix"), [1], 3))
+
+
+def test_running_text_is_causal_under_prefix_too():
+    markers = bytes_tokenizer().extended([]).markers
+    plain = list(generate(make_model(), [1, 2, 3], 20, temperature=0))
+    for given in (None, markers):
+        model = make_model(mask="prefix")
+        assert list(generate(model, [1, 2, 3], 20, temperature=0, markers=given)) == plain
 
 
 # --- beam search

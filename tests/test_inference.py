@@ -8,11 +8,21 @@ from test_model import SHAPES, make, tokens
 from torch import nn
 
 from engine import fast, inference
-from engine.inference import FEW, PackedLinear, RecordedCache, StreamedLinear, packable, ready
+from engine.inference import (
+    FEW,
+    PackedLinear,
+    PlainLinear,
+    RecordedCache,
+    StreamedLinear,
+    packable,
+    ready,
+    streams,
+)
 from generate import answers, beam, generate
 from model import Attention
 
 KINDS = {
+    "plain": PlainLinear,
     "streamed": StreamedLinear,
     "packed": PackedLinear,
     "int8": lambda weight, bias: StreamedLinear(weight, bias, "int8"),
@@ -55,8 +65,10 @@ def test_a_ready_model_writes_the_same_text(shape, rows, parts):
     model = make(shape)
     plain = list(generate(model, [1, 2, 3], 60, temperature=0, num_samples=rows))
     model = ready(model, rows=rows, parts=parts)
-    kind = StreamedLinear if rows == 1 else PackedLinear
-    if parts and (rows == 1 or packable(torch.float32)):
+    kind = StreamedLinear if streams(torch.float32) else PlainLinear
+    if rows > 1:
+        kind = PackedLinear if packable(torch.float32) else PlainLinear
+    if parts:
         assert not any(isinstance(m, nn.Linear) for m in model.modules())
         assert isinstance(model.head.layer, kind)
         assert isinstance(model.blocks[0].attn.wqkv, kind)
@@ -74,7 +86,8 @@ def test_a_ready_model_obeys_an_edited_book(monkeypatch):
     plain = list(generate(model, [1, 2, 3], 20, temperature=0))
     model = ready(model)
     assert not any(isinstance(m, fast.FastAttention) for m in model.modules())
-    assert isinstance(model.blocks[0].attn.wq, StreamedLinear)
+    kind = StreamedLinear if streams(torch.float32) else PlainLinear
+    assert isinstance(model.blocks[0].attn.wq, kind)
     assert list(generate(model, [1, 2, 3], 20, temperature=0)) == plain
 
 

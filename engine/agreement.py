@@ -1,0 +1,136 @@
+"""Does a part of engine/fast.py agree with the book? Both get the same weights and the same input.
+
+What they give is compared, and all gradients; with and without mask, positions and cache. The book
+in float32 is the truth. In a shorter type the book itself is a little off: a part may be twice as
+far off.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from model import Attention, Head, KVCache, Norm, rotary
+from shape import GPTConfig
+
+SHORT = 512  # longest context for which plain products beat the fused kernel on a CPU
+
+
+def largest_error(
+    reference: type,
+    part: type,
+    config: GPTConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+) -> float:
+    """Of what a part gives for `reference`, a module of the book, in units of what is allowed."""
+    g = torch.Generator().manual_seed(0)
+    # one layer and few tokens, to be quick; all else is as in the model
+    c = replace(config, n_layer=1, vocab_size=min(config.vocab_size, 509), dropout=0.0)
+    new = {
+        nn.Embedding: lambda: nn.Embedding(c.vocab_size, c.n_embd),
+        Norm: lambda: Norm(c.head_dim, c),
+        Attention: lambda: Attention(c, 0),
+        Head: lambda: Head(c),
+    }
+    module = new[reference]()
+    with torch.no_grad():
+        for p in module.parameters():  # none is zero, or two wrong forms would agree on nothing
+            mean, std = (0.0, 2 * p.size(-1) ** -0.5) if p.ndim > 1 else (1.0, 0.3)
+            p.copy_(torch.empty(p.shape).normal_(mean, std, generator=g))
+    module.to(device)
+    worst = 0.0
+    for call, x, with_gradients in trials(reference, c, device, g, training):
+        learn = training and with_gradients
+        kind = torch.float32 if training and not with_gradients else dtype
+        true = results(call, x, module, torch.float32, learn)
+        slow = results(call, x, module, kind, learn)
+        module.__class__ = part
+        fast = results(call, x, module, kind, learn)
+        module.__class__ = reference
+        usual = max(map(rms, true))
+        for t, s, f in zip(true, slow, fast, strict=True):
+            size = max(rms(t), 0.1 * usual)  # a gradient that is zero has no digits to compare
+            rounding = max(1e-4, 2 * torch.finfo(kind).eps) * size
+            worst = max(worst, rms(f - t) / (2 * rms(s - t) + rounding))
+    return worst
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def results(call: Callable, x: Tensor, module, dtype: torch.dtype, learn: bool) -> list[Tensor]:
+    """What `call(module, x)` gives in `dtype`, and if asked for, all gradients; as float32."""
+    if not learn:
+        with torch.no_grad():
+            y = call(copy.deepcopy(module).to(dtype), x if x.dtype == torch.long else x.to(dtype))
+        return [y.float()]
+    wanted = list(module.parameters())  # they stay float32
+    if x.is_floating_point():
+        x = x.to(dtype).detach().requires_grad_()
+        wanted.append(x)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        y = call(module, x).float()
+    direction = torch.arange(y.numel(), device=y.device).cos().view(y.shape)
+    gradients = torch.autograd.grad((y * direction).sum(), wanted, allow_unused=True)
+    return [y.detach(), *(g.float() for g in gradients if g is not None)]
+
+
+def trials(
+    reference: type, c: GPTConfig, device: torch.device, g: torch.Generator, training: bool
+) -> Iterator[tuple]:
+    """What a part is tried with: a call of (module, x), an x, and whether gradients count."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(device)
+
+    if reference is nn.Embedding:
+        yield lambda m, x: m(x), torch.randint(c.vocab_size, (2, 7), generator=g).to(device), True
+    elif reference is Norm:
+        for size in (1.0, 1e-3):  # in the second the small constant below the root counts, too
+            for with_gradients in (True, False):
+                yield lambda m, x: m(x), size * normal(2, 7, c.head_dim), with_gradients
+    elif reference is Head:
+        table = normal(c.vocab_size, c.n_embd)
+        for T in (1, 7):
+            yield lambda m, x: m(x, table.to(x.dtype)), normal(2, T, c.n_embd), True
+    else:
+        yield from attention_trials(c, device, g, normal, training)
+
+
+def attention_trials(
+    c: GPTConfig, device: torch.device, g: torch.Generator, normal: Callable, training: bool
+) -> Iterator[tuple]:
+    if training and c.block_size > SHORT:  # there the long form has its turn
+        T = SHORT + 1
+        rope = rotary(torch.arange(T, device=device), c) if c.position == "rotary" else None
+        yield lambda m, x: m(x, rope, None, None), normal(1, T, c.n_embd), True
+    for T in (min(7, c.block_size), min(33, c.block_size)):
+        where = torch.arange(T, device=device)
+        seen = (torch.rand(2, 1, T, T, generator=g) < 0.5).to(device)
+        seen |= torch.eye(T, dtype=torch.bool, device=device)
+        # causal; who sees whom, for all rows and for each; positions of each row
+        for at, mask in ((where, None), (where, seen[0, 0]), (where.flip(0).expand(2, T), seen)):
+            rope = rotary(at, c) if c.position == "rotary" else None
+            yield lambda m, x, r=rope, k=mask: m(x, r, k, None), normal(2, T, c.n_embd), True
+
+        def in_pieces(module, x: Tensor) -> Tensor:
+            """With a KV cache: a prompt, one token, and several more at once."""
+            stored = x.dtype if type(module) is Attention else torch.float32
+            cache = KVCache(c, x.size(0), device, stored, size=x.size(1) + 2)
+            if x.size(1) > 7:
+                cache.lengths[1:] = 2  # behind a text that is longer
+            parts = []
+            for piece in x.split([x.size(1) - 4, 1, 3], dim=1):
+                at, mask = cache.begin(piece.size(1))
+                rope = rotary(at, c) if c.position == "rotary" else None
+                parts.append(module(piece, rope, mask, cache))
+                cache.lengths += piece.size(1)
+            return torch.cat(parts, dim=1)
+
+        if T > 4:
+            yield in_pieces, normal(2, T, c.n_embd), False
