@@ -35,9 +35,9 @@ if TYPE_CHECKING:  # torch is imported where it is used, since mistakes are told
     from model import GPT
     from tokenizer import Tokenizer
 
-EVAL_TOKENS = 16384  # in one forward pass
+EVAL_TOKENS = 16_384  # in one forward pass
 COMPARABLE_BYTES = 20_000_000  # xz takes too long for a larger text
-LOGITS = 1 << 26  # numbers of them at once, where each token's loss is wanted
+LOGITS = 1 << 26  # numbers of them at once, where each token's or answer's loss is wanted
 WINDOW_TOKENS = 1 << 18  # enough for a mean by position, and for an interval
 
 
@@ -53,7 +53,7 @@ class Settings:
     # of text
     eval_tokens: Count = 0  # tokens of it to evaluate on, evenly spread; 0 is all
     device_batch: Count = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
-    generate: Count = 0  # texts to draw: is their variety that of human ones?
+    generate: Count = 0  # texts to draw, 2 or more: is their variety that of human ones?
 
     # of rows
     task: str = ""  # only the rows of this task
@@ -68,7 +68,7 @@ class Settings:
     length_penalty: NotNegative = 0.6  # of beam search: the higher, the longer
     slots: Positive = 32  # answers that are written side by side
     seed: int = 1  # of answers that are drawn
-    answers: str = ""  # file to write them to; by default answers.jsonl in the folder of the run
+    answers: str = ""  # file to write them to; by default one in the folder of the run
     label: str = ""  # jsonl of rows without answers: writes them with the model's, for prepare.py
 
     # machine
@@ -84,18 +84,30 @@ def main(argv: list[str]) -> int:
     labels = s.choices.split(",") if s.choices else ["auto"]
     sound = all(labels) and len({*labels}) == len(labels)
     settings.require(sound, s, "choices", "labels joined by commas, each once")
-    settings.require(s.beam == 1 or not s.temperature, s, "beam", "1 with a temperature above 0")
+    drawn = s.temperature or s.generate
+    least = "1 with a temperature above 0, or texts to generate"
+    settings.require(s.beam == 1 or not drawn, s, "beam", least)
+    settings.require(s.generate != 1, s, "generate", "at least 2, to be compared with each other")
     settings.require(not s.label or Path(s.label).is_file(), s, "label", "a file of rows")
+    if s.label:
+        refuse(s, ("limit", "task", "baseline", "exchange"), "has no use with --label")
     here = start(s)
     run = Opened(s.out, s.checkpoint)
     data = None if s.label else run.data(s)
     if s.label or data.kind == "rows":
+        of_text = ("eval_tokens", "device_batch", "generate")
+        refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")
         return evaluate_rows(s, run, data, here)
-    of_rows = ("task", "limit", "marker", "choices", "exchange")
-    given = [name for name in of_rows if getattr(s, name) != getattr(Settings, name)]
-    if given:
-        raise ValueError(f"--{given[0]} is for rows, and {data.folder} holds running text")
+    of_rows = ("task", "limit", "marker", "choices", "normalise", "exchange")
+    refuse(s, of_rows, f"is for rows, and {data.folder} holds running text")
     return evaluate_text(s, run, data, here)
+
+
+def refuse(s: Settings, names: tuple[str, ...], why: str) -> None:
+    """Raises ValueError for the first of these settings that is given: better than to ignore it."""
+    for name in names:
+        if getattr(s, name) != getattr(Settings, name):
+            raise ValueError(f"--{name} {why}: leave it out")
 
 
 def evaluate_run(s) -> int:
@@ -249,7 +261,7 @@ def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> i
         import exam
 
         model = exam.ready(run.model, here, s)
-        exam.variety(s, model, run.tokenizer, split, answers_file(s, run))
+        exam.variety(s, model, run.tokenizer, split, answers_file(s, run, "drawn.jsonl"))
     return 0
 
 
@@ -296,14 +308,18 @@ def evaluate_rows(s: Settings, run: Opened, data: Dataset | None, here: "Machine
         return 0
     models = [(exam.ready(opened.model, here, s), opened.tokenizer) for opened in runs]
     if s.label:
-        exam.label(s, *models[0], answers_file(s, run))
+        exam.label(s, *models[0], answers_file(s, run, "labelled.jsonl"))
     else:
-        exam.examine(s, models, data, answers_file(s, run))
+        exam.examine(s, models, data, answers_file(s, run, "answers.jsonl"))
     return 0
 
 
-def answers_file(s: Settings, run: Opened) -> Path:
-    return Path(s.answers) if s.answers else run.path.parent / "answers.jsonl"
+def answers_file(s: Settings, run: Opened, name: str) -> Path:
+    """Where to write: by default the folder of the run, or of a model that belongs to none."""
+    from engine.checkpoint import checkpoints
+
+    of_run = run.path in checkpoints(run.path.parent)
+    return Path(s.answers) if s.answers else (run.path.parent if of_run else run.path) / name
 
 
 if __name__ == "__main__":

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 import grading
+import tasks
 from dataset import Dataset, Split
-from engine import inference, machine
+from engine import inference, machine, tables
 from engine.files import write_durably
 from engine.machine import Machine
-from engine.packing import fit
+from engine.packing import Rows, fit
 from engine.pipeline import Progress
+from evaluate import EVAL_TOKENS, LOGITS
 from generate import answers, beam, prefill
 from grading import Exam, Result, Row
 from model import GPT
 from tokenizer import Tokenizer
 
 FLOOR_ROWS = 20_000  # of each task, from which floors learn
-POSITIONS = 16_384  # in one forward pass that scores answers
-LOGITS = 1 << 26  # numbers of them at once
 SAMPLE_TOKENS = 200  # of a text that is drawn, if max_tokens does not tell
 LONGER = 8  # tokens by which an answer may exceed the longest reference
 
@@ -43,11 +43,13 @@ def examine(s, models: list[tuple[GPT, Tokenizer]], data: Dataset, file: Path) -
     """
     rows = rows_of(data.split(s.split), s.limit, s.task)
     learned = rows_of(data.split("train"), FLOOR_ROWS)
-    sources = {str(source) for folder in data.folders for source in folder.made["source"]}
+    made = {str(source): folder.made for folder in data.folders for source in folder.made["source"]}
     exams = []
     for task, some in rows.items():
-        built_in = any(task == source or task.startswith(f"{source}_") for source in sources)
-        exams.append(Exam(some, learned.get(task, []), choices_of(s), built_in))
+        known, choices = learned.get(task, []), choices_of(s)
+        own = [made[name] for name in made if task == name or task.startswith(f"{name}_")]
+        groups = tasks.groups(task, s.split, own[0]) if own else {}
+        exams.append(Exam(some, known, choices, bool(own), groups))
     if s.choices == "auto" and not any(exam.labels for exam in exams):
         raise ValueError(
             f"choices='auto' finds no labels: the answers are more than {grading.LABELS} different"
@@ -58,8 +60,7 @@ def examine(s, models: list[tuple[GPT, Tokenizer]], data: Dataset, file: Path) -
     for exam in exams:
         results = [ask(*model, exam.rows, exam.labels, s) for model in models]
         lines += grading.written_down(exam, results[0])
-        print(f"\n{exam.task or 'rows'}: {len(exam.rows):,} rows of the {s.split} split")
-        print(*grading.table(exam, results[0]), sep="\n")
+        print("", exam.title(s.split), *grading.table(exam, results[0]), sep="\n")
         if len(models) == 2:
             same_tokens = models[0][1].digest() == models[1][1].digest()
             print(*grading.comparison(exam, *results, same_tokens), sep="\n")
@@ -70,6 +71,8 @@ def label(s, model: GPT, tokenizer: Tokenizer, file: Path) -> None:
     """Answers the rows of the file `s.label`, and writes them with the probability of the answer:
     `prepare.py --above=0.9` takes those of which the model was sure (pseudo-labels, Lee 2013)."""
     rows = list(unanswered(Path(s.label)))
+    if not rows:
+        raise ValueError(f"{s.label} is empty: it should have rows to answer")
     choices = choices_of(s)
     if choices == ["auto"]:
         raise ValueError("choices='auto' needs a training split to find labels in: name them")
@@ -90,18 +93,19 @@ def label(s, model: GPT, tokenizer: Tokenizer, file: Path) -> None:
 
 def unanswered(path: Path) -> Iterator[Row]:
     """The rows of a jsonl file; an answer at the end is left out. Raises ValueError."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            turns = [dict(role=turn["role"], content=turn["content"]) for turn in row["messages"]]
-            if turns[-1]["role"] == "assistant":
-                turns.pop()
-            yield Row(row.get("task", ""), turns, "")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(
-                f'{path}, line {number}: no row such as {{"messages": [{{"role": "user",'
-                f' "content": "..."}}]}} ({e!r:.60})'
-            ) from e
+    with open(path, "rb") as f:
+        for where, row in tables.jsonl(f, path, "utf-8"):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                if row["messages"][-1]["role"] == "assistant":
+                    row["messages"].pop()
+                row["messages"].append(dict(role="assistant", content="?"))
+                sound = tables.document(row, tables.Reading())
+                yield Row(sound.task, sound.messages[:-1], "")
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+                such = '{"messages": [{"role": "user", "content": "..."}]}'
+                raise ValueError(f"{where}: no row such as {such} ({e!r:.90})") from e
 
 
 def variety(s, model: GPT, tokenizer: Tokenizer, split: Split, file: Path) -> None:
@@ -114,7 +118,7 @@ def variety(s, model: GPT, tokenizer: Tokenizer, split: Split, file: Path) -> No
     prompts = [tokenizer.encode_prompt("")] * s.generate
     drawn = written(model, tokenizer, prompts, most, s, s.temperature or 1.0)
     starts = np.linspace(0, max(0, split.tokens - most), len(drawn)).astype(int)
-    human = [split.read(int(i), len(ids)) for i, ids in zip(starts, drawn, strict=True)]
+    human = [split.read(int(i), most)[: len(ids)] for i, ids in zip(starts, drawn, strict=True)]
     human = [ids[ids != tokenizer.end_of_text].tolist() for ids in human]
     texts = [[tokenizer.decode(ids) for ids in some] for some in (drawn, human)]
     tell_what_lacks()
@@ -146,14 +150,18 @@ def ready(model: GPT, here: Machine, s) -> GPT:
 
 def rows_of(split: Split, limit: int = 0, task: str = "") -> dict[str, list[Row]]:
     """The rows of each task, or of one; at most `limit` of each, evenly spread."""
-    found = defaultdict(list)
-    for ids in split.rows():
-        found[ids[0]].append(ids)  # the marker of the task, or else of a role
+    found: dict[str, list[Rows]] = defaultdict(list)
+    for part in split.parts:
+        if isinstance(part, Rows):
+            found[part.task].append(part)
     rows: dict[str, list[Row]] = defaultdict(list)
-    for some in found.values():
-        kept = min(limit or len(some), len(some))
-        for i in range(kept):
-            name, messages = split.tokenizer.decode_row(some[i * len(some) // kept])
+    for parts in found.values():
+        places = np.concatenate([part.places for part in parts])  # where each row is, in its part
+        of = np.repeat(range(len(parts)), [len(part.places) for part in parts])
+        kept = min(limit or len(places), len(places))
+        for i in (n * len(places) // kept for n in range(kept)):
+            ids = parts[of[i]].strip.read(*places[i].tolist())
+            name, messages = split.tokenizer.decode_row(ids.tolist())
             last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
             rows[name].append(Row(name, messages[:last], messages[last]["content"]))
     if task and task not in rows:
@@ -166,25 +174,35 @@ def rows_of(split: Split, limit: int = 0, task: str = "") -> dict[str, list[Row]
 
 
 def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s) -> Result:
-    """Lets a model answer `rows` with one of `labels`, if there are any, or in its own words."""
+    """Lets a model answer `rows` with one of `labels`, if there are any, or in its own words.
+
+    A prompt loses its front only where the context ends before the reference, or a label, would;
+    what is written there ends with the context, too.
+    """
 
     def with_end(text: str) -> list[int]:
         return [*tokenizer.encode(text), tokenizer.markers.end]
 
+    block_size = model.config.block_size
     references = [with_end(row.reference) for row in rows]
-    longest = max(map(len, [*references, *map(with_end, labels)]))
-    most = longest if labels else s.max_tokens or longest + LONGER
-    most = min(most, model.config.block_size // 2)
-    prompts = list(prompts_of(model, tokenizer, rows, s.marker, most))
-    known = [[ids[:most]] for ids in references]
+    choices = [with_end(label) for label in labels]
+    most = s.max_tokens or max(map(len, references)) + LONGER
+    rooms = [max(map(len, [ids, *choices])) for ids in references]
+    if not labels and not any(row.reference for row in rows):  # nobody knows how long answers are
+        most = s.max_tokens or block_size // 2
+        rooms = [min(most, block_size // 2)] * len(rows)
+    prompts, shorter = prompts_of(model, tokenizer, rows, s.marker, rooms)
+    if shorter:
+        print(f"{shorter:,} of {len(rows):,} prompts lose their front: block_size={block_size}")
+    left = [block_size + 1 - len(prompt) for prompt in prompts]
+    known = [[ids[:room]] for ids, room in zip(references, left, strict=True)]
     tokens = [len(ids) for [ids] in known]
     nats = [found for [found] in surprise(model, tokenizer, prompts, known)]
     exchanged = []
     if s.exchange:
-        others = prompts[1:] + prompts[:1]
+        others, _ = prompts_of(model, tokenizer, rows[1:] + rows[:1], s.marker, rooms)
         exchanged = [found for [found] in surprise(model, tokenizer, others, known)]
     if labels:
-        choices = [with_end(label)[:most] for label in labels]
         ln_p = -torch.tensor(surprise(model, tokenizer, prompts, [choices] * len(prompts)))
         if s.normalise:
             ln_p /= torch.tensor([len(ids) for ids in choices])
@@ -192,29 +210,35 @@ def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s)
         said = [labels[i] for i in best.indices]
         return Result(said, best.values.tolist(), nats, tokens, exchanged)
     found = written(model, tokenizer, prompts, most, s, s.temperature)
-    ended = [[[*ids, tokenizer.markers.end][:most]] for ids in found]
+    ended = [
+        [[*ids, tokenizer.markers.end][: min(most, room)]]
+        for ids, room in zip(found, left, strict=True)
+    ]
     likely = [math.exp(-cost) for [cost] in surprise(model, tokenizer, prompts, ended)]
     return Result([tokenizer.decode(ids) for ids in found], likely, nats, tokens, exchanged)
 
 
 def prompts_of(
-    model: GPT, tokenizer: Tokenizer, rows: list[Row], marker: str, most: int
-) -> Iterator[list[int]]:
-    """The ids of each prompt, with room for `most` tokens of an answer: long ones lose their front.
+    model: GPT, tokenizer: Tokenizer, rows: list[Row], marker: str, rooms: list[int]
+) -> tuple[list[list[int]], int]:
+    """The ids of each prompt, and how many of them lose their front.
 
-    `marker` is asked under instead of the row's own task; "none" is no marker.
+    Behind it there is room for so many tokens of an answer; for half a context, if not even the
+    markers would stand before them. `marker` is asked under instead of the row's own task; "none"
+    is no marker. Raises ValueError.
     """
-    block_size = model.config.block_size
-    for row in rows:
+    prompts, shorter, block_size = [], 0, model.config.block_size
+    for row, room in zip(rows, rooms, strict=True):
         task = {"": row.task, "none": ""}.get(marker, marker)
         ids = np.array(tokenizer.encode_row(row.messages, task, open=True))
-        fitted = fit(ids, block_size + 1 - most, tokenizer.markers)
+        fitted = fit(ids, block_size + 1 - room, tokenizer.markers)
         if not len(fitted):
-            raise ValueError(
-                f"a context of {block_size} tokens has no room for a prompt and {most} tokens of an"
-                " answer: use a smaller --max_tokens"
-            )
-        yield fitted.tolist()
+            fitted = fit(ids, block_size + 1 - block_size // 2, tokenizer.markers)
+        if not len(fitted):
+            raise ValueError(f"a context of {block_size} tokens has no room for {row.asked[:60]!r}")
+        prompts.append(fitted.tolist())
+        shorter += len(fitted) < len(ids)
+    return prompts, shorter
 
 
 def written(
@@ -245,7 +269,7 @@ def surprise(
     each, T = len(choices[0]), max(len(ids) for some in choices for ids in some)
     most = LOGITS // (each * T * model.config.vocab_size)
     while order:  # those of about one length together, the longest first
-        count = max(1, min(most, POSITIONS // (each * (len(prompts[order[-1]]) + T))))
+        count = max(1, min(most, EVAL_TOKENS // (each * (len(prompts[order[-1]]) + T))))
         some = order[-count:]
         del order[-count:]
         both = [prompts[i] for i in some], [choices[i] for i in some]
@@ -268,7 +292,9 @@ def one_pass(model: GPT, tokenizer: Tokenizer, prompts: list, choices: list) -> 
     logits = first[repeated][:, None]  # (N, 1, V)
     if T > 1:
         cache.take(repeated)
-        rest = model.logits(model.trunk(ids[:, :-1], cache=cache))  # (N, T - 1, V)
+        at = cache.lengths[:, None] + torch.arange(T - 1)  # what fills up may exceed the context
+        at = at.clamp(max=model.config.block_size - 1).to(device)
+        rest = model.logits(model.trunk(ids[:, :-1], positions=at, cache=cache))  # (N, T - 1, V)
         logits = torch.cat([logits, rest], dim=1)
     ln_p = logits.float().log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]  # (N, T)
     return -(ln_p * counted).sum(dim=1).view(-1, each)

@@ -8,6 +8,9 @@ and of all of them the perplexity of the references. A figure alone says little:
 answers are "yes", 90% is nothing. So what needs no understanding answers the same prompts: the most
 frequent answer; naive Bayes for labels; the prompt or its beginning, copied, for texts. All that
 they know is from the training split.
+
+Intervals are by row, as if no two were related; by group (file, story, number) for built-in tasks
+that have some, since the rows of a file are right or wrong together.
 """
 
 import importlib.util
@@ -51,12 +54,22 @@ class Exam:
     """The rows of a task, what is measured of it, and `learned`: rows from which floors learn.
 
     `choices` are labels, or auto for those of the training split, where they are few. A task that
-    is `built_in` is checked by its own file. Raises ValueError if an answer is not among the
-    choices.
+    is `built_in` is checked by its own file; `groups` has the group of a row by its prompt. Raises
+    ValueError if an answer is not among the choices.
     """
 
-    def __init__(self, rows: list[Row], learned: list[Row], choices: list[str], built_in: bool):
+    def __init__(
+        self,
+        rows: list[Row],
+        learned: list[Row],
+        choices: list[str],
+        built_in: bool,
+        groups: dict[str, str],
+    ):
         self.task, self.rows, self.learned = rows[0].task, rows, learned
+        names = [groups.get(row.prompt, i) for i, row in enumerate(rows)]
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        self.groups = [numbers[name] for name in names]
         self.references = [row.reference for row in rows]
         self.module = tasks.find(self.task) if built_in else None
         there = sorted({row.reference for row in learned})
@@ -81,7 +94,24 @@ class Exam:
                 f" {','.join(self.labels)}"
             )
 
+    def title(self, split: str) -> str:
+        """What was asked, and from what the floors have learned."""
+        groups = len({*self.groups})
+        title = f"{self.task or 'rows'}: {len(self.rows):,} rows of the {split} split"
+        if groups < len(self.rows):
+            title += f" in {groups:,} groups"
+        title += f", floors from {len(self.learned):,} of train"
+        lacks = {row.reference for row in self.learned} - {*self.references}
+        if self.kind == "labels" and lacks:
+            title += f"; NO ROW of {', '.join(sorted(lacks))}"
+        return title
+
     def figures(self, said: list[str]) -> dict[str, Score]:
+        """As `by_row`, with the rows of a group as one."""
+        found = self.by_row(said).items()
+        return {name: score.grouped(self.groups) for name, score in found}
+
+    def by_row(self, said: list[str]) -> dict[str, Score]:
         """By name, without those whose packages lack (see `lacking`)."""
         right = scores.exact(said, self.references)
         if self.module:
@@ -101,9 +131,10 @@ class Exam:
     def all_figures(self, result: Result) -> dict[str, Score]:
         """Also how well a model knows the references."""
         found = self.figures(result.answers)
-        found["perplexity"] = scores.perplexity(result.nats, result.tokens)
-        if result.exchanged:
-            found["prompts exchanged"] = scores.perplexity(result.exchanged, result.tokens)
+        surprise = {"perplexity": result.nats, "prompts exchanged": result.exchanged}
+        for name, nats in surprise.items():
+            if nats:
+                found[name] = scores.perplexity(nats, result.tokens).grouped(self.groups)
         return found
 
     def floors(self) -> dict[str, list[str]]:
@@ -183,7 +214,7 @@ def aligned(lines: list[list[str]]) -> Iterator[str]:
 
 def written_down(exam: Exam, result: Result) -> Iterator[dict]:
     """An object for each row: what was asked, answered and wanted, and how good it is."""
-    figures = exam.figures(result.answers).items()
+    figures = exam.by_row(result.answers).items()
     of_rows = {name: score.rows[:, 0] for name, score in figures if score.figure is scores.ratio}
     for i, row in enumerate(exam.rows):
         found = dict(task=row.task, prompt=row.prompt, answer=result.answers[i])

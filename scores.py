@@ -3,8 +3,9 @@
 A figure over rows is a Score: what each row adds, and what makes one number of the sums. So every
 figure can be computed anew from rows drawn with replacement, as if the test had been another one of
 the same kind (the bootstrap, Efron 1979): between the 2.5th and the 97.5th percentile of a thousand
-such figures lies its 95% interval. Two systems are compared on the same drawn rows, since a row
-that is hard for one is hard for the other (Koehn 2004): they differ if the interval of their
+such figures lies its 95% interval. Rows of one group, such as the snippets of one file, are drawn
+together: they are no independent trials. Two systems are compared on the same drawn rows, since a
+row that is hard for one is hard for the other (Koehn 2004): they differ if the interval of their
 difference leaves out 0. Figures are percentages, but for perplexities.
 
 BLEU (Papineni et al. 2002) asks how many of the answer's words, pairs, triples and fours stand in
@@ -16,6 +17,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,7 +26,8 @@ import numpy as np
 from engine.settings import require_package
 
 RESAMPLES = 1000
-CHINESE = "\u3400-\u9fff"  # has no spaces between words: a character counts as one
+BLOCK = 1 << 22  # numbers drawn at once
+CHINESE = "\u3040-\u30ff\u3400-\u9fff"  # and kana: no spaces, so a character counts as a word
 WORDS = re.compile(rf"[{CHINESE}]|[^\W{CHINESE}]+|[^\w\s]")
 MOST_TEXTS = 100  # each is compared with all others
 
@@ -37,6 +40,12 @@ class Score(NamedTuple):
     def value(self) -> float:
         return self.figure(self.rows.sum(axis=0))
 
+    def grouped(self, groups: Sequence[int]) -> "Score":
+        """The same figure with the rows of a group as one; `groups` numbers each row's from 0."""
+        rows = np.zeros((max(groups) + 1, self.rows.shape[1]))
+        np.add.at(rows, groups, self.rows)
+        return Score(rows, self.figure)
+
 
 # --- how sure
 
@@ -44,9 +53,18 @@ class Score(NamedTuple):
 def resampled(score: Score, seed: int = 0) -> np.ndarray:
     """The figures (RESAMPLES,) of rows drawn with replacement: the same rows for the same seed."""
     count = len(score.rows)
+    size = max(1, min(RESAMPLES, BLOCK // count))
+    blocks = (drawn(count, size, (seed, first)) for first in range(0, RESAMPLES, size))
+    sums = np.concatenate([times @ score.rows for times in blocks])[:RESAMPLES]
+    return np.array([score.figure(each) for each in sums])
+
+
+@lru_cache(maxsize=8)  # the figures of a table draw the same
+def drawn(count: int, size: int, seed: tuple[int, ...]) -> np.ndarray:
+    """How often each of `count` rows comes if as many are drawn, (size, count): `size` times."""
     rng = np.random.default_rng(seed)
-    times = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)  # how often each is drawn
-    return np.array([score.figure(sums) for sums in times @ score.rows])
+    draws = (rng.integers(count, size=count) for _ in range(size))
+    return np.stack([np.bincount(rows, minlength=count) for rows in draws])
 
 
 def interval(figures: np.ndarray) -> tuple[float, float]:
@@ -90,9 +108,11 @@ def exact(answers: list[str], references: list[str]) -> list[bool]:
 
 def macro_f1(answers: list[str], references: list[str]) -> Score:
     """The mean of the labels' F1, each counting the same however rare: 2 hits / (said + true)."""
-    labels = sorted(set(references))
-    said = np.array([[plain(a) == label for label in labels] for a in answers], float)
-    true = np.array([[r == label for label in labels] for r in references], float)
+    labels = sorted(set(map(plain, references)))
+    said, true = (
+        np.array([[plain(text) == label for label in labels] for text in texts], float)
+        for texts in (answers, references)
+    )
     rows = np.concatenate([said * true, said + true], axis=1)
 
     def figure(sums: np.ndarray) -> float:
@@ -130,10 +150,13 @@ def chrf(answers: list[str], references: list[str]) -> Score:
 
 
 class Words:
-    """What rouge-score asks of a tokenizer; its own knows only a to z and digits."""
+    """What rouge-score asks of a tokenizer; its own knows only a to z and digits.
+
+    So it finds no word at all in Greek, and two in "für": this one stands in for any such text.
+    """
 
     def tokenize(self, text: str) -> list[str]:
-        return WORDS.findall(text.lower())
+        return [word for word in WORDS.findall(text.lower()) if word[0].isalnum()]
 
 
 def rouge(answers: list[str], references: list[str]) -> dict[str, Score]:
@@ -142,7 +165,8 @@ def rouge(answers: list[str], references: list[str]) -> dict[str, Score]:
     from rouge_score.rouge_scorer import RougeScorer
 
     kinds = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(kinds, tokenizer=Words() if is_chinese(references) else None)
+    beyond = any(not c.isascii() and c.isalpha() for text in references for c in text)
+    scorer = RougeScorer(kinds, tokenizer=Words() if beyond else None)
     found = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
     names = {kind: f"ROUGE-{kind.removeprefix('rouge')}" for kind in kinds}
     return {names[kind]: mean([row[kind].fmeasure for row in found]) for kind in kinds}

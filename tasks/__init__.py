@@ -27,6 +27,17 @@ def find(task: str) -> ModuleType | None:
     return importlib.import_module(f"tasks.{max(names, key=len)}") if names else None
 
 
+def groups(task: str, split: str, made: dict) -> dict[str, str]:
+    """The group of each row by its prompt, where a built-in task has groups: they are not stored,
+    but made again. `made` are the settings of prepare.py."""
+    module = find(task)
+    if not module:
+        return {}
+    shares = (made.get(name, share) for name, share in (("val", VAL), ("test", TEST)))
+    rows = module.rows(split, made.get("seed", 0), *shares)
+    return {row["messages"][0]["content"]: row["group"] for row in rows if "group" in row}
+
+
 def row(task: str, prompt: str, answer: str, group: str = "") -> dict:
     turns = [dict(role="user", content=prompt), dict(role="assistant", content=answer)]
     return dict(messages=turns, task=task) | (dict(group=group) if group else {})

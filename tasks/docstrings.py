@@ -57,9 +57,11 @@ def without_docstring(node: ast.FunctionDef, lines: list[str]) -> str:
 
 
 def name_as_words(source: str) -> str:
-    """get_word becomes "get word": what a summary has to beat."""
+    """get_word and getWord become "get word": what a summary has to beat."""
     name = re.search(r"def (\w+)", source)
-    return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name[1])).lower() if name else ""
+    return (
+        " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name[1])).lower() if name else ""
+    )
 
 
 FLOORS = {"name as words": name_as_words}  # what evaluate.py puts beside a model, too

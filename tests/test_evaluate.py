@@ -154,3 +154,11 @@ def test_drawn_texts_stand_beside_human_ones(run, capsys, tmp_path):
     drawn = float(re.search(r"distinct-1 +(\S+) +(\S+)", said)[1])
     assert drawn == pytest.approx(scores.distinct(texts, 1), abs=0.06)
     assert {"distinct-2", "repetition", "self-BLEU"} <= set(re.findall(r"^[\w-]+", said, re.M))
+
+
+def test_a_text_that_is_drawn_empty_is_one_too(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("exam.written", lambda *_: [[], [97, 98, 99], []])
+    file = tmp_path / "drawn.jsonl"
+    script.main([str(run), "--generate=3", f"--answers={file}"])
+    assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == ["", "abc", ""]
+    assert "distinct-1" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import train
 from dataset import Dataset
 from engine import machine
 from engine.checkpoint import load_model
-from engine.shards import ShardWriter
+from engine.shards import ShardWriter, Strip
 from generate import answers
 from grading import Exam, Row
 from tokenizer import find_tokenizer
@@ -105,7 +106,7 @@ def evaluated(run, capsys, tmp_path):
         file = tmp_path / "answers.jsonl"
         argv = [str(out), f"--answers={file}", "--dtype=float32", *settings]
         assert evaluate.main(argv) == 0
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         return capsys.readouterr().out, [json.loads(line) for line in lines]
 
     return call
@@ -240,9 +241,30 @@ def test_a_built_in_task_checks_answers_by_itself(evaluated):
 
 def test_a_task_of_the_users_own_is_not_checked_by_ours(rows):
     some = [Row("sums", [dict(role="user", content="anything")], "else")]
-    assert Exam(some, some, [], built_in=False).module is None
-    assert Exam(some, some, [], built_in=False).figures(["else"])["exact match"].value == 100
-    assert Exam(some, some, [], built_in=True).figures(["else"])["exact match"].value == 0
+    assert Exam(some, some, [], built_in=False, groups={}).module is None
+    assert (
+        Exam(some, some, [], built_in=False, groups={}).figures(["else"])["exact match"].value
+        == 100
+    )
+    assert (
+        Exam(some, some, [], built_in=True, groups={}).figures(["else"])["exact match"].value == 0
+    )
+
+
+def test_rows_of_a_group_count_as_one_and_labels_that_lack_are_named():
+    """Each number is asked for in English twice, and both are right or wrong together."""
+    some = [row for row, _ in zip(tasks.find("numbers").rows("val", 7), range(60), strict=False)]
+    asked = [row["messages"] for row in some if row["task"] == "numbers_english"]
+    some = [Row("numbers_english", messages[:1], messages[1]["content"]) for messages in asked]
+    groups = tasks.groups("numbers_english", "val", dict(seed=7))
+    numbers = Exam(some, [], [], True, groups)
+    assert numbers.groups == [i // 2 for i in range(20)]
+    assert numbers.figures([row.reference for row in some])["exact match"].rows.shape == (10, 2)
+    assert numbers.title("val").startswith("numbers_english: 20 rows of the val split in 10 groups")
+    assert Exam(some, [], [], True, tasks.groups("sums", "val", {})).groups == [*range(20)]
+    known = [Row("animal", [], label) for label in ("cat", "dog", "eel") for _ in range(20)]
+    title = Exam(known[:9], known, [], False, {}).title("test")
+    assert title.endswith("floors from 60 of train; NO ROW of dog, eel")
 
 
 def test_each_interval_holds_its_figure(evaluated):
@@ -295,6 +317,14 @@ def test_a_limit_takes_rows_of_each_task_evenly(rows):
     ]
 
 
+def test_only_the_rows_that_are_wanted_are_read(rows, monkeypatch):
+    split = Dataset(str(rows)).split("train")
+    read, plain_read = [], Strip.read
+    monkeypatch.setattr(Strip, "read", lambda *place: read.append(place) or plain_read(*place))
+    exam.rows_of(split, limit=3)
+    assert len(read) == 9
+
+
 def test_running_text_beside_rows_is_not_asked(rows, data):
     mixed = exam.rows_of(Dataset(f"{data},{rows}").split("val"))
     assert mixed == exam.rows_of(Dataset(str(rows)).split("val"))
@@ -303,12 +333,39 @@ def test_running_text_beside_rows_is_not_asked(rows, data):
 def test_a_prompt_that_is_too_long_loses_its_front_and_keeps_its_marker(run):
     model, tokenizer = load_model(str(run))
     row = Row("story", [dict(role="user", content="x" * 99 + "the end")], "")
-    [ids] = exam.prompts_of(model, tokenizer, [row], "", most=10)
+    [ids], shorter = exam.prompts_of(model, tokenizer, [row], "", [10])
+    assert shorter == 1
     assert len(ids) == 64 + 1 - 10
     assert ids[:2] == [tokenizer.task_id("story"), tokenizer.markers.user]
     assert (
         tokenizer.decode(ids[2:-2]).endswith("xthe end") and ids[-1] == tokenizer.markers.assistant
     )
+
+
+LONG_ROWS = [("hi", "a" * 50), ("b" * 45, "no"), ("x" * 99, "wxyz"), ("q", "c" * 99)]
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_each_prompt_has_the_room_that_its_own_reference_leaves(folder, rows, evaluated, position):
+    """Of a context of 64: one with a long reference, one with a long prompt, one that is too long,
+    and one whose reference fits in no context. They are read side by side."""
+    some = [dict(messages=turns(*text), task="story") for text in LONG_ROWS]
+    model_run = trained(folder, f"{position}_run", rows, f"--position={position}", "--steps=4")
+    model, tokenizer = load_model(str(model_run))
+    data = write_rows(folder / f"{position}_rows", tokenizer, train=some, val=some)
+    said, lines = evaluated(f"--data={data}", out=model_run)
+    for row, line in zip(some[:2], lines[:2], strict=True):
+        nats, tokens = nats_by_hand(model, tokenizer, row["messages"], "story")
+        assert (line["nats"], line["tokens"]) == (pytest.approx(nats, rel=1e-4), tokens)
+    fits = turns("x" * 56, "wxyz")  # with the answer's end and four markers in front it has 65
+    assert lines[2]["nats"] == pytest.approx(
+        nats_by_hand(model, tokenizer, fits, "story")[0], rel=1e-4
+    )
+    assert lines[3]["tokens"] == 64 - 4
+    assert "1 of 4 prompts lose their front" in said
+    _, shorter = evaluated(f"--data={data}", "--max_tokens=2", out=model_run)
+    assert [line["nats"] for line in shorter] == [line["nats"] for line in lines]
+    assert all(len(line["answer"].encode(errors="replace")) <= 6 for line in shorter)
 
 
 def test_beam_search_answers_too(run, evaluated):
@@ -328,7 +385,33 @@ def test_labels_are_written_for_rows_without_answers(run, evaluated, tmp_path):
         assert line["task"] == "animal" and 0.5 <= line["probability"] <= 1
 
 
-def test_answers_lie_in_the_folder_of_the_run(run, capsys):
+def test_answers_without_reference_may_fill_half_of_the_context(
+    run, evaluated, tmp_path, monkeypatch
+):
+    file, asked = tmp_path / "unlabelled.jsonl", []
+    row = dict(messages=turns("a\u2028b", "?")[:1])
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+
+    def written(model, tokenizer, prompts, most, s, temperature):
+        asked.append((tokenizer.decode(prompts[0]), most))
+        return [[65]]
+
+    monkeypatch.setattr(exam, "written", written)
+    _, [line] = evaluated(f"--label={file}")
+    assert line["messages"][0]["content"] == "a\u2028b" and "a\u2028b" in asked[0][0]
+    evaluated(f"--label={file}", "--max_tokens=7")
+    assert [most for _, most in asked] == [32, 7]
+
+
+def test_answers_lie_in_the_folder_of_the_run(run, capsys, tmp_path):
+    [step] = run.glob("step-*")
+    shutil.copytree(step, tmp_path / "model")
+    evaluate.main([str(tmp_path / "model"), f"--data={run.parent / 'rows'}", "--limit=1"])
+    assert (tmp_path / "model" / "answers.jsonl").exists()
+    assert not (tmp_path / "answers.jsonl").exists()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(animals(1)[0]))
+    evaluate.main([str(step), f"--label={tmp_path / 'rows.jsonl'}", "--choices=cat,dog"])
+    assert (run / "labelled.jsonl").exists() and not (run / "answers.jsonl").exists()
     evaluate.main([str(run), "--limit=1"])
     assert len((run / "answers.jsonl").read_text().splitlines()) == 3
     assert f"wrote {run / 'answers.jsonl'}" in capsys.readouterr().out
@@ -359,6 +442,10 @@ def test_what_lacks_is_named_and_left_out(monkeypatch, evaluated):
         (["--beam=2", "--temperature=1"], "beam=2 should be 1 with a temperature above 0"),
         (["--label=missing.jsonl"], "label='missing.jsonl' should be a file of rows"),
         (["--split=test"], "has no test split"),
+        (["--generate=5"], "--generate is for running text"),
+        (["--generate=1"], "generate=1 should be at least 2"),
+        (["--generate=5", "--beam=2"], "beam=2 should be 1 with"),
+        ([f"--label={__file__}"], "--task has no use with --label"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(run, settings, sentence):
@@ -370,12 +457,33 @@ def test_mistakes_are_told_in_one_sentence(run, settings, sentence):
         )
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[]", "{}", '{"messages": []}', '{"messages": [1]}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[]",
+        "{}",
+        '{"messages": []}',
+        '{"messages": [1]}',
+        '{"messages": [{"role": "user", "content": 5}]}',
+        '{"messages": [{"role": "user", "content": null}]}',
+        '{"messages": [{"role": "user", "content": "a"}], "task": 5}',
+    ],
+)
 def test_a_line_that_is_no_row_is_named(run, tmp_path, line):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(animals(1)[0]) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: no row such as"):
         evaluate.main([str(run), f"--label={file}", "--choices=cat,dog"])
+
+
+@pytest.mark.parametrize("setting", ["--limit=3", "--baseline=run", "--exchange"])
+def test_what_has_no_use_with_label_is_refused(run, tmp_path, setting):
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=f"{setting.split('=')[0]} has no use with --label"):
+        evaluate.main([str(run), f"--label={tmp_path / 'rows.jsonl'}", setting])
+    with pytest.raises(ValueError, match=r"rows.jsonl is empty"):
+        evaluate.main([str(run), f"--label={tmp_path / 'rows.jsonl'}"])
 
 
 def test_a_model_of_running_text_is_not_asked_rows(train, rows):

@@ -29,6 +29,7 @@ def test_macro_f1_counts_each_label_the_same():
     answers, references = ["x", "x", "?", "x"], ["x", "x", "x", "y"]
     assert scores.macro_f1(answers, references).value == pytest.approx(100 * (4 / 6 + 0) / 2)
     assert scores.macro_f1(references, references).value == 100
+    assert scores.macro_f1(["a b", "c"], ["a  b ", "c\n"]).value == 100  # white space is none
 
 
 def test_perplexity_is_a_mean_over_tokens_and_not_over_rows():
@@ -43,6 +44,22 @@ def test_an_interval_of_accuracy_is_that_of_the_binomial():
     assert low == pytest.approx(75 - 1.96 * 2.165, abs=0.6)
     assert high == pytest.approx(75 + 1.96 * 2.165, abs=0.6)
     assert scores.interval(scores.resampled(score)) == (low, high)
+
+
+def test_rows_of_one_group_are_drawn_together():
+    """Ten groups of 40 equal rows say as much as ten rows: sqrt(0.25 / 10) = 15.8 points."""
+    score = scores.mean([i % 2 == 0 for i in range(10) for _ in range(40)])
+    grouped = score.grouped([i for i in range(10) for _ in range(40)])
+    assert grouped.value == score.value == 50
+    assert scores.resampled(grouped).std() == pytest.approx(15.8, rel=0.1)
+    assert scores.resampled(score).std() == pytest.approx(2.5, rel=0.1)
+
+
+def test_figures_drawn_in_blocks_are_a_thousand(monkeypatch):
+    monkeypatch.setattr(scores, "BLOCK", 300)
+    found = scores.resampled(scores.mean([True, False] * 50))  # 3 at once, and 334 times 3 is 1002
+    assert len(found) == 1000
+    assert found.std() == pytest.approx(5, rel=0.1) and len(set(found)) > 20
 
 
 def test_an_interval_leaves_out_a_fortieth_at_each_end():
@@ -107,7 +124,22 @@ def test_rouge_by_hand():
     found = scores.rouge(["the cat sat down"], ["The cat lay down."])
     values = [found[name].value for name in ("ROUGE-1", "ROUGE-2", "ROUGE-L")]
     assert values == pytest.approx([75, 100 / 3, 75])
-    assert scores.rouge(["去上海"], ["去北京"])["ROUGE-1"].value == pytest.approx(100 / 3)
+
+
+@needs_rouge
+@pytest.mark.parametrize(
+    "answer, reference",
+    [
+        ("去上海", "去北京"),
+        ("кот видел пса", "Кот ел рыбу"),
+        ("η γάτα κοιμάται", "Η πόλη καίγεται"),
+        ("ねすき", "ねむい"),
+        ("고양이 가 잔다", "고양이 는 먹는다"),
+        ("القط نام هنا", "القط أكل السمك"),
+    ],
+)
+def test_rouge_finds_one_word_of_three_in_any_script(answer, reference):
+    assert scores.rouge([answer], [reference])["ROUGE-1"].value == pytest.approx(100 / 3)
 
 
 @pytest.mark.parametrize("package, score", [("sacrebleu", "bleu"), ("rouge_score", "rouge")])

@@ -222,6 +222,20 @@ def test_the_first_sentence_of_a_docstring(docstring, first):
     assert docstrings.first_sentence(docstring) == first
 
 
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("get_word2", "get word 2"),
+        ("HTTPThing", "http thing"),
+        ("parseURL", "parse url"),
+        ("__init__", "init"),
+        ("aB", "a b"),
+    ],
+)
+def test_a_name_as_words(name, words):
+    assert docstrings.name_as_words(f"def {name}(x):\n    pass") == words
+
+
 def test_modules_come_from_the_ten_packages_alone(small_library):
     rows = list(tasks.find("modules").rows("train", 0))
     assert {texts(row)[1] for row in rows} == {"asyncio", "email"}
