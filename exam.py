@@ -180,22 +180,24 @@ def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s)
     what is written there ends with the context, too.
     """
 
-    def with_end(text: str) -> list[int]:
-        return [*tokenizer.encode(text), tokenizer.markers.end]
+    def with_end(ids: list[int]) -> list[int]:
+        return [*ids, tokenizer.markers.end]
 
     block_size = model.config.block_size
-    references = [with_end(row.reference) for row in rows]
-    choices = [with_end(label) for label in labels]
+    references = [with_end(tokenizer.encode(row.reference)) for row in rows]
+    choices = [with_end(tokenizer.encode(label)) for label in labels]
     most = s.max_tokens or max(map(len, references)) + LONGER
     rooms = [max(map(len, [ids, *choices])) for ids in references]
     if not labels and not any(row.reference for row in rows):  # nobody knows how long answers are
         most = s.max_tokens or block_size // 2
         rooms = [min(most, block_size // 2)] * len(rows)
     prompts, shorter = prompts_of(model, tokenizer, rows, s.marker, rooms)
-    if shorter:
-        print(f"{shorter:,} of {len(rows):,} prompts lose their front: block_size={block_size}")
     left = [block_size + 1 - len(prompt) for prompt in prompts]
     known = [[ids[:room]] for ids, room in zip(references, left, strict=True)]
+    cut = sum(len(ids) > room for ids, room in zip(references, left, strict=True))
+    if shorter or cut:
+        what = f"{shorter:,} prompts lose their front, {cut:,} references their end"
+        print(f"block_size={block_size}: of {len(rows):,} rows, {what}")
     tokens = [len(ids) for [ids] in known]
     nats = [found for [found] in surprise(model, tokenizer, prompts, known)]
     exchanged = []
@@ -210,10 +212,8 @@ def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s)
         said = [labels[i] for i in best.indices]
         return Result(said, best.values.tolist(), nats, tokens, exchanged)
     found = written(model, tokenizer, prompts, most, s, s.temperature)
-    ended = [
-        [[*ids, tokenizer.markers.end][: min(most, room)]]
-        for ids, room in zip(found, left, strict=True)
-    ]
+    limits = [min(most, room) for room in left]
+    ended = [[with_end(ids)[:n]] for ids, n in zip(found, limits, strict=True)]
     likely = [math.exp(-cost) for [cost] in surprise(model, tokenizer, prompts, ended)]
     return Result([tokenizer.decode(ids) for ids in found], likely, nats, tokens, exchanged)
 

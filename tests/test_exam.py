@@ -362,7 +362,7 @@ def test_each_prompt_has_the_room_that_its_own_reference_leaves(folder, rows, ev
         nats_by_hand(model, tokenizer, fits, "story")[0], rel=1e-4
     )
     assert lines[3]["tokens"] == 64 - 4
-    assert "1 of 4 prompts lose their front" in said
+    assert "of 4 rows, 1 prompts lose their front, 1 references their end" in said
     _, shorter = evaluated(f"--data={data}", "--max_tokens=2", out=model_run)
     assert [line["nats"] for line in shorter] == [line["nats"] for line in lines]
     assert all(len(line["answer"].encode(errors="replace")) <= 6 for line in shorter)
