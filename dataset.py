@@ -45,10 +45,9 @@ import numpy as np
 
 from engine.packing import Rows, describe, shares, tasks_of, turns
 from engine.prepared import Folder
-from engine.shards import ShardWriter, Strip, open_shard
+from engine.shards import Strip, open_shard, split_of
 from tokenizer import Markers, Tokenizer
 
-__all__ = ["IGNORE", "Batch", "Dataset", "ShardWriter", "Split", "layout"]
 IGNORE = -100  # a target that does not count
 
 
@@ -96,7 +95,8 @@ def layout(tokens: np.ndarray, markers: Markers, policy: str) -> tuple[np.ndarra
         rows_ahead = np.where(answers, row, tokens.shape[1] + 1)[:, ::-1]
         prompt = none_yet & (np.minimum.accumulate(rows_ahead, axis=1)[:, ::-1] == row)
         sees = sees | (prompt[:, :, None] & prompt[:, None, :])
-    return positions, (mask & sees)[:, None]
+    mask &= sees  # in place: it is the largest array here
+    return positions, mask[:, None]
 
 
 def counted(tokens: np.ndarray, markers: Markers, train_on: str) -> np.ndarray:
@@ -129,13 +129,14 @@ class Text:
 
     def __init__(self, strip: Strip):
         self.strip = strip
+        self.epoch = lru_cache(maxsize=2)(self.epoch)  # a batch may need parts of two
 
     def per_epoch(self, block_size: int, seed: int) -> int:
         """The number of windows that are learned from in an epoch."""
         return windows_per_epoch(self.strip.tokens, block_size)
 
     def epoch(self, number: int, block_size: int, seed: int) -> np.ndarray:
-        """They, in the order of this epoch."""
+        """Where the windows of this epoch start, in its order."""
         return epoch_order(self.strip.tokens, block_size, seed, number)
 
     def in_order(self, block_size: int) -> range:
@@ -151,10 +152,11 @@ class Text:
     def require(self, block_size: int) -> None:
         """Raises ValueError if there is too little for a window."""
         if self.strip.tokens <= block_size:
+            path = self.strip.paths[0]
             raise ValueError(
-                f"the split {self.strip.paths[0].parent} has {self.strip.tokens} tokens, but a"
-                f" window takes block_size + 1 = {block_size + 1}: use more text or a smaller"
-                " block_size"
+                f"the {split_of(path.name)} split of {path.parent} has {self.strip.tokens} tokens,"
+                f" but a window takes block_size + 1 = {block_size + 1}: use more text or a"
+                " smaller block_size"
             )
 
 
@@ -163,7 +165,6 @@ def windows_per_epoch(tokens: int, block_size: int) -> int:
     return max(1, (tokens - block_size) // block_size)
 
 
-@lru_cache(maxsize=4)  # a batch may need the end of one epoch and the beginning of the next
 def epoch_order(tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
     """Where each window of `epoch` starts, shuffled; the first window starts at a random phase."""
     rng = np.random.default_rng((seed, epoch))
@@ -197,7 +198,9 @@ class Split:
             self.parts += [Text(strip)] if strip.kind == "text" else tasks_of(strip, tokenizer)
 
     def require(self, block_size: int) -> None:
-        """Raises ValueError if a part has nothing for a window of `block_size` + 1 tokens."""
+        """Raises ValueError if a part has nothing for a window of `block_size` + 1 tokens, or the
+        mix cannot be."""
+        shares([(part.task, 1) for part in self.parts], self.mix)
         for part in self.parts:
             part.require(block_size)
 
@@ -241,7 +244,7 @@ class Split:
         parts = [(part, part.in_order(block_size)) for part in self.parts]
         chosen = range(sum(len(windows) for _, windows in parts))
         if 0 < most < self.tokens - 1:
-            kept = max(1, most // block_size)
+            kept = min(len(chosen), max(1, most // block_size))
             chosen = [chosen[i * len(chosen) // kept] for i in range(kept)]
 
         def read(number: int) -> tuple[Text | Rows, np.ndarray]:
@@ -267,8 +270,9 @@ class Split:
         markers, at = self.tokenizer.markers, np.arange(x.shape[1])
         targets = counted(tokens, markers, self.train_on)[:, 1:] | ~packed
         positions, mask = layout(x, markers, self.mask)
-        positions = np.where(packed, positions, at)
-        mask = np.where(packed[:, :, None, None], mask, at[:, None] >= at)  # text is causal
+        if not packed.all():
+            positions = np.where(packed, positions, at)
+            mask = np.where(packed[:, :, None, None], mask, at[:, None] >= at)  # text is causal
         return Batch(x, np.where(targets, y, IGNORE), positions, mask)
 
     def read(self, start: int, count: int) -> np.ndarray:

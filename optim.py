@@ -9,7 +9,8 @@ Adam        The embedding of a rare token has tiny gradients, the head large one
             cannot serve both. Adam keeps a second moment, v = beta2 * v + (1 - beta2) * g^2, and
             moves each weight by lr * m / (sqrt(v) + eps): by about lr where the gradients agree,
             whatever their size, and by less where they contradict each other. Both begin at zero,
-            hence too small at first, and are divided by 1 - beta^step. arXiv:1412.6980
+            hence too small at first, and are divided by 1 - beta^step, each by its own.
+            arXiv:1412.6980
 AdamW       Weights that nothing pulls back grow and fit noise. w -= lr * decay * w pulls them back,
             apart from m / sqrt(v), whose division would cancel the pull (arXiv:1711.05101). Only
             matrices decay: a bias or a norm's weight is one number a channel and has little to
@@ -34,8 +35,8 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float, final: flo
     `steps`) to `final`, in a line or as half a cosine. `warmup` below 1 is a fraction of `steps`.
 
     Why rise: Adam's moments rest on a few gradients at first, and large steps along such guesses do
-    harm that takes long to mend (arXiv:1908.03265). Muon's steps are bounded: by default there is
-    no rise. Why fall: at a constant rate the noise of the batches
+    harm that takes long to mend (arXiv:1908.03265). The small models of config/ bear it: by default
+    there is no rise. Why fall: at a constant rate the noise of the batches
     keeps the weights bouncing between the walls of a valley; small steps reach its floor. Why hold
     between: a long run is then a short one with more steps before the fall (arXiv:2405.18392).
     """
@@ -113,7 +114,8 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["step"] += 1
             for (rows, columns), params in shapes.items():
                 done = self.state[params[0]]["step"].item() - 1
-                beta = 0.85 + (group["momentum"] - 0.85) * min(1.0, done / group["rise"])
+                first = min(0.85, group["momentum"])
+                beta = first + (group["momentum"] - first) * min(1.0, done / group["rise"])
                 grads = [p.grad for p in params]
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - beta)  # m = beta m + (1 - beta) g
@@ -131,6 +133,12 @@ def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim
     (head, vectors, the thin matrices of lora.py) at `head_lr`. adamw, nadamw (Nesterov's momentum
     in it): everything at `lr`. Weight decay falls on matrices only, and beside Muon, as in its
     source, on none that AdamW has.
+
+    Why three rates: an update of Muon has about the size of lr, whatever the gradient's, and a
+    fresh matrix about 1 to 2 (the largest of its singular values): 0.02 changes it by a hundredth.
+    AdamW changes each number by about its rate: much for embeddings, whose numbers begin near 1 (or
+    near 0.02, and then as much less), little for the head, which begins at zero. The rates are
+    those of kellerjordan.github.io/posts/muon and of nanochat, which uses it too.
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     betas = (s.beta1, s.beta2)
@@ -141,7 +149,8 @@ def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim
         inner = [named[n] for n in blocks if named[n].ndim == 2]
         taken = {*embed, *inner}
         others = [p for p in named.values() if p not in taken]
-        groups = [dict(params=embed, lr=s.embed_lr), dict(params=others, lr=s.head_lr)]
+        embed_lr = s.embed_lr * model.wte.std
+        groups = [dict(params=embed, lr=embed_lr), dict(params=others, lr=s.head_lr)]
         adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0, fused=True)
         optimizers: list = [adamw]
         if inner:

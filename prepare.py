@@ -4,7 +4,7 @@
 2. clean     one form for one text; nothing empty, nothing twice          engine/spool.py
 3. split     into train, val and test, by document
 4. learn     byte-pair encoding from the training split                   tokenizer.py
-5. encode    each split into shards, on all cores                         dataset.py
+5. encode    each split into shards, on all cores                         engine/shards.py
 
 A document is a text, or a row: a conversation, of which a model learns the answers. Such are lines
 of a .jsonl with {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, and
@@ -18,11 +18,8 @@ The second takes splits as they were published. The third prepares several tasks
 list more.txt is a source with settings of its own, as that in quotes is.
 """
 
-import hashlib
 import json
-import re
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,19 +32,17 @@ import regex
 
 import tasks
 from bpe import bpe_tokenizer
-from dataset import ShardWriter
 from engine import encodings, settings, tables
 from engine.files import atomic_folder, write_json
 from engine.pipeline import Progress, clean_up_when_told_to_end, processes
 from engine.prepared import SPLITS, AlreadyPrepared, made_like, print_table
 from engine.settings import BelowOne, Count
-from engine.shards import Strip
+from engine.shards import ShardWriter, Strip
 from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
-from engine.spool import Document, Spool, chunks, read_chunk
+from engine.spool import Document, Spool, chunks, clean, draw, read_chunk
 from engine.tables import Reading, Row
 from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, find_tokenizer
 
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
 PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
 
 
@@ -100,8 +95,8 @@ def prepare(s: Settings) -> None:
         fixed = set(s.source) == {"shakespeare"} and s.tokenizer in ("bytes", "gpt2", "bpe")
         if found and fixed:  # a text and a tokenizer that never change: no second download
             raise AlreadyPrepared
-        for source in sources:
-            require(source.name, tasks.NAMES)
+        for word, source in zip(s.source, sources, strict=True):
+            require(word, source.name, tasks.NAMES)
         with atomic_folder(out, replace=s.overwrite) as folder:
             with Spool(folder) as spool:
                 read(s, sources, spool, report)
@@ -136,6 +131,7 @@ def read(s: Settings, sources: list[Source], spool: Spool, report: Counter) -> N
             for part, document in documents_of(source, s):
                 with bad.noted():
                     report[take(document, part, spool, report, progress)] += 1
+                    source.reading.require_kind(spool.kind, source.name)
     if bad.count and not s.skip_bad:
         raise ValueError(f"{bad}; --skip_bad leaves out what cannot be read")
     if not spool.size:
@@ -148,39 +144,28 @@ def documents_of(source: Source, s: Settings) -> Iterator[tuple[str, Iterable[st
     if source.name in tasks.NAMES and not Path(source.name).exists():
         for part in SPLITS:
             for row in tasks.find(source.name).rows(part, s.seed, s.val, s.test):
-                yield part, tables.document(row, source.reading)
+                yield part, tables.document(row, Reading())
     else:
         for document in documents(source.name, source.reading):
             yield source.split, document
 
 
-def take(document: Iterable[str] | Row, part: str, spool: Spool, report: Counter, progress) -> str:
-    """Puts a document into the spool, cleaned; returns what became of it."""
-    if not isinstance(document, Row):
-        return spool.add(clean(document, report, progress), part)
-    for message in document.messages:
-        message["content"] = "".join(clean([message["content"]], report, progress))
-    return spool.add([document.content()], part, document) if document.sure else "unsure"
-
-
 # --- 2. clean
 
 
-def clean(document: Iterable[str], report: Counter, progress: Progress) -> Iterator[str]:
-    """The pieces of a document, in the one form that equal text is to have.
+def take(document: Iterable[str] | Row, part: str, spool: Spool, report: Counter, progress) -> str:
+    """Puts a document into the spool, cleaned; returns what became of it.
 
     An é is one character or an e with an accent behind it. In Unicode's form NFC (Annex 15) it is
     the former always: else one word would be two, with different tokens and half the examples each.
     """
-    for piece in document:
-        if not piece.isascii() and not unicodedata.is_normalized("NFC", piece):
-            piece = unicodedata.normalize("NFC", piece)
-            report["pieces brought to NFC"] += 1
-        piece, removed = CONTROL.subn("", piece)
-        report["control characters removed"] += removed
-        report["bytes read"] += len(piece.encode(errors="replace"))
-        progress(report["bytes read"])
-        yield piece
+    if not isinstance(document, Row):
+        return spool.add(clean(document, report, progress), part)
+    for message in document.messages:
+        message["content"] = "".join(clean([message["content"]], report, progress))
+    if not document.sure or document.empty():
+        return "empty" if document.sure else "unsure"
+    return spool.add([document.content()], part, document)
 
 
 # --- 3. split
@@ -195,11 +180,11 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
     to one split whole, and `places` says to which. Of rows, those that ask the same go to the same
     one: a prompt that stands in two splits, as they were published, leaves train, and never test.
     """
-    fractions = {
-        name: 0.0 if name in spool.published else fraction
-        for name, fraction in (("val", s.val), ("test", s.test))
-    }
-    place = places(spool, **fractions, seed=s.seed)
+    asked_for = dict(val=s.val, test=s.test)
+    # where train was published, too, nothing of it is drawn for what came beside it
+    rest = {name: 0.0 if name in spool.published else f for name, f in asked_for.items()}
+    fractions = {"": asked_for, "train": rest}
+    place = places(spool, fractions, s.seed)
     prompts: dict[str, set[bytes]] = {"val": set(), "test": set()}
     if spool.crossing:
         for document in spool:
@@ -210,52 +195,62 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
             progress(document.start)
             name = place(document)
             if not name:
-                spool.put_in_order(document, **fractions)
+                spool.put_in_order(document, **fractions[document.split])
                 continue
             later = [n for n in SPLITS[SPLITS.index(name) + 1 :] if document.prompt in prompts[n]]
             if later:
                 report[name, later[-1]] += 1
                 asked.add(document.prompt)
             else:
-                spool.put(name, document.start, document.start + document.size)
+                end = document.start + document.size
+                spool.put(name, document.start, end, document.text)
     report["asked in test"] = sum(d.prompt in asked for d in spool if d.split == "test")
     if not spool.written["train"]["bytes"]:
         raise ValueError("nothing is left to train on: use more text, or smaller --val and --test")
-    for name, fraction in fractions.items():
+    for name, fraction in asked_for.items():
         if (fraction or name in spool.published) and not spool.written[name]["bytes"]:
+            remedy = f"use a larger --{name}, more text, or --{name}=0"
+            if name in spool.published:
+                remedy = f"all that was published as {name} is asked in test, too: leave it out"
             raise ValueError(
                 f"nothing fell into the {name} split ({spool.count} documents, {spool.size} bytes):"
-                f" use a larger --{name}, more text, or --{name}=0"
+                f" {remedy}"
             )
 
 
-def places(spool: Spool, val: float, test: float, seed: int) -> Callable[[Document], str]:
+def places(spool: Spool, fractions: dict[str, dict], seed: int) -> Callable[[Document], str]:
     """Which split a document goes to, as a function; "" stands for all of them, in order.
 
     Val and test that were published stay what they are. Of the others a hash decides: of the
     content, so that it is the same whatever else is there, or of a row's group or else prompt.
+    `fractions` are those of val and test, by the split in which a document was published.
 
     But among a few novels chance would leave a split empty, or make it one novel. So a text larger
     than a split's share is cut in order at line ends, train | val | test; so is a single text of
     any size. Shorter ones than a page stay whole; where nothing is drawn for a split, it gets the
     document that came nearest.
     """
-    share = spool.size * min((f for f in (val, test) if f), default=1)
 
     def is_cut(document: Document) -> bool:
+        held_back = [f for f in fractions[document.split].values() if f]
+        share = spool.size * min(held_back, default=1)
         return spool.kind == "text" and (spool.count == 1 or document.size > max(share, PAGE))
 
-    def draws() -> Iterator[float]:
-        drawn = (d for d in spool if d.split not in ("val", "test") and not is_cut(d))
-        return (draw(document.group, seed) for document in drawn)
+    def ends(split: str, val: float, test: float) -> tuple[float, float]:
+        def draws() -> Iterator[float]:
+            drawn = (d for d in spool if d.split == split and not is_cut(d))
+            return (draw(document.group, seed) for document in drawn)
 
-    val_end, test_end = val, val + test
-    first = min(draws(), default=1.0)
-    second = min((u for u in draws() if u > first), default=1.0)
-    if any(u > second for u in draws()):  # else nothing would be left to train on
-        val_end = max(val_end, first) if val else 0.0
-        nearest = min((u for u in draws() if u > val_end), default=1.0)
-        test_end = max(test_end, nearest) if test else val_end
+        val_end, test_end = val, val + test
+        first = min(draws(), default=1.0)
+        second = min((u for u in draws() if u > first), default=1.0)
+        if any(u > second for u in draws()):  # else nothing would be left to train on
+            val_end = max(val_end, first) if val else 0.0
+            nearest = min((u for u in draws() if u > val_end), default=1.0)
+            test_end = max(test_end, nearest) if test else val_end
+        return val_end, test_end
+
+    found = {s: ends(s, **fractions[s]) for s in fractions if s in spool.published}
 
     def place(document: Document) -> str:
         if document.split in ("val", "test"):
@@ -263,15 +258,10 @@ def places(spool: Spool, val: float, test: float, seed: int) -> Callable[[Docume
         if is_cut(document):
             return ""
         u = draw(document.group, seed)
-        return "val" if val and u <= val_end else "test" if u <= test_end else "train"
+        val_end, test_end = found[document.split]
+        return "val" if u <= val_end else "test" if u <= test_end else "train"
 
     return place
-
-
-def draw(digest: bytes, seed: int) -> float:
-    """Uniform in [0, 1), and the same for equal documents."""
-    hashed = hashlib.blake2b(b"%d " % seed + digest, digest_size=8).digest()
-    return int.from_bytes(hashed, "big") / 2**64
 
 
 # --- 4. learn

@@ -266,10 +266,11 @@ class Tokenizer:
 
 def check_task(name: str) -> None:
     """Raises ValueError for what cannot be the name of a task."""
-    reserved = {*ROLES, "end", END_OF_TEXT[2:-2]}
+    reserved = {*ROLES, "end", END_OF_TEXT[2:-2], "text", "rows", "temperature"}  # the last: in mix
     if not isinstance(name, str) or not TASK_NAME.fullmatch(name) or name in reserved:
         raise ValueError(
-            f"a task cannot be called {name!r:.60}: letters, digits, - and _ make its name"
+            f"a task cannot be called {name!r:.60}: letters, digits, '.', - and _ make its name,"
+            f" and it is none of {', '.join(sorted(reserved))}"
         )
 
 

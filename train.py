@@ -8,14 +8,15 @@ A model learns from text by predicting each next token, and being corrected. At 
         y = text[start + 1 : start + T + 1]           # after each of them, the one that comes next
         loss = cross_entropy(model(x), y)             # how surprised the model is
         loss.backward()                               # how each weight would change that: p.grad
-        for p in weights:
-            p -= rate * p.grad                        # a small step downhill
-            p.grad = 0
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= rate * p.grad                    # a small step downhill
+                p.grad = None
 
-`update` is the inside of that loop, with a batch too large for memory, several machines and 16-bit
-numbers thought of; `train` is the loop, with all windows in random order, a rate that rises and
-falls (optim.py), and a diary. It runs as one process, or as several under torchrun, on one machine
-or many:
+Read the settings later, when a line uses them. `update` is the inside of that loop, with a batch
+too large for memory, several machines and 16-bit numbers thought of; `train` is the loop, with all
+windows in random order, a rate that rises and falls (optim.py), and a diary. It runs as one
+process, or as several under torchrun, here on the eight GPUs of one machine:
 
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 
@@ -52,34 +53,20 @@ class Settings:
     tokenizer: str = ""  # vocabulary of a folder of public shards, which has no meta.json
     out: str = ""  # folder of the run; by default out/<name of the config file>
     init_from: str = ""  # begin with the weights of this run or checkpoint
-    lora_rank: Count = 0  # with init_from: learn matrices of this rank beside frozen ones; 0 is off
-    lora_alpha: NotNegative = 16.0  # they count lora_alpha / lora_rank: see lora.py
-    lora_on: Literal["qv", "attention", "all"] = "all"  # which matrices have some beside them
     seed: Count = 1  # of weights, order of the data, dropout
-
-    # what is learned from rows: questions with answers and the like, if the data hold any
-    train_on: Literal["answers", "all"] = "answers"  # all: prompts, too, as GPT-1 did beside labels
-    mix: str = ""  # how often each task: by size, temperature=2, or sums=0.5,text=0.2
-    label_smoothing: BelowOne = 0.0  # this share of each target goes to all tokens alike
-    augment: BelowOne = 0.0  # this share of the tokens of prompts is changed: see robust.py
-    adversarial: NotNegative = 0.0  # learn also from embeddings moved by this: see robust.py
 
     # the model: n_layer, n_embd and the others stand in shape.py; vocab_size is that of the data
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
 
-    # the optimization: see optim.py. The rates are those of kellerjordan.github.io/posts/muon and
-    # of nanochat, which uses it too, for the default shape. Muon's update stretches
-    # every vector by the rate, a fresh matrix some by up to 2: 0.02 is a hundredth of it. AdamW
-    # moves each number by at most about its rate: 0.3 for embeddings, whose numbers are near 1,
-    # little for the head, which begins at zero. With adamw, lr is for all, and about 0.001 fits
+    # the optimization; why these rates, and why three: make_optimizers in optim.py
     steps: Positive = 1000  # updates
     batch_tokens: Positive = 8192  # tokens in one update, over all processes
-    device_batch: Count = 0  # most rows in one forward pass, which bounds memory; 0 is no bound
+    device_batch: Count = 0  # most windows in one pass, which bounds memory; 0 is no bound
     optimizer: Literal["muon", "adamw", "nadamw"] = "muon"  # muon has AdamW for embeddings and head
-    lr: Rate = 0.02  # of the matrices; with adamw and nadamw, of everything
-    embed_lr: Rate = 0.3  # of the embeddings, with muon
+    lr: Rate = 0.02  # of the matrices; with adamw of everything, and about 0.001 is right
+    embed_lr: Rate = 0.3  # of the embeddings, with muon, relative to the size they begin with
     head_lr: Rate = 0.004  # of the head, biases and norm weights, with muon
-    warmup: NotNegative = 0.0  # steps of linear rise; below 1: a fraction of steps
+    warmup: NotNegative = 0.0  # steps of linear rise; below 1: a fraction of them, 1 is one step
     decay: Fraction = 0.6  # last fraction of the steps, in which the rate falls
     schedule: Literal["linear", "cosine"] = "linear"  # the shape of the fall
     final_lr: Fraction = 0.0  # where it ends, as a fraction of lr
@@ -108,6 +95,16 @@ class Settings:
     fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
 
+    # rarely needed: what is learned from rows (questions with answers and the like)
+    train_on: Literal["answers", "all"] = "answers"  # all: prompts, too, as GPT-1 did beside labels
+    mix: str = ""  # how often each task: by size, temperature=2, or sums=0.5,text=0.2
+    label_smoothing: BelowOne = 0.0  # this share of each target goes to all tokens alike
+    augment: BelowOne = 0.0  # this share of the tokens of prompts is changed: see robust.py
+    adversarial: NotNegative = 0.0  # learn also from embeddings moved by this: see robust.py
+    lora_rank: Count = 0  # with init_from: learn matrices of this rank beside frozen ones; 0 is off
+    lora_alpha: NotNegative = 16.0  # they count lora_alpha / lora_rank: see lora.py
+    lora_on: Literal["qv", "attention", "all"] = "all"  # which matrices have some beside them
+
     # another beginning, or something else than training
     fresh: bool = False  # move what is in out aside and begin anew
     show_batch: Count = 0  # print what the update of this step learns from
@@ -117,12 +114,24 @@ class Settings:
 
 def update(model, optimizers, scale, batch, step: int, s: Settings, here):
     """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
-    gradient (infinite: float16 overflowed, and the update was left out).
+    gradient (not finite: float16 overflowed, and the update was left out).
 
-    `batch` is this process's share of it: tokens (B, T), and behind each the token that comes next,
-    see dataset.py. `here` is where it is computed: the device, its type of numbers, and the other
-    processes. `scale` is 1 but for float16, see optim.py. Raises FloatingPointError, with no weight
-    changed, if loss or gradient are not finite and a smaller scale is no remedy.
+        tokens   the cat sat on        as numbers, (B, T)
+        targets  cat sat on the        at each position the token that comes next; -100: no target
+
+    In one pass, in one process, in 32 bits, it is
+
+        loss = model(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+
+    `batch` is this process's share of it, a Batch of dataset.py: for running text without positions
+    and mask. `here` is where it is computed: the device, its type of numbers, and the other
+    processes. `scale.value` is 1 but for float16, see optim.py. Raises FloatingPointError, with no
+    weight changed, if loss or gradient are not finite and a smaller scale is no remedy.
     """
     import torch  # takes a second to load: mistakes in settings have been told by now
 
@@ -132,24 +141,25 @@ def update(model, optimizers, scale, batch, step: int, s: Settings, here):
     # gives a sum, divided by this number. A mean of means would weigh some targets more
     (counted,) = here.sum([int((batch.targets != IGNORE).sum())])
     mean_loss = torch.zeros((), device=here.device)
-    B = len(batch.tokens)
-    some = windows_in_a_pass(B, s)
+    share = len(batch.tokens)
+    per_pass = windows_in_a_pass(share, s)
     # 1. forward, and backward: by the chain rule, from the loss back to the first layer, how much
     # the loss would change with each weight: p.grad. A batch too large for memory is taken in
     # passes of some windows: backward() adds to the p.grad that is there (gradient accumulation)
-    for i in range(0, B, some):
+    for i in range(0, share, per_pass):
         machine.seed(s.seed, step, here.rank, i)  # of dropout: a run that is resumed drops the same
         # processes hold equal weights and learn from different windows (DDP). While the last
         # backward pass runs, their gradients are summed: then all make the same update
-        here.gradients.active = i + some == B
-        tokens, targets, positions, mask = (here.put(z) for z in batch.windows(i, i + some))
-        # autocast: products in 16 bits are faster where the hardware has them; weights, gradients
-        # and the optimizer's sums stay in 32, where a small update to a large number is not rounded
-        # away (arXiv:1710.03740)
+        here.gradients.active = i + per_pass == share
+        windows = batch.windows(i, i + per_pass)
+        tokens, targets, positions, mask = (here.put(z) for z in windows)
+        # autocast: matrix products, and the gradients that pass from layer to layer, are in 16 bits
+        # where the hardware is faster so; weights, p.grad and the optimizer's sums stay in 32,
+        # where a small update to a large number is not rounded away (arXiv:1710.03740)
         with here.autocast():
             nats = model(tokens, targets, "sum", mask, positions, smoothing=s.label_smoothing)
         loss = nats / counted
-        (loss * scale.value).backward()  # scaled, where float16 would round gradients to zero
+        (loss * scale.value).backward()  # float16 would round what passes between layers to zero
         mean_loss += loss.detach()
     here.gradients.wait()
     scale.unscale(model.parameters())
@@ -190,14 +200,16 @@ def train(s: Settings, stop: Stop) -> int:
     if next(val_split.in_order(1, T), None) is None:
         raise ValueError(f"no answer in the val split of {s.data} fits block_size={T}: use more")
     B = s.batch_tokens // T  # windows in a batch, of which each process has its share
-    some = windows_in_a_pass(B // here.world, s)
+    per_pass = windows_in_a_pass(B // here.world, s)
 
     # 2. the model and its optimizers: new, or as the newest checkpoint of the run has them
     model = run.load_model() if run.step else new_model(s, data, here)
-    run.make_ready(model, some)
+    run.make_ready(model, per_pass)
     optimizers = make_optimizers(model, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
     validate = partial(evaluate, model, val_split, here, stop, s.device_batch, s.eval_tokens)
+    if s.optimizer != "muon" and s.lr > 0.01:
+        here.say(f"lr={s.lr:g} is a rate for muon: {s.optimizer} wants about 0.001")
     run.begin(data, model, optimizers, scale, validate)
     if run.finished():
         return 0
@@ -205,12 +217,17 @@ def train(s: Settings, stop: Stop) -> int:
     if s.adversarial:
         learner = Adversarial(model, s.adversarial)
     elif here.compile:
-        first = train_split.batch(0, B, T, s.seed, here.rank, here.world).windows(0, some)
+        first = train_split.batch(0, B, T, s.seed, here.rank, here.world).windows(0, per_pass)
         learner = machine.compiled(model, here, first, s.label_smoothing)  # the same weights
 
     # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
     # the seed, and needs no memory of those before: so what is interrupted goes on as if it had not
-    # been. `run` does each of its three things when it is due, and all of them at the last step
+    # been. A loss that is not finite leaves the `with`, and is told. Of all that `run` does this is
+    # what matters for the mathematics:
+    #
+    #     if step % log_every == 0:   print(loss)                            a row of metrics.jsonl
+    #     if step % save_every == 0:  save(model, optimizers, step)          a checkpoint
+    #     if step % eval_every == 0:  print(evaluate(model, val_split))      no dropout, no gradient
     with run:
         for step in run.steps():
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
@@ -221,9 +238,9 @@ def train(s: Settings, stop: Stop) -> int:
                 special = [*data.tokenizer.special.values()]
                 batch = augment(batch, special, s.augment, s.seed, first)
             loss, norm = update(learner, optimizers, scale, batch, step, s, here)
-            run.log(step, loss, s.lr * factor, norm)  # every log_every steps a row of metrics.jsonl
-            run.save(step)  # every save_every steps: weights, optimizers, step, in a checkpoint
-            run.evaluate(step)  # every eval_every steps: the loss on text it does not learn from
+            run.log(step, loss, s.lr * factor, norm)
+            run.save(step)
+            run.evaluate(step)
     if run.completed and here.rank == 0:
         show_result(model, data, s, run)
     return run.status
@@ -252,7 +269,7 @@ def windows_in_a_pass(share: int, s: Settings) -> int:
 
 
 def show_result(model, data, s: Settings, run) -> None:
-    """Prints how good the best checkpoint is, beside general compressors, and what it writes."""
+    """Prints how good the best checkpoint is, beside compressors, and what the model writes now."""
     import torch
 
     import sample

@@ -162,15 +162,19 @@ def shares(sizes: list[tuple[str, int]], mix: str) -> list[float]:
             near = difflib.get_close_matches(name, total, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(total)}"
             raise ValueError(f"mix={mix!r} names the task {name!r}: {hint}")
+        if name in given:
+            raise ValueError(f"mix={mix!r} names {name!r} twice: give it one share")
         if not re.fullmatch(r"\d+\.?\d*|\.\d+", value):
             raise ValueError(f"mix={mix!r}: {name} should be a number, not {value!r}")
         given[name] = float(value)
     temperature = given.pop("temperature", 1.0)
     if not temperature:
         raise ValueError(f"mix={mix!r}: a temperature should be above 0")
-    others = {name: size ** (1 / temperature) for name, size in total.items() if name not in given}
+    largest = max(total.values())  # sizes are relative to it, so that no power is too large
+    others = {n: (size / largest) ** (1 / temperature) for n, size in total.items()}
+    others = {name: size for name, size in others.items() if name not in given}
     left = 1 - sum(given.values())
-    if left < -1e-9 or (left < 1e-9 if others else not any(given.values())):
+    if left < -1e-9 or (left < 1e-9 if others else left > 1e-9):
         also = f", and leave something for {', '.join(others)}" if others else ""
         raise ValueError(f"mix={mix!r} should add up to 1{also}")
     weights = given | {name: left * size / sum(others.values()) for name, size in others.items()}

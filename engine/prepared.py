@@ -106,8 +106,9 @@ class AlreadyPrepared(Exception):
 def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
     """Whether `out` has the settings of `meta`, and its text, if `meta` tells of it.
 
-    `defaults` are of settings that folders written before do not know. With `overwrite` it is never
-    enough. Raises ValueError if `out` holds anything else, or was made otherwise.
+    `defaults` are of settings that folders written before do not know. With `overwrite`, what is
+    there counts for nothing: False. Raises ValueError if `out` holds anything else, or was made
+    otherwise.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False

@@ -1,6 +1,7 @@
 """The folder of a training run. All processes hold a `Run`; only the first one touches the files.
 
 out/<run>/  lock  config.json  metrics.jsonl  metrics.sha256  step-00000400/  step-00000800/
+            base.safetensors: the frozen weights of a run of lora.py
 """
 
 import math

@@ -18,7 +18,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +67,14 @@ class Source(NamedTuple):
     reading: Reading
 
 
+@dataclass
+class Line:
+    """A source with settings of its own: a line of a list, or a quoted word."""
+
+    source: tuple = ()  # one
+    reading: Reading = field(default_factory=dict)  # what is given, also if it is the default
+
+
 def expand(words: Iterable[str]) -> list[str]:
     """The sources, with the lines of @LIST in its place. Raises ValueError."""
     found = []
@@ -76,32 +84,53 @@ def expand(words: Iterable[str]) -> list[str]:
             continue
         try:
             lines = Path(word[1:]).read_text(encoding="utf-8-sig").splitlines()
-            split = [shlex.split(line, comments=True) for line in lines]
-        except ValueError as e:
-            raise ValueError(f"the list {word[1:]} cannot be read: {e}") from e
+        except UnicodeDecodeError as e:
+            raise ValueError(f"the list {word[1:]} is not UTF-8") from e
+        split = []
+        for number, line in enumerate(lines, start=1):
+            line = re.sub(r"(^|\s)#.*", "", line)  # a comment; notes#1.txt has none
+            split.append(words_of(line, f"the list {word[1:]}, line {number}"))
+        found += [line[0] if len(line) == 1 else shlex.join(line) for line in split if line]
         if not any(split):
             raise ValueError(f"no source in the list {word[1:]}")
-        found += [line[0] if len(line) == 1 else shlex.join(line) for line in split if line]
     return found
+
+
+def words_of(line: str, where: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as e:
+        raise ValueError(f"{where}: a quote is not closed in {line.strip()!r}") from e
 
 
 def parse(word: str, common: Reading) -> Source:
     """A source as it is named, [train=|val=|test=]NAME [--setting=value ...]. Raises ValueError."""
-    name, *more = shlex.split(word) if " --" in word else [word]
-    own = vars(settings.load(Reading, more, "", "source"))
-    reading = replace(common, **{k: v for k, v in own.items() if v != getattr(Reading(), k)})
-    reading.encoding = encodings.find(reading.encoding)
+    split, name, reading = "", word, common
+    if " --" in word:
+        line = settings.load(Line, words_of(word, "a source"), "", "source", nargs="*")
+        if len(line.source) != 1:
+            raise ValueError(f"{word!r} should name one source, then its settings")
+        name = line.source[0]
+        reading = replace(common, **line.reading)
+    for wanted in ("train", "val", "test"):
+        if name.startswith(f"{wanted}="):
+            split, name = wanted, name.removeprefix(f"{wanted}=")
     if bool(reading.prompt) != bool(reading.answer):
         raise ValueError(f"{word!r} wants both --prompt and --answer, the columns of its rows")
-    split, name = re.fullmatch("(?:(train|val|test)=)?(.*)", name, re.DOTALL).groups()
-    return Source(name, split or "", reading)
+    reading.encoding = encodings.find(reading.encoding)
+    return Source(name, split, reading)
 
 
-def require(source: str, tasks: Iterable[str] = ()) -> None:
-    """Raises ValueError if there is no such source."""
+def require(word: str, name: str, tasks: Iterable[str] = ()) -> None:
+    """Raises ValueError if there is no source `name`, or if `word`, which names it, says more than
+    a built-in task can obey."""
     built_in = ("python", "shakespeare", *tasks)
-    if source not in ("-", *built_in) and not Path(source).exists():
-        raise ValueError(f"no such file or folder: {source!r} (built-in: {', '.join(built_in)})")
+    if name == "-" or Path(name).exists():
+        return
+    if name not in built_in:
+        raise ValueError(f"no such file or folder: {name!r} (built-in: {', '.join(built_in)})")
+    if name in tasks and word != name:
+        raise ValueError(f"{word!r}: a built-in task has its own splits and form: say {name!r}")
 
 
 def documents(source: str, reading: Reading | None = None) -> Iterator[Iterable[str] | Row]:

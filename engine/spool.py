@@ -9,7 +9,9 @@ processes can share the work in any order. A row is a document, too: one line of
 import hashlib
 import re
 import struct
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +19,12 @@ from engine.prepared import SPLITS
 from engine.sources import PIECE
 from engine.tables import Row
 
-ENTRY = struct.Struct("<Q16s16s16sB")  # of the index: a document, with the number of its split
+ENTRY = struct.Struct("<Q16s16s16sBQ")  # of the index: a document, with the number of its split
 INSIDE = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
 # A place where text may be cut without changing its tokens: no published split pattern joins a
 # newline with a letter behind it, if a visible character stands before. \0 ends a document.
 SAFE_CUT = re.compile(r"\0|(?<=\S)\n(?=[^\W\d_])")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 class Document(NamedTuple):
@@ -31,6 +34,7 @@ class Document(NamedTuple):
     group: bytes  # a digest, too: documents that are alike in it go to one split
     prompt: bytes  # likewise: they must not stand in two
     split: str  # where it was published as train, val or test; else empty
+    text: int  # bytes of what is said in it: of a row, its contents without their JSON
 
 
 class Spool:
@@ -43,7 +47,7 @@ class Spool:
         self.splits = {name: open(folder / f"spool_{name}", "wb") for name in SPLITS}
         self.size = self.count = 0  # bytes, documents
         self.seen: set[bytes] = set()  # all that grows with the input: one digest for each document
-        self.published: set[str] = set()  # the splits that documents came in
+        self.published: set[str] = set()  # the splits that documents came in, "" if in none
         self.kind = ""  # text or rows, once it is known
         self.tasks: set[str] = set()  # of rows
         self.crossing = False  # whether a prompt may stand in two splits
@@ -65,8 +69,8 @@ class Spool:
 
         `pieces` are those of its text; `row` is the conversation that they spell, if it is one.
 
-        It is written at once, since its digest, and so its fate, is known at its end only. What a
-        test was published with stays, repeated or not: so its figures are those of others.
+        It is written at once, since its digest, and so its fate, is known at its end only. A
+        published test keeps even what it repeats, so that figures on it are those of others.
         """
         self.text.seek(self.size)  # where one that was not taken is written over
         digest, size, empty = hashlib.blake2b(digest_size=16), 0, True
@@ -79,9 +83,10 @@ class Spool:
         if empty:
             return "empty"
         digest = digest.digest()
-        if digest + split.encode() in self.seen and split != "test":
+        key = digest + split.removeprefix("train").encode()  # what is drawn may come to train, too
+        if key in self.seen and split != "test":
             return "repeated"
-        self.seen.add(digest + split.encode())
+        self.seen.add(key)
         kind = "rows" if row else "text"
         if self.kind not in ("", kind):
             raise ValueError(
@@ -89,18 +94,18 @@ class Spool:
                 " own, and train on both with --data=FOLDER,FOLDER"
             )
         self.kind = kind
-        prompt = group = digest
+        prompt, group, text = digest, digest, size
         if row:
+            text = sum(len(m["content"].encode(errors="replace")) for m in row.messages)
             prompt = digest_of(row.prompt())
             group = digest_of(row.group) if row.group else prompt
             self.tasks |= {row.task} - {""}
-        if split:
-            self.published.add(split)
+        self.published.add(split)
         self.crossing = self.crossing or split != "" or group != prompt
-        entry = ENTRY.pack(size, digest, group, prompt, (*SPLITS, "").index(split))
+        entry = ENTRY.pack(size, digest, group, prompt, (*SPLITS, "").index(split), text)
         self.index.write(entry)
         # of a text, only what it is: so it is in folders that were prepared before there were rows
-        self.digest.update(entry if row or split else entry[:24])
+        self.digest.update(entry[:-8] if row or split else entry[:24])
         self.size += size
         self.count += 1
         return "taken"
@@ -113,15 +118,15 @@ class Spool:
         self.index.seek(0)
         start = 0
         for block in iter(lambda: self.index.read(4096 * ENTRY.size), b""):
-            for size, *digests, number in ENTRY.iter_unpack(block):
-                yield Document(start, size, *digests, (*SPLITS, "")[number])
+            for size, *digests, number, text in ENTRY.iter_unpack(block):
+                yield Document(start, size, *digests, (*SPLITS, "")[number], text)
                 start += size
 
-    def put(self, split: str, start: int, end: int) -> None:
+    def put(self, split: str, start: int, end: int, text: int) -> None:
         """Copies the bytes from `start` to `end` to a split, as one document, if there are any."""
         if start == end:
             return
-        self.written[split]["bytes"] += end - start
+        self.written[split]["bytes"] += text
         self.written[split]["documents"] += 1
         self.text.seek(start)
         while start < end:
@@ -140,7 +145,7 @@ class Spool:
         start = document.start
         for split, end, limit in zip(wanted, ends, [*ends[1:], 0], strict=True):
             cut = self.line_end(end, limit) if limit else document.start + document.size
-            self.put(split, start, cut)
+            self.put(split, start, cut, cut - start)
             start = cut
 
     def line_end(self, position: int, limit: int) -> int:
@@ -149,6 +154,25 @@ class Spool:
         inside = len(window) - len(window.lstrip(INSIDE))
         near = window[:-1]
         return position + (near.find(b"\n") + 1 or near.find(b" ") + 1 or inside)
+
+
+def clean(pieces: Iterable[str], report: Counter, progress: Callable) -> Iterator[str]:
+    """The pieces in the one form that equal text is to have; `report` counts what was changed."""
+    for piece in pieces:
+        if not piece.isascii() and not unicodedata.is_normalized("NFC", piece):
+            piece = unicodedata.normalize("NFC", piece)
+            report["pieces brought to NFC"] += 1
+        piece, removed = CONTROL.subn("", piece)
+        report["control characters removed"] += removed
+        report["bytes read"] += len(piece.encode(errors="replace"))
+        progress(report["bytes read"])
+        yield piece
+
+
+def draw(digest: bytes, seed: int) -> float:
+    """Uniform in [0, 1), and the same for equal documents."""
+    hashed = hashlib.blake2b(b"%d " % seed + digest, digest_size=8).digest()
+    return int.from_bytes(hashed, "big") / 2**64
 
 
 def digest_of(text: str) -> bytes:

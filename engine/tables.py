@@ -44,9 +44,17 @@ class Reading:
 
     def columns(self) -> list[str]:
         """Those that a table has to have."""
-        if not self.answer:
-            return [self.field]
-        return [*self.prompt, self.answer, *([self.group] if self.group else [])]
+        named = [*self.prompt, self.answer] if self.answer else [self.field]
+        return [*named, self.group] if self.group else named
+
+    def require_kind(self, kind: str, source: str) -> None:
+        """Raises ValueError if `source` holds text, and a setting says what to make of rows."""
+        names = [n for n in ("answer", "task", "group", "above") if getattr(self, n)]
+        if kind == "text" and names:
+            raise ValueError(
+                f"--{names[0]}={getattr(self, names[0])} is for rows, but {source} is read as text:"
+                " leave it out, or give a file that is a table (.csv, .tsv, .jsonl, .parquet)"
+            )
 
 
 class Row(NamedTuple):
@@ -63,9 +71,14 @@ class Row(NamedTuple):
 
     def prompt(self) -> str:
         """All that stands before the last answer, likewise."""
-        roles = [message["role"] for message in self.messages]
-        last = len(roles) - 1 - roles[::-1].index("assistant")
-        return self._replace(messages=self.messages[:last]).content()
+        return self._replace(messages=self.messages[:-1]).content()
+
+    def empty(self) -> str:
+        """Which of its messages says nothing, in words; a system's may."""
+        for message in self.messages:
+            if message["role"] != "system" and not message["content"].strip():
+                return "answer" if message["role"] == "assistant" else "prompt"
+        return ""
 
 
 # --- what a row is
@@ -75,32 +88,32 @@ def document(row, reading: Reading) -> Iterable[str] | Row:
     """The text of a row of a table, or its conversation. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"it should be an object with the field {reading.field!r} or 'messages'")
-    if reading.answer:
+    own = "" if "task" in (*reading.prompt, reading.answer) else row.get("task")
+    if "messages" in row and reading.answer not in row:
+        messages = turns(row["messages"])
+    elif reading.answer:
         asked = [text_of(row, column, "prompt") for column in reading.prompt]
         asked = "\n".join(text for text in asked if text.strip())
         answer = text_of(row, reading.answer, "answer")
         messages = [dict(role="user", content=asked), dict(role="assistant", content=answer)]
-        task = reading.task
-    elif "messages" in row:
-        messages = turns(row["messages"])
-        task = row.get("task") or reading.task
     elif isinstance(row.get(reading.field, ""), str):
         return [text_of(row, reading.field, "field")]
     else:
         raise ValueError(f"field {reading.field!r} is no text but {row[reading.field]!r:.60}")
-    for message in messages:
-        if message["role"] != "system" and not message["content"].strip():
-            what = "answer" if message["role"] == "assistant" else "prompt"
-            raise ValueError(f"the {what} is empty")
+    task = own or reading.task
     if task:
         check_task(task)
-    group = text_of(row, reading.group, "group") if reading.group else row.get("group") or ""
+    grouped = reading.group or "group" in row
+    group = text_of(row, reading.group or "group", "group") if grouped else ""
     probability = row.get("probability", 1.0)
     try:
         sure = not reading.above or float(probability) > reading.above
     except (ValueError, TypeError) as e:
         raise ValueError(f"its probability is no number but {probability!r:.60}") from e
-    return Row(messages, task, str(group), sure)
+    found = Row(messages, task, group, sure)
+    if what := found.empty():
+        raise ValueError(f"the {what} is empty")
+    return found
 
 
 def text_of(row: dict, column: str, option: str) -> str:
@@ -123,8 +136,11 @@ def turns(messages) -> list[dict]:
             raise ValueError(f"unknown role {message.get('role')!r}: {', '.join(ROLES)} are known")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"a message's content is no text but {message.get('content')!r:.60}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("its messages have no assistant's, and nothing else is to be learned")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(
+            "its messages should end with an assistant's that answers something: cut it behind its"
+            " last answer"
+        )
     return [dict(role=m["role"], content=one_newline(m["content"])) for m in messages]
 
 
@@ -218,7 +234,7 @@ def parquet(path: Path, reading: Reading) -> Iterator[tuple]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         there = file.schema_arrow.names
-        if reading.answer or "messages" not in there:
+        if "messages" not in there or reading.answer in there:
             check_header(there, path, reading)
         wanted = [name for name in there if name in (*reading.columns(), *OWN)]
         number = 0

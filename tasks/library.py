@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.sources import Complaints, file_documents, library
+from engine.spool import clean, draw
 from engine.tables import Reading
 from tasks import split_of
 
@@ -37,8 +38,6 @@ def files(split: str, val: float, test: float) -> Iterator[tuple[Path, str]]:
 @lru_cache(maxsize=1)
 def all_files() -> list[File]:
     """All that are text, each text once."""
-    from prepare import clean, draw  # here, since prepare.py lists the tasks
-
     root, found, seen = Path(sysconfig.get_path("stdlib")), [], set()
     for path in library():
         for pieces in file_documents(path, Reading()):

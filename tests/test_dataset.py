@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import dataset
 from dataset import IGNORE, Dataset, Split, epoch_order, windows_per_epoch
 from engine import shards
 from engine.shards import ShardWriter, Strip, open_shard
@@ -64,6 +65,21 @@ def test_an_epoch_shows_every_window_once_and_the_next_has_another_phase(tmp_pat
     firsts = [int(x[0]) for step in range(99) for x in split.batch(step, 7, block, 5)[0]]
     expected = [int(s) for epoch in range(7) for s in epoch_order(n, block, 5, epoch)]
     assert firsts == expected
+
+
+def test_each_epoch_of_each_of_many_folders_is_shuffled_once(tmp_path, monkeypatch):
+    shuffled = []
+
+    def counted(*arguments) -> np.ndarray:
+        shuffled.append(arguments)
+        return epoch_order(*arguments)
+
+    monkeypatch.setattr(dataset, "epoch_order", counted)
+    write_split(tmp_path, np.arange(1000))
+    split = Split([Strip([tmp_path / "train_000000.bin"]) for _ in range(6)])
+    for step in range(10):  # 120 of about 370 windows
+        split.batch(step, 12, 16, seed=0)
+    assert len(shuffled) == 6
 
 
 def test_targets_are_inputs_moved_by_one(tmp_path):

@@ -14,9 +14,10 @@ import exam
 import scores
 import tasks
 import train
-from dataset import Dataset, ShardWriter
+from dataset import Dataset
 from engine import machine
 from engine.checkpoint import load_model
+from engine.shards import ShardWriter
 from generate import answers
 from grading import Exam, Row
 from tokenizer import find_tokenizer

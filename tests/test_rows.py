@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import random
 from collections import Counter
@@ -14,7 +15,7 @@ from test_mistakes import check_mistake, parquet, write
 
 import prepare
 from dataset import IGNORE, Dataset, layout
-from engine import pipeline, sources, spool
+from engine import pipeline, sources, spool, tables
 from engine.packing import fit, pack, shares, turns
 from tokenizer import bytes_tokenizer, find_tokenizer
 
@@ -269,6 +270,7 @@ def test_shares_by_name_leave_the_rest_to_the_others_by_size():
     assert shares(sizes, "text=0.2") == pytest.approx([0.05, 0.6, 0.2, 0.15])
     assert shares(sizes, "") == pytest.approx([100 / 440, 30 / 440, 10 / 440, 300 / 440])
     assert sum(shares(sizes, "temperature=3")) == pytest.approx(1)
+    assert shares(sizes, "temperature=0.001") == pytest.approx([0.25, 0, 0, 0.75])
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -291,6 +293,15 @@ def test_evaluation_asks_for_every_answer_once_whatever_the_ranks(chat):
             for batch in split.in_order(2, 64, rank, world):
                 found.update(batch.targets[batch.targets != IGNORE].tolist())
         assert found == expected
+
+
+def test_part_of_an_evaluation_asks_for_no_window_twice(tmp_path):
+    """Two rows of 13 tokens fill a window to its last token, which a text would share."""
+    rows = [talk(f"{i:03}", "12345") for i in range(100)]
+    data = prepared(tmp_path / "x", save(tmp_path / "x.jsonl", rows), "--val=0", "--test=0")
+    split = data.split("train")
+    batches = split.in_order(4, 25, most=split.tokens - 2)
+    assert sum((batch.targets == 260).sum() for batch in batches) == 100
 
 
 # --- rows that are too long
@@ -362,12 +373,16 @@ def test_prompts_of_several_columns_are_joined_by_a_line_end(tmp_path):
 
 def test_rows_are_cleaned_like_text_and_each_is_taken_once(tmp_path, capsys):
     rows = [talk(*pair) for pair in PAIRS[:20]]
-    odd = [talk("e\u0301\r\nb\x00", "c\x07d"), talk("é\nb", "cd")]
+    odd = [talk("e\u0301\r\nb\x00", "c\x07d"), talk("é\nb", "cd"), talk("nothing", "\x01")]
     data = prepared(
         tmp_path / "x", save(tmp_path / "x.jsonl", rows + rows[:5] + odd), "--val=0", "--test=0"
     )
     assert rows_of(data, "train") == [("", *pair) for pair in PAIRS[:20]] + [("", "é\nb", "cd")]
-    assert "27 rows" in (said := capsys.readouterr().out) and "6 repeated rows" in said
+    assert "28 rows" in (said := capsys.readouterr().out) and "6 repeated rows" in said
+    assert "1 empty rows" in said
+    meta = json.loads((tmp_path / "x" / "meta.json").read_text())
+    said = ["".join(pair) for pair in PAIRS[:20]] + ["é\nbcd"]
+    assert meta["splits"]["train"]["bytes"] == len("".join(said).encode())
 
 
 def test_same_rows_same_bytes_whatever_the_workers(tmp_path):
@@ -417,6 +432,68 @@ def test_what_is_not_published_is_drawn_from_train(tmp_path):
     data = prepared(tmp_path / "x", *argv, "--val=0.2")
     sizes = [len(rows_of(data, name)) for name in ("train", "val", "test")]
     assert sum(sizes) == 300 and sizes[2] == 100 and 20 < sizes[1] < 60
+
+
+def test_published_splits_of_one_source_take_nothing_from_another(tmp_path):
+    parts = dict(train=PAIRS[:100], val=PAIRS[100:120], test=PAIRS[120:140], free=PAIRS[140:])
+    for name, pairs in parts.items():
+        save(tmp_path / f"{name}.jsonl", [talk(*pair, task=name) for pair in pairs])
+    argv = [f"{name}={tmp_path / name}.jsonl" for name in ("train", "val", "test")]
+    fractions = ["--val=0.2", "--test=0.2"]
+    data = prepared(tmp_path / "x", *argv, tmp_path / "free.jsonl", *fractions)
+    found = {s: Counter(row[0] for row in rows_of(data, s)) for s in ("train", "val", "test")}
+    assert found["train"]["train"] == 100 and found["val"]["val"] == found["test"]["test"] == 20
+    assert sum(some["free"] for some in found.values()) == 160
+    assert all(20 <= found[split]["free"] <= 50 for split in ("val", "test"))
+    assert sum(some["train"] for some in found.values()) == 100
+
+
+def test_what_is_also_published_as_train_is_taken_once(tmp_path):
+    source = save(tmp_path / "x.jsonl", [talk(*pair) for pair in PAIRS])
+    data = prepared(tmp_path / "x", source, f"train={source}")
+    assert sum(len(rows_of(data, split)) for split in ("train", "val", "test")) == 300
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_conversations_of_one_group_go_to_one_split(tmp_path, kind):
+    """Also of the group 0, and by a column of any name."""
+    rows = [talk(*pair, story=i % 10, group=i % 10) for i, pair in enumerate(PAIRS)]
+    path = tmp_path / f"x.{kind}"
+    if kind == "jsonl":
+        save(path, rows)
+    else:
+        parquet(path, **{name: [row[name] for row in rows] for name in rows[0]})()
+    for name, argv in (("own", []), ("story", ["--group=story"])):
+        data = prepared(tmp_path / name, path, *argv, "--val=0.3", "--test=0.3")
+        found = [{int(row[2][-1]) for row in rows_of(data, s)} for s in ("train", "val", "test")]
+        assert sum(map(len, found)) == 10
+
+
+def test_columns_are_for_the_tables_that_have_them(tmp_path):
+    save(tmp_path / "a.jsonl", [dict(q=q, a=a, task="own") for q, a in PAIRS[:9]])
+    save(tmp_path / "b.jsonl", [talk(*pair) for pair in PAIRS[9:20]])
+    argv = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "sums", *COLUMNS, "--task=common"]
+    data = prepared(tmp_path / "x", *argv, "--val=0", "--test=0")
+    counts = Counter(row[0] for row in rows_of(data, "train"))
+    assert counts == dict(own=9, common=11, sums=20_000)
+
+
+def test_settings_of_a_line_also_set_back_to_the_default():
+    common = tables.Reading(above=0.9, field="body", task="t")
+    reading = sources.parse("a.jsonl --above=0 --field=text", common).reading
+    assert (reading.above, reading.field, reading.task) == (0, "text", "t")
+
+
+def test_a_comment_of_a_list_begins_behind_a_space(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("# it's a list\nnotes#1.txt\n'a b.csv' --task=t  # don't\n")
+    assert sources.expand([f"@{path}"]) == ["notes#1.txt", "'a b.csv' --task=t"]
+
+
+def test_columns_of_standard_input_are_not_ignored(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"q,a\n1,2\n")))
+    with pytest.raises(ValueError, match="--answer=a is for rows, but - is read as text"):
+        prepared(tmp_path / "x", "-", *COLUMNS)
 
 
 def test_equal_prompts_and_rows_of_one_group_go_to_one_split(tmp_path):
@@ -547,6 +624,11 @@ MISTAKES = {
     "a row that is no object": ([X], ["line 2", "object"], write(X, lines(GOOD, "[1]"))),
     "no assistant": ([X], ["line 1", "assistant"], write(X, lines(talk("hello")))),
     "no messages": ([X], ["line 1", "assistant"], write(X, lines(dict(messages=[])))),
+    "no answer at the end": (
+        [X], ["line 1", "end with an assistant's"], write(X, lines(talk("a", "b", "c")))),
+    "an answer to nothing": (
+        [X], ["line 1", "answers something"],
+        write(X, lines(dict(messages=talk("a", "b")["messages"][1:])))),
     "messages of another form": (
         [X], ["line 1", "role and content"], write(X, lines(dict(messages=["hello"])))),
     "a content that is no text": (
@@ -559,6 +641,13 @@ MISTAKES = {
         [X, *COLUMNS], ["line 1", "'a'", "[1]"], write(X, lines(dict(q="x", a=[1])))),
     "a task with a bar": ([X], ["line 1", "'a|b'"], write(X, lines(talk("a", "b", task="a|b")))),
     "a task called end": ([X, "--task=end"], ["'end'"], write(X, lines(GOOD))),
+    "a task called as shares are": ([X, "--task=temperature"], ["rows"], write(X, lines(GOOD))),
+    "a group of text": (["a.txt", "--group=g"], ["--group=g", "a.txt"], write("a.txt", "a" * 99)),
+    "a bound for text": (["a.txt", "--above=0.5"], ["above=0.5"], write("a.txt", "a" * 99)),
+    "a built-in task in one split": (["train=sums"], ["'train=sums'", "say 'sums'"], None),
+    "a built-in task of another form": (["sums --task=x"], ["'sums --task=x'"], None),
+    "a quote of a list that is not closed": (
+        ["@list.txt"], ["list.txt, line 2", "quote"], write("list.txt", "a.csv\n'b.csv --task=t")),
     "a task that is a number": ([X], ["line 1", "5"], write(X, lines(talk("a", "b", task=5)))),
     "a group that is not there": (
         [X, "--group=story"], ["line 1", "'story'"], write(X, lines(GOOD))),
@@ -591,11 +680,11 @@ MISTAKES = {
     "a setting of the whole in a list": (
         ["@list.txt"], ["'tokenizer'"], write("list.txt", "a.csv --tokenizer=bytes\n")),
     "two sources in a line": (
-        ["@list.txt"], ["unexpected", "'b.csv'"],
+        ["@list.txt"], ["one source"],
         write("list.txt", "a.csv b.csv --prompt=q --answer=a\n")),
     "a list with a quote that is not closed": (
-        ["@list.txt"], ["list.txt", "quotation"], write("list.txt", "'a.csv --prompt=q\n")),
-    "a list that is no text": (["@list.txt"], ["list.txt", "utf-8"], write("list.txt", b"\xff")),
+        ["@list.txt"], ["list.txt", "line 1", "quote"], write("list.txt", "'a.csv --prompt=q\n")),
+    "a list that is no text": (["@list.txt"], ["list.txt", "UTF-8"], write("list.txt", b"\xff")),
     "an empty list": (["@list.txt"], ["no source"], write("list.txt", "# nothing\n")),
     "a source that is not there": ([f"train={X}"], [f"'{X}'", "sums"], None),
 }  # fmt: skip
@@ -630,12 +719,14 @@ def test_bad_rows_are_left_out_if_that_is_asked_for(tmp_path, capsys):
         ("a=1", "leave something for b"),
         ("a=0.9,b=0.9", "add up to 1"),
         ("a=0,b=0", "add up to 1"),
+        ("a=0.3,b=0.3", "add up to 1"),
+        ("a=0.3,a=0.1", "'a' twice"),
         ("temperature=0", "above 0"),
     ],
 )
 def test_a_mix_that_cannot_be(chat, mix, named):
     with pytest.raises(ValueError, match=f"mix=.*{named}"):
-        Dataset(str(chat.folder), mix=mix).split("train").batch(0, 2, 64, 0)
+        Dataset(str(chat.folder), mix=mix).split("train").require(64)
 
 
 def test_a_prompt_that_sees_itself_is_not_to_be_predicted(chat):
