@@ -90,9 +90,9 @@ def expand(words: Iterable[str]) -> list[str]:
         for number, line in enumerate(lines, start=1):
             line = re.sub(r"(^|\s)#.*", "", line)  # a comment; notes#1.txt has none
             split.append(words_of(line, f"the list {word[1:]}, line {number}"))
+        found += [line[0] if len(line) == 1 else shlex.join(line) for line in split if line]
         if not any(split):
             raise ValueError(f"no source in the list {word[1:]}")
-        found += [line[0] if len(line) == 1 else shlex.join(line) for line in split if line]
     return found
 
 
@@ -105,18 +105,20 @@ def words_of(line: str, where: str) -> list[str]:
 
 def parse(word: str, common: Reading) -> Source:
     """A source as it is named, [train=|val=|test=]NAME [--setting=value ...]. Raises ValueError."""
-    name, reading = word, common
+    split, name, reading = "", word, common
     if " --" in word:
         line = settings.load(Line, words_of(word, "a source"), "", "source", nargs="*")
         if len(line.source) != 1:
             raise ValueError(f"{word!r} should name one source, then its settings")
         name = line.source[0]
         reading = replace(common, **line.reading)
-    reading.encoding = encodings.find(reading.encoding)
+    for wanted in ("train", "val", "test"):
+        if name.startswith(f"{wanted}="):
+            split, name = wanted, name.removeprefix(f"{wanted}=")
     if bool(reading.prompt) != bool(reading.answer):
         raise ValueError(f"{word!r} wants both --prompt and --answer, the columns of its rows")
-    split, name = re.fullmatch("(?:(train|val|test)=)?(.*)", name, re.DOTALL).groups()
-    return Source(name, split or "", reading)
+    reading.encoding = encodings.find(reading.encoding)
+    return Source(name, split, reading)
 
 
 def require(word: str, name: str, tasks: Iterable[str] = ()) -> None:

@@ -53,7 +53,7 @@ def make_model(tokenizer: Tokenizer, **settings) -> GPT:
 def export(model: GPT, tokenizer: Tokenizer, folder, *argv: str):
     """Saves the model as a checkpoint, and returns the folder to which it is exported."""
     state = NEW | dict(step=1, settings={}, model=vars(model.config), data_digest=None, source="x")
-    checkpoint.save(folder, 1, model.state_dict(), {}, state, tokenizer)
+    checkpoint.save(folder, 1, model, {}, state, tokenizer)
     run = folder / checkpoint.name(1)
     huggingface.main(["export", str(run), str(folder / "out"), *argv])
     return folder / "out"

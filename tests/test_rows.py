@@ -680,10 +680,10 @@ MISTAKES = {
     "a setting of the whole in a list": (
         ["@list.txt"], ["'tokenizer'"], write("list.txt", "a.csv --tokenizer=bytes\n")),
     "two sources in a line": (
-        ["@list.txt"], ["one source", "b.csv"],
+        ["@list.txt"], ["one source"],
         write("list.txt", "a.csv b.csv --prompt=q --answer=a\n")),
     "a list with a quote that is not closed": (
-        ["@list.txt"], ["list.txt", "quote"], write("list.txt", "'a.csv --prompt=q\n")),
+        ["@list.txt"], ["list.txt", "line 1", "quote"], write("list.txt", "'a.csv --prompt=q\n")),
     "a list that is no text": (["@list.txt"], ["list.txt", "UTF-8"], write("list.txt", b"\xff")),
     "an empty list": (["@list.txt"], ["no source"], write("list.txt", "# nothing\n")),
     "a source that is not there": ([f"train={X}"], [f"'{X}'", "sums"], None),
