@@ -146,6 +146,7 @@ def test_runs_of_another_context_are_not_compared(run, train):
 
 
 def test_drawn_texts_stand_beside_human_ones(run, capsys, tmp_path):
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
     file = tmp_path / "drawn.jsonl"
     script.main([str(run), "--generate=5", "--max_tokens=20", f"--answers={file}"])
     texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]

@@ -222,6 +222,8 @@ def test_labels_are_seen_and_naive_bayes_stands_beside(evaluated):
 
 
 def test_texts_are_compared_as_texts_and_floors_copy_the_prompt(evaluated):
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
     said, _ = evaluated("--task=story")
     found = figures(said, "story")
     assert {"exact match", "chrF", "BLEU", "ROUGE-L", "perplexity"} <= found.keys()
@@ -277,6 +279,8 @@ def test_each_interval_holds_its_figure(evaluated):
 def test_a_run_does_not_differ_from_itself_and_differs_from_one_that_knows_nothing(
     folder, rows, run, evaluated
 ):
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
     said, _ = evaluated(f"--baseline={run}", "--task=story")
     assert said.count("no difference is shown") == 7 and "they differ" not in said
     other = trained(folder, "other", rows, "--steps=1", "--lr=0", "--embed_lr=0", "--head_lr=0")
