@@ -12,10 +12,9 @@ Adam        The embedding of a rare token has tiny gradients, the head large one
             hence too small at first, and are divided by 1 - beta^step, each by its own.
             arXiv:1412.6980
 AdamW       Weights that nothing pulls back grow and fit noise. w -= lr * decay * w pulls them back,
-            apart from m / sqrt(v), whose division would cancel the pull (arXiv:1711.05101). Only
+            apart from m / sqrt(v), whose division would make it uneven (arXiv:1711.05101). Only
             matrices decay: a bias or a norm's weight is one number a channel and has little to
-            overfit with, and a norm's weight, which begins at 1, would shrink what all layers
-            behind it see.
+            overfit with, and a norm's weight, which begins at 1, would shrink what its layer sees.
 Muon        Adam treats a matrix as a list of numbers. Muon treats it as a map: see below.
 
 Before the step, `update` in train.py clips the gradient and undoes loss scaling (`LossScale`).

@@ -153,13 +153,13 @@ def update(model, optimizers, scale, batch, step: int, s: Settings, here):
         here.gradients.active = i + per_pass == share
         windows = batch.windows(i, i + per_pass)
         tokens, targets, positions, mask = (here.put(z) for z in windows)
-        # autocast: matrix products, and the gradients that pass from layer to layer, are in 16 bits
-        # where the hardware is faster so; weights, p.grad and the optimizer's sums stay in 32,
-        # where a small update to a large number is not rounded away (arXiv:1710.03740)
+        # autocast: matrix products, forward and backward, are in 16 bits where the hardware is
+        # faster so; weights, p.grad and the optimizer's sums stay in 32, where a small update to a
+        # large number is not rounded away (arXiv:1710.03740)
         with here.autocast():
             nats = model(tokens, targets, "sum", mask, positions, smoothing=s.label_smoothing)
         loss = nats / counted
-        (loss * scale.value).backward()  # float16 would round what passes between layers to zero
+        (loss * scale.value).backward()  # float16 would round small gradients to zero
         mean_loss += loss.detach()
     here.gradients.wait()
     scale.unscale(model.parameters())
@@ -186,7 +186,7 @@ def train(s: Settings, stop: Stop) -> int:
     from engine.run import Run
     from evaluate import evaluate
     from optim import LossScale, learning_rate, make_optimizers, set_rates
-    from robust import Adversarial, augment
+    from robust import Adversarial
 
     # 1. where it is computed, the folder it is kept in, the data
     here = machine.pick(s.device, s.dtype, s.compile)
@@ -234,9 +234,7 @@ def train(s: Settings, stop: Stop) -> int:
             set_rates(optimizers, factor)
             batch = train_split.batch(step - 1, B, T, s.seed, here.rank, here.world)
             if s.augment:
-                first = (step - 1) * B + here.rank * (B // here.world)
-                special = [*data.tokenizer.special.values()]
-                batch = augment(batch, special, s.augment, s.seed, first)
+                batch = augmented(batch, data, step, s, here.rank, here.world)
             loss, norm = update(learner, optimizers, scale, batch, step, s, here)
             run.log(step, loss, s.lr * factor, norm)
             run.save(step)
@@ -244,6 +242,14 @@ def train(s: Settings, stop: Stop) -> int:
     if run.completed and here.rank == 0:
         show_result(model, data, s, run)
     return run.status
+
+
+def augmented(batch, data, step: int, s: Settings, rank: int = 0, world: int = 1):
+    """The batch of `step`, or the share of it that process `rank` has, with its prompts changed."""
+    from robust import augment
+
+    first = ((step - 1) * world + rank) * len(batch.tokens)  # the number of its first window
+    return augment(batch, [*data.tokenizer.special.values()], s.augment, s.seed, first)
 
 
 def new_model(s: Settings, data, here):
@@ -303,6 +309,8 @@ def show_batch(s: Settings) -> int:
     split.require(s.model.block_size)
     B = s.batch_tokens // s.model.block_size
     batch = split.batch(s.show_batch - 1, B, s.model.block_size, s.seed)
+    if s.augment:
+        batch = augmented(batch, data, s.show_batch, s)
     for i, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True)):
         last = targets[-1:][targets[-1:] != IGNORE]
         text = data.tokenizer.decode([*tokens.tolist(), *last.tolist()])
