@@ -165,7 +165,7 @@ def rows_of(split: Split, limit: int = 0, task: str = "") -> dict[str, list[Row]
             last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
             rows[name].append(Row(name, messages[:last], messages[last]["content"]))
     if task and task not in rows:
-        there = ", ".join(name or "only rows without a task" for name in rows)
+        there = ", ".join(name or "no task: leave it out" for name in rows)
         raise ValueError(f"task={task!r} is not in the data: there is {there}")
     return {task: rows[task]} if task else dict(rows)
 

@@ -151,7 +151,8 @@ class Tokenizer:
         tasks = self.tasks()
         if task not in tasks:
             near = difflib.get_close_matches(task, tasks, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(tasks) or 'none'}"
+            there = f"it has {', '.join(tasks)}" if tasks else "its rows had none: leave --task out"
+            hint = f"did you mean {near[0]}?" if near else there
             raise ValueError(f"the vocabulary has no task {task!r}: {hint}")
         return tasks[task]
 

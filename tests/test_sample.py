@@ -367,6 +367,16 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
 
+    def interrupt(self) -> None:
+        """Presses Ctrl-C until the marker is back: readline misses one that comes as it begins to
+        wait for a key, and a person would press again."""
+        for _ in range(20):
+            os.kill(self.process.pid, signal.SIGINT)
+            self.listen(seconds=3)
+            if "> " in self.shown:
+                break
+        self.until("> ")
+
     def listen(self, seconds: float) -> None:
         if select.select([self.ours], [], [], seconds)[0]:
             self.shown += os.read(self.ours, 65536).decode(errors="replace")
@@ -392,14 +402,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(run):
     terminal.type("the model \n")
     assert terminal.until("the model").strip() == ""  # the terminal's own echo
     terminal.until(".{50}")  # it is writing
-    os.kill(terminal.process.pid, signal.SIGINT)
-    terminal.until("> ")
+    terminal.interrupt()
     terminal.type("half a prompt")
     terminal.until("half a prompt")
-    while "> " not in terminal.shown:  # readline misses a signal that comes as it begins to wait
-        os.kill(terminal.process.pid, signal.SIGINT)
-        terminal.listen(seconds=1)
-    terminal.until("> ")
+    terminal.interrupt()
     terminal.type("/help\n")
     assert "Traceback" not in terminal.until("temperature=0.0")
     terminal.until("> ")
