@@ -372,7 +372,9 @@ class Terminal:
         wait for a key, and a person would press again."""
         for _ in range(20):
             os.kill(self.process.pid, signal.SIGINT)
-            self.listen(seconds=3)
+            end = time.monotonic() + 3
+            while "> " not in self.shown and time.monotonic() < end:
+                self.listen(seconds=0.1)
             if "> " in self.shown:
                 break
         self.until("> ")
