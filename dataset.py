@@ -43,12 +43,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.packing import Rows, describe, shares, tasks_of, turns
+from engine.packing import IGNORE, Documents, Rows, describe, shares, tasks_of, turns
 from engine.prepared import Folder
 from engine.shards import Strip, open_shard, split_of
 from tokenizer import Markers, Tokenizer
-
-IGNORE = -100  # a target that does not count
 
 
 class Batch(NamedTuple):
@@ -125,7 +123,7 @@ class Text:
     methods; there windows are lists of rows.
     """
 
-    task = "text"
+    kind, task = "text", "text"
 
     def __init__(self, strip: Strip):
         self.strip = strip
@@ -177,7 +175,8 @@ class Split:
     """One split of a data set: what there is to learn from, or to be tested on.
 
     `text_bytes` is the size of its text, None where it is not known or not all is text. `mask` is
-    the policy of `layout`, `train_on` that of `counted`, `mix` that of `shares`.
+    the policy of `layout`, `train_on` that of `counted`, `mix` that of `shares`. With `lines`, each
+    window holds one row, or one document of a text, and no more; it is as long as the longest.
     """
 
     def __init__(
@@ -187,15 +186,19 @@ class Split:
         mask: str = "causal",
         train_on: str = "answers",
         mix: str = "",
+        lines: bool = False,
     ):
-        self.strips, self.tokenizer = strips, tokenizer
+        self.strips, self.tokenizer, self.lines = strips, tokenizer, lines
         self.mask, self.train_on, self.mix = mask, train_on, mix
         self.tokens = sum(strip.tokens for strip in strips)
         sizes = [strip.text_bytes if strip.kind == "text" else None for strip in strips]
         self.text_bytes = None if None in sizes else sum(sizes)
         self.parts: list[Text | Rows] = []
         for strip in strips:
-            self.parts += [Text(strip)] if strip.kind == "text" else tasks_of(strip, tokenizer)
+            if strip.kind == "rows":
+                self.parts += tasks_of(strip, tokenizer, lines)
+            else:
+                self.parts.append(Documents(strip, tokenizer.end_of_text) if lines else Text(strip))
 
     def require(self, block_size: int) -> None:
         """Raises ValueError if a part has nothing for a window of `block_size` + 1 tokens, or the
@@ -206,7 +209,7 @@ class Split:
 
     def describe(self, block_size: int, seed: int) -> str:
         """One line about how rows are packed, and what they lose; empty for text."""
-        parts = [part for part in self.parts if isinstance(part, Rows)]
+        parts = [part for part in self.parts if part.kind == "rows"]
         return describe(parts, block_size, seed) if parts else ""
 
     def shares(self, block_size: int, seed: int) -> list[float]:
@@ -262,9 +265,11 @@ class Split:
     def of(self, windows: list[tuple[Text | Rows, np.ndarray]]) -> Batch:
         """A batch of these windows, (block_size + 1) tokens each, IGNORE where there is none."""
         tokens = np.stack([window for _, window in windows])
+        if self.lines:
+            tokens = tokens[:, : self.longest(tokens)]
         y = tokens[:, 1:]
         x = np.where(y == IGNORE, 0, tokens[:, :-1])
-        packed = np.array([isinstance(part, Rows) for part, _ in windows])[:, None]
+        packed = np.array([part.kind == "rows" for part, _ in windows])[:, None]
         if not packed.any():
             return Batch(x, y)
         markers, at = self.tokenizer.markers, np.arange(x.shape[1])
@@ -274,6 +279,11 @@ class Split:
             positions = np.where(packed, positions, at)
             mask = np.where(packed[:, :, None, None], mask, at[:, None] >= at)  # text is causal
         return Batch(x, np.where(targets, y, IGNORE), positions, mask)
+
+    def longest(self, tokens: np.ndarray) -> int:
+        """How many tokens the longest line has; what comes behind the end of each fills it up."""
+        used = (tokens != IGNORE) & (tokens != self.tokenizer.end_of_text)
+        return max(2, int(used.any(axis=0).nonzero()[0].max(initial=0)) + 2)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count of the split, int64."""
@@ -308,6 +318,7 @@ class Dataset:
         mask: str = "causal",
         train_on: str = "answers",
         mix: str = "",
+        lines: bool = False,
     ):
         if mask == "prefix" and train_on == "all":
             raise ValueError(
@@ -315,7 +326,7 @@ class Dataset:
                 " it: use train_on='answers', or mask='causal'"
             )
         self.folder = folder
-        self.learning = dict(mask=mask, train_on=train_on, mix=mix)
+        self.learning = dict(mask=mask, train_on=train_on, mix=mix, lines=lines)
         self.folders = [Folder(name) for name in folder.split(",")]
         self.kind = "rows" if any(f.kind == "rows" for f in self.folders) else "text"
         found = [f.tokenizer(tokenizer) for f in self.folders]

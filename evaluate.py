@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+import objectives
 import scores
 from dataset import IGNORE, Dataset, Split
 from engine import settings
 from engine.settings import Count, NotNegative, Positive
 
 if TYPE_CHECKING:  # torch is imported where it is used, since mistakes are told before that
+    from engine.learner import Learner
     from engine.machine import Machine
     from model import GPT
     from tokenizer import Tokenizer
@@ -133,8 +135,9 @@ class Opened:
         from engine.checkpoint import find, load_weights
 
         self.name, self.path = out, find(out, checkpoint)
-        self.model, self.tokenizer, state = load_weights(self.path)
-        self.trained_with = state["settings"]
+        self.model, self.tokenizer, self.state = load_weights(self.path)
+        self.trained_with = self.state["settings"]
+        self.objective = self.trained_with.get("objective", "next_token")
 
     def data(self, s) -> Dataset:
         """The data of `s`, or of the run. Raises ValueError if the model reads other tokens."""
@@ -143,11 +146,18 @@ class Opened:
             raise ValueError(f"{self.path} was not trained here: name the data, --data=data/NAME")
         named = s.tokenizer if s.data else s.tokenizer or self.trained_with.get("tokenizer", "")
         train_on = self.trained_with.get("train_on", "answers")
-        data = Dataset(folder, named, self.model.config.mask, train_on)
+        lines = objectives.find(self.objective).Objective.lines
+        data = Dataset(folder, named, self.model.config.mask, train_on, lines=lines)
         if data.kind == "rows":
             self.require_markers()
         data.require_tokenizer(self.tokenizer, self.name)
         return data
+
+    def learner(self) -> "Learner":
+        """The model under the objective that it has learned by."""
+        from engine.learner import restored
+
+        return restored(self.path, self.model, self.tokenizer, self.state)
 
     def make_ready(self, s, here: "Machine") -> None:
         from engine import fast, machine
@@ -168,45 +178,62 @@ class Opened:
 
 
 def evaluate(
-    model: "GPT",
+    learner: "Learner",
     split: Split,
     here: "Machine",
     stop=None,
     device_batch: int = 0,
     eval_tokens: int = 0,
-) -> tuple | None:
-    """The loss: nats a token, and bits a byte of text where its size is known.
+) -> dict | None:
+    """`val_loss`, that of the learner's objective; `val_bpb`, bits a byte of text if it can be told
+    in them; and val_<term> for each further term of the objective.
 
-    Every token but the first is predicted once, in consecutive windows of the model's block_size,
-    or in about `eval_tokens` / block_size of them, evenly spread. Each process takes its share, at
-    most `device_batch` rows at a time. None if meanwhile a `stop` was asked of any process.
+    Of text every token but the first is predicted once, in consecutive windows of the model's
+    block_size, or in about `eval_tokens` / block_size of them, evenly spread. Each process takes
+    its share, at most `device_batch` rows at a time. None if meanwhile a `stop` was asked of any
+    process.
     """
     import torch
 
-    rows = max(1, EVAL_TOKENS // model.config.block_size)
+    from engine.learner import keys_of, total
+
+    objective, block_size = learner.objective, learner.gpt.config.block_size
+    rows = max(1, EVAL_TOKENS // block_size)
     rows = min(rows, device_batch or rows)
-    nats, targets, size, asked = 0.0, 0, 0, False
+    n = len(objective.terms)
+    found, size, asked = [0.0] * 2 * n, 0, False  # of each term its sum, then of how many things
     part_of_it = 0 < eval_tokens < split.tokens - 1
-    was_training = model.training
-    model.eval()  # no dropout
+    was_training = learner.training
+    learner.eval()  # no dropout
     with torch.no_grad(), here.autocast():
-        for batch in split.in_order(
-            rows, model.config.block_size, here.rank, here.world, eval_tokens
-        ):
-            tokens, targets_here, positions, mask = map(here.put, batch)
-            loss = model(tokens, targets_here, "sum", mask, positions).item()
-            found = batch.targets[batch.targets != IGNORE]
-            mine = split.bytes_of(found) if part_of_it and split.text_bytes else 0
-            part = here.sum([loss, len(found), mine, bool(stop and stop.asked)])
-            nats, targets, size = nats + part[0], targets + part[1], size + part[2]
-            asked = part[3] > 0
+        for batch in split.in_order(rows, block_size, here.rank, here.world, eval_tokens):
+            inputs, counts = objective.prepare(batch, keys_of(batch), learner)
+            sums = [float(x) for x in learner.forward(*map(here.put, inputs))]
+            text = batch.targets[batch.targets != IGNORE]
+            mine = split.bytes_of(text) if part_of_it and split.text_bytes else 0
+            part = here.sum([*sums, *counts, mine, bool(stop and stop.asked)])
+            found = [a + b for a, b in zip(found, part[:-2], strict=True)]
+            size, asked = size + part[-2], part[-1] > 0
             if asked:
                 break
-    model.train(was_training)
+    learner.train(was_training)
     if asked:
         return None
     size = size if part_of_it else split.text_bytes
-    return nats / targets, nats / math.log(2) / size if size else None
+    bits = found[0] / math.log(2) / size if size and objective.bits else None
+    means = [a / max(b, 1) for a, b in zip(found[:n], found[n:], strict=True)]
+    named = dict(val_loss=total(objective, found[:n], found[n:]), val_bpb=bits)
+    terms = zip(objective.terms, means, strict=True)
+    return named | {f"val_{name}": mean for name, mean in terms if name != "loss"}
+
+
+def told(found: dict, unit: str) -> str:
+    """What `evaluate` has found, in words."""
+    parts = [f"loss {found['val_loss']:.4f} {unit}"]
+    if found["val_bpb"]:
+        parts.append(f"{found['val_bpb']:.4f} bits per byte")
+    rest = {k: v for k, v in found.items() if k not in ("val_loss", "val_bpb")}
+    return ", ".join(parts + [f"{k.removeprefix('val_')} {v:.4f}" for k, v in rest.items()])
 
 
 def compressors(split: Split, tokenizer: "Tokenizer") -> str:
@@ -225,16 +252,16 @@ def compressors(split: Split, tokenizer: "Tokenizer") -> str:
 def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
     run.make_ready(s, here)
     split = data.split(s.split)
-    loss, bpb = evaluate(run.model, split, here, None, s.device_batch, s.eval_tokens)
-    bits = f", {bpb:.4f} bits per byte" if bpb else ""
-    where = f"{run.path} on the {s.split} split of {data.folder}"
-    here.say(f"{where}: {loss:.4f} nats a token{bits}")
+    learner = run.learner()
+    found = evaluate(learner, split, here, None, s.device_batch, s.eval_tokens)
+    found = told(found, learner.objective.unit)
+    here.say(f"{run.path} on the {s.split} split of {data.folder}: {found}")
 
 
 def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> int:
     """Prints what a model makes of running text, beside compressors, another run, and people."""
     tell_loss(s, run, data, here)
-    if here.rank:
+    if here.rank or not objectives.find(run.objective).Objective.bits:
         return 0
     split = data.split(s.split)
     if others := compressors(split, run.tokenizer):

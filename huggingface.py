@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
+import objectives
 from engine import settings
 from engine.files import atomic_folder, write_json, write_manifest
 
@@ -118,6 +119,8 @@ def export_model(source: str, s: Settings, target: Path) -> None:
     path = checkpoint.find(source, s.checkpoint)
     model, tokenizer, facts = checkpoint.load_weights(path)
     mask = model.config.mask
+    if not s.trunk_only:
+        objectives.require_writer(facts, source)
     if mask != "causal" and not s.trunk_only:
         raise ValueError(
             f"{source} was trained with mask={mask}, and the classes of transformers are causal:"

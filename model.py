@@ -66,17 +66,20 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """All but the head: tokens (B, T) to the final hidden states (B, T, C).
 
         `mask` says who may look where, see `Attention`; None means causal. `positions`, (T) or
         (B, T), count from 0 if not given. `tokens` continue what each row of a `cache` holds and
-        are appended to it. Raises ValueError for more tokens than block_size, or the cache, holds.
+        are appended to it. `embedded` (B, T, C) is read in place of their embeddings, where
+        something else than tokens is to be read. Raises ValueError for more tokens than block_size,
+        or the cache, holds.
         """
         T = tokens.size(1)
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens exceed block_size={self.config.block_size}")
-        x = self.wte(tokens)  # (B, T, C)
+        x = self.wte(tokens) if embedded is None else embedded  # (B, T, C)
         if cache is not None:  # only when it writes: these tokens stand behind what was read before
             behind, causal = cache.begin(T)
             positions = behind if positions is None else positions
@@ -108,6 +111,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         smoothing: float = 0.0,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with `targets` (B, T) the cross-entropy in nats, mean or sum.
 
@@ -117,7 +121,7 @@ class GPT(nn.Module):
         `smoothing` is the share of each target that goes to all tokens alike: a model that is never
         rewarded for being certain learns less by heart (arXiv:1512.00567, section 7).
         """
-        x = self.trunk(tokens, mask, positions, cache)
+        x = self.trunk(tokens, mask, positions, cache, embedded)
         logits = self.logits(x if cache is None else x[:, -1:])
         if targets is None:
             return logits

@@ -125,13 +125,13 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates), alpha=-scale)
 
 
-def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def make_optimizers(learner: nn.Module, s, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """The optimizers of settings `s`; each group keeps its full rate as `base_lr`.
 
     muon: block matrices by Muon at `lr`; the others by AdamW, embeddings at `embed_lr`, all else
-    (head, vectors, the thin matrices of lora.py) at `head_lr`. adamw, nadamw (Nesterov's momentum
-    in it): everything at `lr`. Weight decay falls on matrices only, and beside Muon, as in its
-    source, on none that AdamW has.
+    (head, vectors, the thin matrices of lora.py, the heads of an objective) at `head_lr`. adamw,
+    nadamw (Nesterov's momentum in it): everything at `lr`. Weight decay falls on matrices only, and
+    beside Muon, as in its source, on none that AdamW has.
 
     Why three rates: an update of Muon has about the size of lr, whatever the gradient's, and a
     fresh matrix about 1 to 2 (the largest of its singular values): 0.02 changes it by a hundredth.
@@ -139,16 +139,17 @@ def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim
     near 0.02, and then as much less), little for the head, which begins at zero. The rates are
     those of kellerjordan.github.io/posts/muon and of nanochat, which uses it too.
     """
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    named = {n.removeprefix("gpt."): p for n, p in learner.named_parameters() if p.requires_grad}
+    trunk = getattr(learner, "gpt", learner)
     betas = (s.beta1, s.beta2)
     if s.optimizer == "muon":
-        embed = [p for n, p in named.items() if n.startswith(("wte.", "wpe."))]
+        embed = [p for n, p in named.items() if {"wte", "wpe"} & {*n.split(".")}]
         thin = (".A", ".B")  # of lora.py
-        blocks = [n for n in named if n.startswith("blocks.") and not n.endswith(thin)]
+        blocks = [n for n in named if "blocks" in n.split(".") and not n.endswith(thin)]
         inner = [named[n] for n in blocks if named[n].ndim == 2]
         taken = {*embed, *inner}
         others = [p for p in named.values() if p not in taken]
-        embed_lr = s.embed_lr * model.wte.std
+        embed_lr = s.embed_lr * trunk.wte.std
         groups = [dict(params=embed, lr=embed_lr), dict(params=others, lr=s.head_lr)]
         adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0, fused=True)
         optimizers: list = [adamw]
@@ -165,9 +166,11 @@ def make_optimizers(model: nn.Module, s, dtype: torch.dtype) -> list[torch.optim
             optimizers = [torch.optim.AdamW(groups, s.lr, betas, fused=True)]
         else:
             optimizers = [torch.optim.NAdam(groups, s.lr, betas, decoupled_weight_decay=True)]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    owned = [p for group in groups for p in group["params"]]
+    assert len(owned) == len(set(owned)) == len(named), "each parameter belongs to one group"
     return optimizers
 
 

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+import objectives
 from engine import settings
 from engine.settings import Bound, Count, NotNegative
 
@@ -91,7 +92,8 @@ def main(argv: list[str]) -> None:
 
     from engine.checkpoint import find, load_weights
 
-    model, tokenizer, _ = load_weights(find(s.run, s.checkpoint))
+    model, tokenizer, state = load_weights(find(s.run, s.checkpoint))
+    objectives.require_writer(state, s.run)
 
     from engine import inference, machine
 

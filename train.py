@@ -33,7 +33,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dataset import IGNORE
+import objectives
 from engine import settings
 from engine.settings import BelowOne, Bound, Count, Fraction, NotNegative, Positive
 from engine.stop import Stop
@@ -41,6 +41,7 @@ from shape import GPTConfig
 
 START = time.monotonic()
 SHOWN = 3  # rows that are answered at the end
+Objective = Annotated[str, Bound(f"one of {', '.join(objectives.names())}", objectives.find)]
 Rate = Annotated[float, Bound("from 0 to 1000", lambda x: 0 <= x <= 1000)]
 
 
@@ -54,6 +55,7 @@ class Settings:
     out: str = ""  # folder of the run; by default out/<name of the config file>
     init_from: str = ""  # begin with the weights of this run or checkpoint
     seed: Count = 1  # of weights, order of the data, dropout
+    objective: Objective = "next_token"  # what is learned: a file in objectives/, with its settings
 
     # the model: n_layer, n_embd and the others stand in shape.py; vocab_size is that of the data
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
@@ -98,9 +100,6 @@ class Settings:
     # rarely needed: what is learned from rows (questions with answers and the like)
     train_on: Literal["answers", "all"] = "answers"  # all: prompts, too, as GPT-1 did beside labels
     mix: str = ""  # how often each task: by size, temperature=2, or sums=0.5,text=0.2
-    label_smoothing: BelowOne = 0.0  # this share of each target goes to all tokens alike
-    augment: BelowOne = 0.0  # this share of the tokens of prompts is changed: see robust.py
-    adversarial: NotNegative = 0.0  # learn also from embeddings moved by this: see robust.py
     lora_rank: Count = 0  # with init_from: learn matrices of this rank beside frozen ones; 0 is off
     lora_alpha: NotNegative = 16.0  # they count lora_alpha / lora_rank: see lora.py
     lora_on: Literal["qv", "attention", "all"] = "all"  # which matrices have some beside them
@@ -112,7 +111,7 @@ class Settings:
     split: Literal["train", "val", "test"] = "val"  # which split eval_only takes
 
 
-def update(model, optimizers, scale, batch, step: int, s: Settings, here):
+def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, here):
     """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
     gradient (not finite: float16 overflowed, and the update was left out).
 
@@ -128,20 +127,24 @@ def update(model, optimizers, scale, batch, step: int, s: Settings, here):
             optimizer.step()
         model.zero_grad()
 
-    `batch` is this process's share of it, a Batch of dataset.py: for running text without positions
-    and mask. `here` is where it is computed: the device, its type of numbers, and the other
-    processes. `scale.value` is 1 but for float16, see optim.py. Raises FloatingPointError, with no
-    weight changed, if loss or gradient are not finite and a smaller scale is no remedy.
+    `learner` is the model, under the objective that says what its loss is; `exercise` is what it
+    has made of this process's share of the batch: arrays such as the two above, and how many
+    targets they hold (objectives/__init__.py). `here` is where it is computed: the device, its type
+    of numbers, and the other processes. `scale.value` is 1 but for float16, see optim.py. Raises
+    FloatingPointError, with no weight changed, if loss or gradient are not finite and a smaller
+    scale is no remedy.
     """
     import torch  # takes a second to load: mistakes in settings have been told by now
 
     from engine import machine
+    from engine.learner import total
 
     # how many targets the batch has, in all processes. The loss is their mean: each pass below
     # gives a sum, divided by this number. A mean of means would weigh some targets more
-    (counted,) = here.sum([int((batch.targets != IGNORE).sum())])
+    inputs, counts = exercise
+    counts = here.sum(counts)
     mean_loss = torch.zeros((), device=here.device)
-    share = len(batch.tokens)
+    share = len(inputs[0])
     per_pass = windows_in_a_pass(share, s)
     # 1. forward, and backward: by the chain rule, from the loss back to the first layer, how much
     # the loss would change with each weight: p.grad. A batch too large for memory is taken in
@@ -151,21 +154,20 @@ def update(model, optimizers, scale, batch, step: int, s: Settings, here):
         # processes hold equal weights and learn from different windows (DDP). While the last
         # backward pass runs, their gradients are summed: then all make the same update
         here.gradients.active = i + per_pass == share
-        windows = batch.windows(i, i + per_pass)
-        tokens, targets, positions, mask = (here.put(z) for z in windows)
+        windows = [here.put(z if z is None else z[i : i + per_pass]) for z in inputs]
         # autocast: matrix products, forward and backward, are in 16 bits where the hardware is
         # faster so; weights, p.grad and the optimizer's sums stay in 32, where a small update to a
         # large number is not rounded away (arXiv:1710.03740)
         with here.autocast():
-            nats = model(tokens, targets, "sum", mask, positions, smoothing=s.label_smoothing)
-        loss = nats / counted
+            sums = learner(*windows)  # of the loss over all targets; some objectives have several
+        loss = total(learner.objective, sums, counts)
         (loss * scale.value).backward()  # float16 would round small gradients to zero
         mean_loss += loss.detach()
     here.gradients.wait()
-    scale.unscale(model.parameters())
+    scale.unscale(learner.parameters())
     # 2. clipping: a gradient longer than grad_clip is shortened, its direction kept, so that one
     # odd batch does not outweigh all others in the optimizers' running means (arXiv:1211.5063)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
+    norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), s.grad_clip or math.inf).item()
     # 3. the step itself, unless there is nothing sound to follow
     (mean_loss,) = here.sum([mean_loss.item()])
     finite = math.isfinite(mean_loss) and math.isfinite(norm)
@@ -175,7 +177,7 @@ def update(model, optimizers, scale, batch, step: int, s: Settings, here):
         for optimizer in optimizers:
             optimizer.step()
     scale.update(finite)
-    model.zero_grad(set_to_none=True)
+    learner.zero_grad(set_to_none=True)
     return mean_loss, norm
 
 
@@ -183,16 +185,20 @@ def train(s: Settings, stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status."""
     from dataset import Dataset
     from engine import machine
+    from engine.learner import Learner
     from engine.run import Run
     from evaluate import evaluate
     from optim import LossScale, learning_rate, make_optimizers, set_rates
-    from robust import Adversarial
 
     # 1. where it is computed, the folder it is kept in, the data
     here = machine.pick(s.device, s.dtype, s.compile)
     machine.start(here, s.deterministic)
+    Objective = objectives.find(s.objective).Objective
+    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix, Objective.lines)
+    objective = Objective(s, data.tokenizer)
+    objective.require(data)
+    here.compile = here.compile and objective.compiles
     run = Run(s, here, stop, START)
-    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix)
     train_split = data.split("train")
     val_split = data.split("val")
     T = s.model.block_size
@@ -200,25 +206,26 @@ def train(s: Settings, stop: Stop) -> int:
     if next(val_split.in_order(1, T), None) is None:
         raise ValueError(f"no answer in the val split of {s.data} fits block_size={T}: use more")
     B = s.batch_tokens // T  # windows in a batch, of which each process has its share
-    per_pass = windows_in_a_pass(B // here.world, s)
+    share = B // here.world
+    per_pass = windows_in_a_pass(share, s)
 
-    # 2. the model and its optimizers: new, or as the newest checkpoint of the run has them
+    # 2. the model, what its objective adds to it, and its optimizers: new, or as the newest
+    # checkpoint of the run has them
     model = run.load_model() if run.step else new_model(s, data, here)
-    run.make_ready(model, per_pass)
-    optimizers = make_optimizers(model, s, here.dtype)
+    learner = Learner(model, objective)
+    run.make_ready(learner, per_pass)
+    optimizers = make_optimizers(learner, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
-    validate = partial(evaluate, model, val_split, here, stop, s.device_batch, s.eval_tokens)
+    validate = partial(evaluate, learner, val_split, here, stop, s.device_batch, s.eval_tokens)
     if s.optimizer != "muon" and s.lr > 0.01:
         here.say(f"lr={s.lr:g} is a rate for muon: {s.optimizer} wants about 0.001")
-    run.begin(data, model, optimizers, scale, validate)
+    run.begin(data, learner, optimizers, scale, validate)
     if run.finished():
         return 0
-    learner = model
-    if s.adversarial:
-        learner = Adversarial(model, s.adversarial)
-    elif here.compile:
+    if here.compile:
         first = train_split.batch(0, B, T, s.seed, here.rank, here.world).windows(0, per_pass)
-        learner = machine.compiled(model, here, first, s.label_smoothing)  # the same weights
+        inputs, _ = objective.prepare(first, [(s.seed, i) for i in range(per_pass)], learner)
+        machine.compile(learner, here, inputs)
 
     # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
     # the seed, and needs no memory of those before: so what is interrupted goes on as if it had not
@@ -233,23 +240,16 @@ def train(s: Settings, stop: Stop) -> int:
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
             batch = train_split.batch(step - 1, B, T, s.seed, here.rank, here.world)
-            if s.augment:
-                batch = augmented(batch, data, step, s, here.rank, here.world)
-            loss, norm = update(learner, optimizers, scale, batch, step, s, here)
+            first = (step - 1) * B + here.rank * share  # the number of its first window, as a key
+            keys = [(s.seed, first + i) for i in range(share)]  # for all that is random in it
+            for exercise in objective.exercises(batch, keys, learner):  # one, as a rule
+                loss, norm = update(learner, optimizers, scale, exercise, step, s, here)
             run.log(step, loss, s.lr * factor, norm)
             run.save(step)
             run.evaluate(step)
     if run.completed and here.rank == 0:
         show_result(model, data, s, run)
     return run.status
-
-
-def augmented(batch, data, step: int, s: Settings, rank: int = 0, world: int = 1):
-    """The batch of `step`, or the share of it that process `rank` has, with its prompts changed."""
-    from robust import augment
-
-    first = ((step - 1) * world + rank) * len(batch.tokens)  # the number of its first window
-    return augment(batch, [*data.tokenizer.special.values()], s.augment, s.seed, first)
 
 
 def new_model(s: Settings, data, here):
@@ -282,9 +282,13 @@ def show_result(model, data, s: Settings, run) -> None:
     from evaluate import compressors
 
     run.stop.at_once = True  # all is saved
+    objective = run.learner.objective
     run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
     torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
     picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
+    if not objective.generates:
+        print(f"\nnext: {objective.instead.replace('RUN', s.out)}")
+        return
     if s.sample_tokens and data.kind == "text":
         print("\na sample, by the weights of the last step:\n")
         begin = [sample.turn("user", s.sample_prompt)]
@@ -304,17 +308,18 @@ def show_batch(s: Settings) -> int:
     """Prints the windows that the update of step `s.show_batch` learns from, decoded."""
     from dataset import Dataset
 
-    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix)
+    Objective = objectives.find(s.objective).Objective
+    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix, Objective.lines)
+    objective = Objective(s, data.tokenizer)
+    objective.require(data)
     split = data.split("train")
     split.require(s.model.block_size)
     B = s.batch_tokens // s.model.block_size
+    first = (s.show_batch - 1) * B
     batch = split.batch(s.show_batch - 1, B, s.model.block_size, s.seed)
-    if s.augment:
-        batch = augmented(batch, data, s.show_batch, s)
-    for i, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True)):
-        last = targets[-1:][targets[-1:] != IGNORE]
-        text = data.tokenizer.decode([*tokens.tolist(), *last.tolist()])
-        print(f"--- step {s.show_batch}, window {(s.show_batch - 1) * B + i}\n{text}")
+    inputs, _ = next(objective.exercises(batch, [(s.seed, first + i) for i in range(B)], None))
+    for i in range(B):
+        print(f"--- step {s.show_batch}, window {first + i}\n{objective.shown(inputs, i)}")
     return 0
 
 
@@ -335,12 +340,11 @@ def check(s: Settings) -> None:
     settings.require(not itself, s, "init_from", another)
     settings.require(s.init_from or not s.lora_rank, s, "lora_rank", "0 without --init_from")
     settings.require(public or not s.tokenizer, s, "tokenizer", f"left out: {s.data} has its own")
-    sees_it = "causal or prefix: with full, a token sees the next one, and predicts nothing"
-    settings.require(s.model.mask != "full", s.model, "mask", sees_it)
-    for_answers = "0 with train_on=all: prompts are targets there"
-    settings.require(not s.augment or s.train_on == "answers", s, "augment", for_answers)
-    plain = "false with --adversarial, whose hooks a compiled model does not call"
-    settings.require(not (s.adversarial and s.compile == "true"), s, "compile", plain)
+    masks = objectives.find(s.objective).Objective.masks
+    if s.model.mask == GPTConfig.mask:
+        s.model.mask = masks[0]
+    sees = f"{' or '.join(masks)} with objective={s.objective}"
+    settings.require(s.model.mask in masks, s.model, "mask", sees)
     settings.require_package("tensorboard", s.tensorboard)
     settings.require_package("wandb", s.wandb)
     settings.require_memory(
@@ -349,7 +353,9 @@ def check(s: Settings) -> None:
 
 
 def main(argv: list[str]) -> int:
-    s = settings.load(Settings, argv, "Train a GPT.", "config")
+    name = settings.peek("objective", argv, Settings.config)
+    cls = objectives.with_settings(Settings, name if name in objectives.names() else "next_token")
+    s = settings.load(cls, argv, "Train a GPT.", "config")
     s.out = s.out or f"out/{Path(s.config).stem}"
     check(s)
     stop = Stop()  # before torch is imported, which takes a second or more

@@ -3,6 +3,7 @@
     out/<run>/  lock  config.json  metrics.jsonl  and for each kept step
         step-00000400/  model.safetensors  optimizer.safetensors  state.json
                         encoding.json  vocab.tiktoken  manifest.json
+                        heads.safetensors, what an objective has beside the model
 
 A checkpoint is written beside its final name, flushed to disk and then renamed, so its name never
 stands on half of one. The manifest holds size and sha256 of every other file and is written last.
@@ -30,9 +31,10 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:  # torch is imported where it is used: finding and verifying needs none
     from torch import Tensor
 
+    from engine.learner import Learner
     from model import GPT
 
-BASE = "base.safetensors"
+BASE, KEPT = "base.safetensors", "objective.safetensors"
 NEEDED = ("state.json", "encoding.json", "vocab.tiktoken")  # in every checkpoint, beside weights
 
 
@@ -44,7 +46,7 @@ def name(step: int) -> str:
 
 
 def save(
-    run: Path, step: int, model: GPT, optimizers: list, state: dict, tokenizer: Tokenizer
+    run: Path, step: int, learner: Learner, optimizers: list, state: dict, tokenizer: Tokenizer
 ) -> None:
     """Writes `run`/step-… whole or not at all. Raises OSError, say if the disk is full."""
     from safetensors import SafetensorError
@@ -52,9 +54,11 @@ def save(
 
     import lora
 
+    model, heads = learner.gpt, learner.heads.state_dict()
     final, adapted = run / name(step), lora.facts(model)
-    weights = {"adapter": lora.learned(model)} if adapted else {"model": model.state_dict()}
-    parts = weights | {"optimizer": optimizer_tensors(model, optimizers)}
+    parts = {"adapter": lora.learned(model)} if adapted else {"model": model.state_dict()}
+    parts |= {"heads": heads} if heads else {}
+    parts |= {"optimizer": optimizer_tensors(learner.by_name(), optimizers)}
     files.require_space(run, sum(t.nbytes for part in parts.values() for t in part.values()))
     try:
         if adapted and "base" not in adapted:  # the first time
@@ -203,6 +207,39 @@ def load_weights(path: Path, merge: bool = True) -> tuple[GPT, Tokenizer, dict]:
     return model, Tokenizer.load(path), state
 
 
+def load_heads(path: Path, learner: Learner) -> None:
+    """Gives a learner the heads of a checkpoint folder that is verified."""
+    from safetensors.torch import load_file
+
+    file = path / "heads.safetensors"
+    with named(file):
+        learner.heads.load_state_dict(load_file(file) if file.exists() else {})
+
+
+def save_kept(run: Path, tensors: dict[str, Tensor]) -> str | None:
+    """Writes what an objective keeps for a whole run; returns its sha256, None if it is nothing."""
+    from safetensors.torch import save_file
+
+    if not tensors:
+        return None
+    with files.atomic_file(run / KEPT) as beside:
+        save_file(tensors, beside)
+        return sha256_of(beside)
+
+
+def load_kept(path: Path, state: dict) -> dict[str, Tensor]:
+    """What the objective of a checkpoint keeps for its run. Raises ValueError."""
+    from safetensors.torch import load_file
+
+    if not state.get("kept"):
+        return {}
+    file = path.parent / KEPT
+    if not file.exists() or sha256_of(file) != state["kept"]:
+        raise ValueError(f"{file} is missing, or not that of {path} (sha256): bring it back")
+    with named(file):
+        return load_file(file)
+
+
 def base_of(path: Path, adapted: dict) -> Path:
     """The frozen weights that the adapter of a checkpoint belongs to. Raises ValueError."""
     base = path.parent / BASE
@@ -226,23 +263,22 @@ def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tupl
 # --- optimizers as named tensors
 
 
-def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
-    """The state of all optimizers: "<parameter>/<entry>" to tensor."""
+def optimizer_tensors(named: dict, optimizers: list) -> dict[str, Tensor]:
+    """The state of all optimizers, of parameters by name: "<parameter>/<entry>" to tensor."""
     import torch
 
     tensors = {}
-    for name, p in model.named_parameters():
+    for name, p in named.items():
         for optimizer in optimizers:
             for key, value in optimizer.state.get(p, {}).items():
                 tensors[f"{name}/{key}"] = torch.as_tensor(value)
     return tensors
 
 
-def load_optimizers(path: Path, model: GPT, optimizers: list) -> None:
-    """Puts the optimizer state of a checkpoint folder back into the optimizers of `model`."""
+def load_optimizers(path: Path, parameters: dict, optimizers: list) -> None:
+    """Puts the optimizer state of a checkpoint folder back into the optimizers of `parameters`."""
     from safetensors.torch import load_file
 
-    parameters = dict(model.named_parameters())
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     with named(path / "optimizer.safetensors"):
         for key, value in load_file(path / "optimizer.safetensors").items():

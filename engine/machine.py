@@ -217,17 +217,15 @@ def start(here: Machine, deterministic: bool) -> None:
         atexit.register(lambda: hasattr(sys, "last_value") or dist.destroy_process_group())
 
 
-def compiled(model: nn.Module, here: Machine, batch, smoothing: float) -> nn.Module:
-    """`model`, compiled for training on batches like this one, a Batch of dataset.py: which takes a
-    minute, and is done now, by one pass, before there is anything that a request to stop could
-    lose. (Where text is mixed with rows, the other form is compiled when it comes up.)"""
-    fast = torch.compile(model)
-    tokens, targets, positions, mask = map(here.put, batch)
+def compile(learner: nn.Module, here: Machine, inputs: list) -> None:
+    """Compiles a learner for exercises like this one: which takes a minute, and is done now, by one
+    pass, before there is anything that a request to stop could lose. (Where text is mixed with
+    rows, the other form is compiled when it comes up.) `learner.forward` is still what it was."""
+    learner.compile()
     with here.autocast():
-        loss = fast(tokens, targets, "sum", mask, positions, smoothing=smoothing)
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    return fast
+        sums = learner(*map(here.put, inputs))
+    sum(sums).backward()
+    learner.zero_grad(set_to_none=True)
 
 
 def seed(*key: int) -> None:

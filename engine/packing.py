@@ -10,12 +10,16 @@ import numpy as np
 from engine.shards import Strip
 from tokenizer import Markers, Tokenizer
 
+IGNORE = -100  # a target that does not count: cross_entropy's own convention
+
 
 class Rows:
     """The rows of one task as a part of a split: they are packed into windows, once for all.
 
     Windows are lists of rows, by number. The methods are those of `Text` in dataset.py.
     """
+
+    kind = "rows"
 
     def __init__(self, strip: Strip, task: str, places: np.ndarray, markers: Markers):
         self.strip, self.task, self.markers = strip, task, markers
@@ -61,7 +65,37 @@ class Rows:
             )
 
 
-def tasks_of(strip: Strip, tokenizer: Tokenizer) -> list[Rows]:
+class Lines(Rows):
+    """Rows, each in a window of its own: for what is learned of one as a whole."""
+
+    def windows(self, block_size: int, seed: int) -> list[list[int]]:
+        return [[i] for i in np.flatnonzero(self.lengths(block_size)).tolist()]
+
+
+class Documents(Lines):
+    """The documents of a text, each in a window of its own, between two end-of-texts: the first is
+    what it is begun with. Long ones are cut at their end."""
+
+    kind, task = "text", "text"
+
+    def row(self, i: int, block_size: int) -> np.ndarray:
+        begin, length = self.places[i]
+        text = self.strip.read(begin, min(length, block_size))
+        return np.concatenate([[self.end_of_text], text])
+
+    def read(self, window: list[int], block_size: int) -> np.ndarray:
+        tokens = self.row(window[0], block_size)
+        return np.concatenate([tokens, np.full(block_size + 1 - len(tokens), IGNORE)])
+
+    def __init__(self, strip: Strip, end_of_text: int):
+        self.end_of_text = end_of_text
+        super().__init__(strip, "text", strip.rows(end_of_text)[0], None)
+
+    def lengths(self, block_size: int) -> np.ndarray:
+        return np.minimum(self.places[:, 1], block_size) + 1
+
+
+def tasks_of(strip: Strip, tokenizer: Tokenizer, lines: bool = False) -> list[Rows]:
     """The rows of each task, which their first token tells; those without one are "rows"."""
     places, firsts = strip.rows(tokenizer.end_of_text)
     names = {i: task for task, i in tokenizer.tasks().items()}
@@ -69,7 +103,7 @@ def tasks_of(strip: Strip, tokenizer: Tokenizer) -> list[Rows]:
     for i in np.unique(firsts).tolist():
         tasks.setdefault(names.get(i, "rows"), []).append(i)
     return [
-        Rows(strip, task, places[np.isin(firsts, ids)], tokenizer.markers)
+        (Lines if lines else Rows)(strip, task, places[np.isin(firsts, ids)], tokenizer.markers)
         for task, ids in tasks.items()
     ]
 

@@ -28,6 +28,13 @@ def check(run, before: dict, now: dict) -> None:
             f"{run.path} belongs to a run with other settings ({changes}): choose another"
             " --out, or begin anew with --fresh"
         )
+    facts = run.learner.objective.facts()
+    for key, was in (run.state.get("objective") or {}).items():
+        if key != "name" and facts.get(key) != was:
+            raise ValueError(
+                f"{run.path} was trained with {key} {str(was)[:60]!r}, and it is now"
+                f" {str(facts.get(key))[:60]!r}: bring it back, or begin anew with --fresh"
+            )
     digest = run.state["data_digest"]
     if digest != run.digest:
         raise ValueError(

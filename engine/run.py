@@ -2,6 +2,7 @@
 
 out/<run>/  lock  config.json  metrics.jsonl  metrics.sha256  step-00000400/  step-00000800/
             base.safetensors: the frozen weights of a run of lora.py
+            objective.safetensors: what an objective has computed once, before the first step
 """
 
 import math
@@ -17,9 +18,11 @@ import torch
 import lora
 from engine import checkpoint, fast, machine, resume, settings
 from engine.files import WINDOWS, require_space, write_durably
+from engine.learner import Learner
 from engine.machine import Machine
 from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
+from evaluate import told
 from model import GPT
 
 NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None)  # the state of a run at step 0
@@ -79,27 +82,31 @@ class Run:
         model, _, self.state = checkpoint.load_weights(self.path, merge=False)
         return model
 
-    def make_ready(self, model: GPT, rows: int) -> None:
-        """Takes `model` to the device, to learn from `rows` windows in a pass, with fast parts."""
-        model.to(self.here.device)
+    def make_ready(self, learner: Learner, rows: int) -> None:
+        """Takes `learner` to the device, to learn from `rows` windows in a pass, with fast parts,
+        and with the heads of the checkpoint that the run goes on from."""
+        if self.step:
+            checkpoint.load_heads(self.path, learner)
+        learner.to(self.here.device)
         before = self.state["machine"]
         tokens = rows * self.s.model.block_size
-        machine.use_threads(self.s.threads, self.here, model, tokens, before)
-        fast.use(model, self.here, self.s.fast, before)
-        shared = list(model.parameters()) if self.here.world > 1 else []
+        machine.use_threads(self.s.threads, self.here, learner.gpt, tokens, before)
+        fast.use(learner.gpt, self.here, self.s.fast, before)
+        shared = list(learner.parameters()) if self.here.world > 1 else []
         self.here.gradients = machine.GradientSum(shared)
 
-    def begin(self, data, model: GPT, optimizers: list, scale, validate: Callable) -> None:
+    def begin(self, data, learner: Learner, optimizers: list, scale, validate: Callable) -> None:
         """Takes up the state of the optimizers, and opens the log where the run stands.
 
-        `validate()` is the loss on text that is not learned from, as (nats a token, bits a byte),
-        or None if it was stopped. Makes up an evaluation that an interruption has left undone.
+        `validate()` is what evaluation finds on text that is not learned from, by name, or None if
+        it was stopped. Makes up an evaluation that an interruption has left undone.
         Raises ValueError if data are damaged, or the checkpoint belongs to other settings or other
         data, OSError if the disk has no room for the next one.
         """
         here, s = self.here, self.s
         self.digest = here.first_does(data.verify)
-        self.model, self.optimizers, self.scale = model, optimizers, scale
+        self.learner, self.optimizers, self.scale = learner, optimizers, scale
+        model = learner.gpt
         self.validate, self.tokenizer = validate, data.tokenizer
         learned, held_out = (f"{data.split(name).tokens:,} tokens" for name in ("train", "val"))
         known = f"vocabulary {data.tokenizer.vocab_size:,}"
@@ -119,15 +126,16 @@ class Run:
             device_batch=s.device_batch,
         )
         if self.step:
-            checkpoint.load_optimizers(self.path, model, optimizers)
+            checkpoint.load_optimizers(self.path, learner.by_name(), optimizers)
         here.first_does(self.open_log)  # the first that changes anything
         threads = f"{number} thread{'s' if number > 1 else ''}"
-        count = f"{model.num_parameters():,} parameters"
+        count = f"{sum(p.numel() for p in learner.parameters()):,} parameters"
         here.say(f"model: {count}, {s.batch_tokens:,} tokens a step, {threads}")
         if lora.facts(model):
             here.say(lora.describe(model))
         if s.fresh:  # would begin anew once more
             self.stop.advice = "the same command without --fresh continues"
+        self.keep(data)
         if self.evaluation_missing():
             self.evaluate(self.step)
         self.prune()
@@ -138,7 +146,7 @@ class Run:
         before = settings.known(type(self.s), state["settings"]) if self.step else now
         if self.step:
             resume.check(self, before, now)
-        need = sum(p.nbytes * (3 if p.requires_grad else 1) for p in self.model.parameters())
+        need = sum(p.nbytes * (3 if p.requires_grad else 1) for p in self.learner.parameters())
         free = require_space(self.folder, need)
         if self.fresh and self.lock:
             if WINDOWS:  # where nothing in a folder may be open when it is renamed
@@ -154,6 +162,17 @@ class Run:
         write_durably(path, resume.as_file(now))
         print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
         self.trackers = start_trackers(self.s, self.folder, self.step)
+
+    def keep(self, data) -> None:
+        """What the objective computes once for a whole run: now, or as it was at the first step."""
+        if self.step:
+            self.digest_of_kept = self.state.get("kept")
+            self.learner.objective.kept(checkpoint.load_kept(self.path, self.state))
+            return
+        tensors = self.learner.objective.begin(self.learner, data, self.here)
+        kept = self.here.first_does(lambda: checkpoint.save_kept(self.folder, tensors))
+        self.digest_of_kept = kept
+        self.learner.objective.kept(tensors)
 
     # --- the steps
 
@@ -241,12 +260,10 @@ class Run:
         if result is None:
             self.stopping = True
             return
-        loss, bpb = result
-        bits = f", {bpb:.4f} bits per byte" if bpb else ""
-        self.here.say(f"step {step}: validation loss {loss:.4f}{bits}")
-        if not math.isfinite(loss):
-            loss = bpb = None  # JSON has no such number, and it is never the best
-        self.record(step=step, val_loss=loss, val_bpb=bpb, tokens=step * self.s.batch_tokens)
+        self.here.say(f"step {step}: validation {told(result, self.learner.objective.unit)}")
+        # JSON has no infinity, and what is not finite is never the best
+        known = {k: v if v is not None and math.isfinite(v) else None for k, v in result.items()}
+        self.record(step=step, **known, tokens=step * self.s.batch_tokens)
         if self.here.rank == 0:
             self.log_file.mark()
         self.prune()
@@ -272,12 +289,14 @@ class Run:
             return
 
         def write():
-            model, settings_now = self.model, settings.flat(self.s)
-            state = dict(step=step, settings=settings_now, model=asdict(model.config))
+            learner, settings_now = self.learner, settings.flat(self.s)
+            state = dict(step=step, settings=settings_now, model=asdict(learner.gpt.config))
+            state |= dict(objective=dict(name=self.s.objective, **learner.objective.facts()))
+            state |= dict(kept=self.digest_of_kept)
             state |= dict(data_digest=self.digest, metrics=self.log_file.mark())
             state |= dict(loss_scale=self.scale.state(), seconds=self.elapsed())
             state |= dict(machine=self.circumstances)
-            checkpoint.save(self.folder, step, model, self.optimizers, state, self.tokenizer)
+            checkpoint.save(self.folder, step, learner, self.optimizers, state, self.tokenizer)
 
         self.here.first_does(write)
         self.saved = step

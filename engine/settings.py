@@ -23,6 +23,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -63,7 +64,11 @@ class Setting(NamedTuple):
 def settings_of(cls) -> dict[str, Setting]:
     """The settings of a dataclass by name: its fields that have a default, and those of dataclasses
     inside it."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    comments = {}
+    for base in cls.__mro__[:-1]:
+        with suppress(OSError, TypeError):  # made by `make_dataclass`, which has no source
+            found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
+            comments |= dict(found)
     found = {}
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(f.type):
@@ -151,6 +156,19 @@ def load(cls, argv: list[str], description: str, positional: str, nargs: str | N
     for name, value in vars(given).items():
         values[name] = value if name == positional else convert(name, value, settings[name])
     return make(cls, values)
+
+
+def peek(name: str, argv: list[str], config: str) -> str | None:
+    """What the setting `name`, a plain word, has on the command line, or else in its config file:
+    where that decides which settings there are. Mistakes are left for `load` to find."""
+    for word, after in reversed([*zip(argv, [*argv[1:], ""], strict=True)]):
+        if word == f"--{name}" or word.startswith(f"--{name}="):
+            return after if word == f"--{name}" else word.partition("=")[2]
+    file = Path(next((word for word in argv if word.endswith(".py")), config))
+    file = file if file.is_file() else Path(__file__).parent.parent / file
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    found = re.search(rf"^{name} *= *[\"'](\w+)[\"']", text, re.MULTILINE)
+    return found and found[1]
 
 
 def refuse(message: str):

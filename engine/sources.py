@@ -202,6 +202,9 @@ def file_documents(path: Path, reading: Reading) -> Iterator[Iterable[str] | Row
             elif reading.answer:
                 text = pieces(f, path, reading.encoding)
                 yield from each(tables.separated(text, path, reading), reading)
+            elif reading.lines:
+                for piece in pieces(f, path, reading.encoding):
+                    yield from ([line] for line in piece.splitlines() if line.strip())
             else:
                 yield pieces(f, path, reading.encoding)  # reads on while the receiver iterates
     except Unreadable as e:

@@ -40,6 +40,7 @@ class Reading:
     answer: str = ""  # column with what is answered. Without a header, columns are 1, 2, ...
     task: str = ""  # what the rows ask for, such as translate: a marker in front of each
     group: str = ""  # column: rows that are alike in it go to the same split
+    lines: bool = False  # each line of a text file is a document of its own
     above: Fraction = 0.0  # leave out rows whose "probability" is not above this
 
     def columns(self) -> list[str]:

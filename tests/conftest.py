@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CODE = [path for room in ("", "engine", "tasks") for path in (ROOT / room).glob("*.py")]  # no tests
+CODE = [
+    path for room in ("", "engine", "objectives", "tasks") for path in (ROOT / room).glob("*.py")
+]  # no tests
 sys.path.insert(0, str(ROOT))
 os.environ.pop("PYTHONUNBUFFERED", None)  # as on most machines
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: equal bits, and small work anyway

@@ -13,6 +13,7 @@ import scores
 from dataset import Dataset
 from engine import machine
 from engine.checkpoint import load_model
+from engine.learner import plain
 from evaluate import evaluate
 
 
@@ -48,7 +49,7 @@ def test_no_pass_has_more_rows_than_device_batch_and_the_loss_is_the_same(
     split = Dataset(str(data)).split("val")
     rows = []
     hook = model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    loss, bpb = evaluate(model, split, here, None, device_batch)
+    loss, bpb = evaluate(plain(model), split, here, None, device_batch).values()
     hook.remove()
     assert max(rows) == device_batch or not device_batch
     expected, _ = by_hand(
@@ -64,15 +65,15 @@ def test_part_of_an_evaluation_counts_the_bytes_of_what_it_predicts(run, data, h
     split = Dataset(str(data)).split("val")
     count = math.ceil((split.tokens - 1) / 32)
     windows = [(i * count // 5 * 32, 32) for i in range(5)]
-    loss, bpb = evaluate(model, split, here, eval_tokens=5 * 32)
+    loss, bpb = evaluate(plain(model), split, here, eval_tokens=5 * 32).values()
     expected = by_hand(model, split, windows)
     assert (loss, bpb) == pytest.approx(expected, rel=1e-5)
     split.text_bytes = None  # as of public shards
-    assert evaluate(model, split, here, eval_tokens=160)[1] is None
+    assert evaluate(plain(model), split, here, eval_tokens=160)["val_bpb"] is None
 
 
 def test_a_bound_above_the_whole_is_the_whole(run, data, here):
-    model, _ = load_model(str(run))
+    model = plain(load_model(str(run))[0])
     split = Dataset(str(data)).split("val")
     assert evaluate(model, split, here) == evaluate(model, split, here, eval_tokens=10**9)
 
@@ -80,9 +81,10 @@ def test_a_bound_above_the_whole_is_the_whole(run, data, here):
 def test_evaluation_restores_the_mode_of_the_model(run, data, here):
     model, _ = load_model(str(run))
     split = Dataset(str(data)).split("val")
+    learner = plain(model)
     for mode in (True, False):
-        model.train(mode)
-        evaluate(model, split, here, eval_tokens=64)
+        learner.train(mode)
+        evaluate(learner, split, here, eval_tokens=64)
         assert model.training is mode
 
 
@@ -114,7 +116,7 @@ def test_the_loss_of_each_position_adds_up_to_the_whole(run, data, here):
     model, _ = load_model(str(run))
     split = Dataset(str(data)).split("val")
     nats = script.window_nats(model, split, here)
-    loss, _ = evaluate(model, split, here)
+    loss, _ = evaluate(plain(model), split, here).values()
     counted = np.isfinite(nats)
     assert counted.sum() == split.tokens - 1
     assert nats[counted].mean() == pytest.approx(loss, rel=1e-5)

@@ -1,0 +1,83 @@
+"""What learns: a trunk, with the heads that its objective gives it, and how both are kept.
+
+In a checkpoint the trunk is model.safetensors, with the names of model.py whatever the objective,
+so that another run can begin with it; heads.safetensors has the rest.
+"""
+
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import objectives
+from engine import checkpoint, settings
+from model import GPT
+from tokenizer import Tokenizer
+
+
+class Learner(nn.Module):
+    """The trunk `gpt` and its `heads`; called with the inputs of an exercise it gives the sums."""
+
+    def __init__(self, gpt: GPT, objective: objectives.Base):
+        super().__init__()
+        self.gpt = gpt
+        self.heads = nn.ModuleDict(objective.heads(gpt))
+        self.objective = objective
+
+    def forward(self, *inputs) -> list[Tensor]:
+        return self.objective.loss(self.gpt, self.heads, *inputs)
+
+    def by_name(self) -> dict[str, nn.Parameter]:
+        """All parameters; those of the trunk have the names that they have without it."""
+        return {name.removeprefix("gpt."): p for name, p in self.named_parameters()}
+
+
+def total(objective: objectives.Base, sums: list, counts: list):
+    """The loss: the mean of each term, times its weight. What nothing was asked of adds nothing."""
+    weighted = zip(objective.terms.values(), sums, counts, strict=True)
+    return sum(weight * s / max(n, 1) for weight, s, n in weighted if weight)
+
+
+def keys_of(batch) -> list[tuple]:
+    """Keys for what is random in evaluation: a row is changed alike wherever it stands."""
+    return [(0, zlib.crc32(row.tobytes())) for row in batch.tokens]
+
+
+def settings_of(state: dict):
+    """The settings of training that a checkpoint was made with."""
+    from train import Settings
+
+    cls = objectives.with_settings(Settings, state["settings"].get("objective", "next_token"))
+    return settings.make(cls, settings.known(cls, state["settings"]))
+
+
+def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner:
+    """The learner of a checkpoint whose trunk is loaded. Raises ValueError."""
+    s = settings_of(state)
+    s.model = gpt.config
+    learner = Learner(gpt, objectives.find(s.objective).Objective(s, tokenizer))
+    checkpoint.load_heads(path, learner)
+    return learner
+
+
+def opened(run: str, name: str, which: str = "best") -> tuple[Learner, Tokenizer]:
+    """The learner of a run or checkpoint, in eval mode, and its tokenizer: for the command of the
+    objective `name`. Raises ValueError if it learned by another."""
+    path = checkpoint.find(run, which)
+    gpt, tokenizer, state = checkpoint.load_weights(path)
+    learned = state["settings"].get("objective", "next_token")
+    if learned != name:
+        raise ValueError(f"{run} has learned by objective={learned}, and this needs {name}")
+    learner = restored(path, gpt, tokenizer, state)
+    learner.objective.kept(checkpoint.load_kept(path, state))
+    return learner.eval(), tokenizer
+
+
+def plain(gpt: GPT, tokenizer: Tokenizer | None = None) -> Learner:
+    """A trunk as it is, to be evaluated as what predicts the next token."""
+    from train import Settings
+
+    cls = objectives.with_settings(Settings, "next_token")
+    s = settings.make(cls, asdict(gpt.config))
+    return Learner(gpt, objectives.find("next_token").Objective(s, tokenizer))

@@ -1,0 +1,125 @@
+"""What a network is asked to learn: one file each, on the same trunk, in the same loop.
+
+An objective turns a batch of tokens into exercises, and says how far the network is from right:
+
+    inputs, counts = objective.prepare(batch, keys)          # what is shown, what is asked
+    sums = learner(*inputs)                                  # of each term, over all that is asked
+    loss = sum(weight * s / n for weight, s, n in zip(weights, sums, counts))
+
+A file of this folder has a class `Objective` that changes what it must of the one below, and a
+dataclass `Settings` of what can be set besides. Put one more here, and `--objective` knows it: the
+name is the file's. What only one of them can do is its own command: `python -m objectives.masked`.
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, make_dataclass
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+class Base:
+    """An objective, as far as the loop, checkpoints and evaluation need to know it.
+
+    `s` are the settings of training, `s.own` those of the objective. What does not go together is a
+    ValueError when it is made, before there is data or a model.
+    """
+
+    terms: dict[str, float] = {"loss": 1.0}  # what is summed; weight 0: only told, as val_<name>
+    masks: tuple[str, ...] = ("causal", "prefix")  # policies it can learn under; the first is usual
+    kinds: tuple[str, ...] = ("text", "rows")  # kinds of data it can learn from
+    lines = False  # whether each line of a batch is one document (padded), instead of full windows
+    generates = True  # whether the trunk can then write: if not, sample.py refuses it
+    unit = "nats a token"  # of the loss
+    bits = False  # whether the loss is that of text, token by token, and can be told in bits a byte
+    compiles = False  # whether torch.compile can make kernels for `loss`
+    instead = ""  # what to run instead of sample.py
+
+    def __init__(self, s, tokenizer):
+        self.s, self.own, self.tokenizer = s, s.own, tokenizer
+
+    def require(self, data) -> None:
+        """Raises ValueError for a Dataset that there is nothing to learn from."""
+        if data.kind not in self.kinds:
+            raise ValueError(
+                f"objective={self.s.objective!r} learns from {' or '.join(self.kinds)}, and"
+                f" {data.folder} holds {data.kind}"
+            )
+
+    def heads(self, gpt) -> dict:
+        """Modules that learn beside the trunk `gpt`, by name; they are saved in heads.safetensors.
+        Draws their weights as a function of `s.seed`."""
+        return {}
+
+    def begin(self, learner, data, here) -> dict:
+        """Called once, before the first step of a run, with the weights it begins with; returns
+        tensors that the run keeps as they are, such as log-probabilities under these weights: in
+        objective.safetensors. `kept` hands them over, then and whenever the run goes on."""
+        return {}
+
+    def kept(self, tensors: dict) -> None:
+        """Takes what `begin` returned."""
+
+    def facts(self) -> dict:
+        """What must not change while a run is interrupted, such as the digest of a teacher."""
+        return {}
+
+    def prepare(self, batch, keys: list[tuple], learner) -> tuple[tuple, list]:
+        """(inputs, counts): arrays with a row for each of the batch, or None, for `loss`; and of
+        how many things each term is a sum.
+
+        All that is random is drawn here, that of row i from keys[i] alone: then it does not depend
+        on how rows are shared out to processes and passes.
+        """
+        raise NotImplementedError
+
+    def exercises(self, batch, keys: list[tuple], learner) -> Iterator[tuple[tuple, list]]:
+        """What one step learns from, an update each: where the model's own answers are the data,
+        several updates learn from one set of them."""
+        yield self.prepare(batch, keys, learner)
+
+    def shown(self, inputs: tuple, i: int) -> str:
+        """Row i of an exercise in words, for `--show_batch`."""
+        return self.tokenizer.decode(inputs[0][i].tolist())
+
+    def loss(self, gpt, heads, *inputs) -> list:
+        """The sum of each term over these rows, float32 scalars. `inputs` are tensors."""
+        raise NotImplementedError
+
+
+def names() -> list[str]:
+    """The objectives there are: the files of this folder, and nothing that a checkpoint says."""
+    return sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+
+
+def find(name: str):
+    """The module of an objective. Raises ValueError."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}"
+        raise ValueError(f"objective={name!r} is unknown: {hint}")
+    return importlib.import_module(f"objectives.{name}")
+
+
+def require_writer(state: dict, run: str) -> None:
+    """Raises ValueError if a checkpoint of this state has not learned to write."""
+    name = state["settings"].get("objective", "next_token")
+    learned = find(name).Objective
+    if not learned.generates:
+        instead = learned.instead.replace("RUN", run)
+        raise ValueError(f"{run} has learned by objective={name}, which writes no text: {instead}")
+
+
+@dataclass
+class NoSettings:
+    """Of an objective that has none."""
+
+
+@lru_cache
+def with_settings(cls, name: str):
+    """The dataclass `cls` of settings, and inside it, as `own`, the settings of an objective."""
+    own = getattr(find(name), "Settings", NoSettings)
+    return make_dataclass(cls.__name__, [("own", own, field(default_factory=own))], bases=(cls,))

@@ -1,0 +1,65 @@
+"""Next token: what comes after what has been read? (Shannon 1951; Radford et al. 2018)
+
+    loss = - sum over t of ln p(x[t] | x[0], ..., x[t-1])
+
+The product of these probabilities is the probability of the whole text, so to learn this is to
+learn the distribution of text, and to draw one token after another is to draw from it: this trunk
+writes. In rows only the answers count. What is below is for few rows, which are learned by heart
+before they are understood; all of it is off until it is asked for (robust.py, docs/tasks.md).
+"""
+
+from dataclasses import dataclass
+
+from dataset import IGNORE
+from engine.settings import BelowOne, NotNegative
+from objectives import Base
+
+
+@dataclass
+class Settings:
+    label_smoothing: BelowOne = 0.0  # this share of each target goes to all tokens alike
+    augment: BelowOne = 0.0  # this share of the tokens of prompts is changed: see robust.py
+    adversarial: NotNegative = 0.0  # learn also from embeddings moved by this: see robust.py
+
+
+class Objective(Base):
+    bits = True
+
+    def __init__(self, s, tokenizer):
+        super().__init__(s, tokenizer)
+        self.compiles = not self.own.adversarial
+        if self.own.augment and s.train_on == "all":
+            raise ValueError(
+                f"augment={self.own.augment!r} should be 0 with train_on=all: prompts are targets"
+            )
+        if self.own.adversarial and s.compile == "true":
+            raise ValueError(
+                "compile='true' should be false with --adversarial, whose hooks a compiled model"
+                " does not call"
+            )
+
+    def prepare(self, batch, keys, learner):
+        return batch, [int((batch.targets != IGNORE).sum())]
+
+    def exercises(self, batch, keys, learner):
+        if self.own.augment:
+            from robust import augment
+
+            batch = augment(batch, [*self.tokenizer.special.values()], self.own.augment, keys)
+        yield self.prepare(batch, keys, learner)
+
+    def shown(self, inputs, i):
+        last = inputs[1][i, -1:]
+        return self.tokenizer.decode([*inputs[0][i].tolist(), *last[last != IGNORE].tolist()])
+
+    def loss(self, gpt, heads, tokens, targets, positions, mask):
+        smoothing = self.own.label_smoothing if gpt.training else 0.0
+
+        def nats(embedded=None):
+            return gpt(tokens, targets, "sum", mask, positions, None, smoothing, embedded)
+
+        if self.own.adversarial and gpt.training:
+            from robust import adversarial
+
+            return [adversarial(nats, gpt.wte(tokens), self.own.adversarial)]
+        return [nats()]
