@@ -222,7 +222,7 @@ def evaluate(
     size = size if part_of_it else split.text_bytes
     bits = found[0] / math.log(2) / size if size and objective.bits else None
     means = [a / max(b, 1) for a, b in zip(found[:n], found[n:], strict=True)]
-    named = dict(val_loss=total(objective, found[:n], found[n:]), val_bpb=bits)
+    named = dict(val_loss=total(objective, means, [1] * n), val_bpb=bits)
     terms = zip(objective.terms, means, strict=True)
     return named | {f"val_{name}": mean for name, mean in terms if name != "loss"}
 
