@@ -17,6 +17,7 @@ from objectives import Base
 
 @dataclass
 class Settings:
+    # whoever is never rewarded for being certain learns less by heart (arXiv:1512.00567, section 7)
     label_smoothing: BelowOne = 0.0  # this share of each target goes to all tokens alike
     augment: BelowOne = 0.0  # this share of the tokens of prompts is changed: see robust.py
     adversarial: NotNegative = 0.0  # learn also from embeddings moved by this: see robust.py
@@ -53,10 +54,19 @@ class Objective(Base):
         return self.tokenizer.decode([*inputs[0][i].tolist(), *last[last != IGNORE].tolist()])
 
     def loss(self, gpt, heads, tokens, targets, positions, mask):
+        import torch.nn.functional as F
+
         smoothing = self.own.label_smoothing if gpt.training else 0.0
+        at = targets != IGNORE
 
         def nats(embedded=None):
-            return gpt(tokens, targets, "sum", mask, positions, None, smoothing, embedded)
+            x = gpt.trunk(tokens, mask, positions, embedded=embedded)
+            if positions is None:  # running text: everything is asked for
+                logits, wanted = gpt.logits(x).flatten(0, 1), targets.flatten()
+            else:  # of rows about half, and the head is the largest product
+                logits, wanted = gpt.logits(x[at]), targets[at]
+            options = dict(ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+            return F.cross_entropy(logits, wanted, **options)
 
         if self.own.adversarial and gpt.training:
             from robust import adversarial
