@@ -29,7 +29,7 @@ import objectives
 import scores
 from dataset import IGNORE, Dataset, Split
 from engine import settings
-from engine.settings import Count, NotNegative, Positive
+from engine.settings import BelowOne, Count, NotNegative, Positive
 
 if TYPE_CHECKING:  # torch is imported where it is used, since mistakes are told before that
     from engine.learner import Learner
@@ -61,6 +61,7 @@ class Settings:
     task: str = ""  # only the rows of this task
     limit: Count = 0  # rows of each task, evenly spread; 0 is all
     marker: str = ""  # ask under the marker of this task instead of the row's own; none is without
+    noise: BelowOne = 0.0  # this share of the letters of prompts is mistyped, before they are asked
     choices: str = ""  # labels to choose from, as in yes,no; auto takes those of the training split
     normalise: bool = False  # choose by the mean of a label's tokens, which helps the longer ones
     exchange: bool = False  # also the perplexity of answers behind the prompt of another row
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> int:
         of_text = ("eval_tokens", "device_batch", "generate")
         refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")
         return evaluate_rows(s, run, data, here)
-    of_rows = ("task", "limit", "marker", "choices", "normalise", "exchange")
+    of_rows = ("task", "limit", "marker", "noise", "choices", "normalise", "exchange")
     refuse(s, of_rows, f"is for rows, and {data.folder} holds running text")
     return evaluate_text(s, run, data, here)
 

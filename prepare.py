@@ -41,6 +41,7 @@ from engine.shards import ShardWriter, Strip
 from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
 from engine.spool import Document, Spool, chunks, clean, draw, read_chunk
 from engine.tables import Reading, Row
+from robust import mistyped
 from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, find_tokenizer
 
 PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
@@ -56,6 +57,7 @@ class Settings:
     test: BelowOne = 0.05  # fraction of the text for the test split
     reading: Reading = field(default_factory=Reading)
     skip_bad: bool = False  # leave out documents that cannot be read
+    noise: BelowOne = 0.0  # rows to learn from come twice, once with this share of letters mistyped
     bpe_bytes: int = 32_000_000  # bpe learns from at most this much text, spread over the split
     seed: Count = 0  # of the hash that splits
     workers: Count = 0  # processes; 0 means one for each core
@@ -312,12 +314,14 @@ def count_words(path: Path, number: int, rows: bool) -> Counter:
 
 def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
     """Writes the shards of every split, in order; returns what meta.json tells of them."""
-    splits, encode_some = {}, encode_rows if spool.kind == "rows" else encode_chunk
+    splits = {}
     with processes(s.workers, use_tokenizer, spool.folder) as each_chunk:
         for name in SPLITS:
             path = spool.folder / f"spool_{name}"
             writer = ShardWriter(spool.folder, name, tokenizer.vocab_size)
-            for tokens in each_chunk(f"encoding {name}", encode_some, path):
+            some = partial(encode_rows, noise=s.noise if name == "train" else 0.0)
+            some = some if spool.kind == "rows" else encode_chunk
+            for tokens in each_chunk(f"encoding {name}", some, path):
                 writer.write(tokens)
             writer.close()
             path.unlink()
@@ -345,11 +349,18 @@ def encode_chunk(path: Path, number: int) -> np.ndarray:
     return tokens.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else tokens
 
 
-def encode_rows(path: Path, number: int) -> np.ndarray:
-    """The tokens of a chunk of rows, with their markers: see `Tokenizer.encode_row`."""
+def encode_rows(path: Path, number: int, noise: float) -> np.ndarray:
+    """The tokens of a chunk of rows, with their markers: see `Tokenizer.encode_row`. With `noise`,
+    behind each row the same answer to a prompt that is mistyped."""
     ids = []
-    for row in read_chunk(path, number, rows=True).split("\0")[:-1]:
-        ids += tokenizer.encode_row(**json.loads(row))
+    for text in read_chunk(path, number, rows=True).split("\0")[:-1]:
+        row = json.loads(text)
+        ids += tokenizer.encode_row(**row)
+        if noise:
+            for turn in row["messages"]:
+                if turn["role"] == "user":
+                    turn["content"] = mistyped(turn["content"], noise)
+            ids += tokenizer.encode_row(**row)
     return np.array(ids, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
