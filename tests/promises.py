@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import TINY
+from conftest import script as script_of_its_own
 
 import evaluate
 import huggingface
@@ -14,6 +16,8 @@ import train as script
 from dataset import Dataset
 from engine import settings
 from engine.learner import Learner, total
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def make(data: Path, *argv: str):
@@ -98,6 +102,20 @@ def resumes(train, data: Path, *argv: str) -> Path:
     ]
     assert rows[0] == rows[1]
     return whole
+
+
+def two_processes_as_one(tmp_path: Path, data: Path, *argv: str) -> None:
+    """Losses and evaluations of two processes are those of one, up to rounding."""
+    (tmp_path / "empty.py").write_text("")
+    rows = []
+    for name, launcher in (("one", []), ("two", TORCHRUN)):
+        out = tmp_path / name
+        settings_of_it = [str(tmp_path / "empty.py"), f"--data={data}", f"--out={out}", *TINY]
+        script_of_its_own("train.py", *settings_of_it, *argv, launcher=launcher)
+        rows.append([json.loads(line) for line in open(out / "metrics.jsonl")])
+    for one, two in zip(*rows, strict=True):
+        for name in one.keys() - {"seconds", "tokens_per_second"}:
+            assert two[name] == (one[name] and pytest.approx(one[name], rel=1e-3, abs=1e-5)), name
 
 
 def evaluates(run: Path, capsys) -> str:
