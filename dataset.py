@@ -208,7 +208,9 @@ class Split:
             part.require(block_size)
 
     def describe(self, block_size: int, seed: int) -> str:
-        """One line about how rows are packed, and what they lose; empty for text."""
+        """One line about how rows are packed, and what they lose; empty for windows of text."""
+        if self.lines and self.parts[0].kind == "text":
+            return self.parts[0].describe(block_size)
         parts = [part for part in self.parts if part.kind == "rows"]
         return describe(parts, block_size, seed) if parts else ""
 
@@ -268,7 +270,7 @@ class Split:
         if self.lines:
             tokens = tokens[:, : self.longest(tokens)]
         y = tokens[:, 1:]
-        x = np.where(y == IGNORE, 0, tokens[:, :-1])
+        x = np.where(tokens[:, :-1] == IGNORE, 0, tokens[:, :-1])
         packed = np.array([part.kind == "rows" for part, _ in windows])[:, None]
         if not packed.any():
             return Batch(x, y)
@@ -283,7 +285,7 @@ class Split:
     def longest(self, tokens: np.ndarray) -> int:
         """How many tokens the longest line has; what comes behind the end of each fills it up."""
         used = (tokens != IGNORE) & (tokens != self.tokenizer.end_of_text)
-        return max(2, int(used.any(axis=0).nonzero()[0].max(initial=0)) + 2)
+        return int(used.any(axis=0).nonzero()[0].max(initial=0)) + 2
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count of the split, int64."""

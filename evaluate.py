@@ -138,7 +138,7 @@ class Opened:
         self.name, self.path = out, find(out, checkpoint)
         self.model, self.tokenizer, self.state = load_weights(self.path)
         self.trained_with = self.state["settings"]
-        self.objective = self.trained_with.get("objective", "next_token")
+        self.objective = objectives.name_of(self.state)
 
     def data(self, s) -> Dataset:
         """The data of `s`, or of the run. Raises ValueError if the model reads other tokens."""
@@ -201,14 +201,14 @@ def evaluate(
     objective, block_size = learner.objective, learner.gpt.config.block_size
     rows = max(1, EVAL_TOKENS // block_size)
     rows = min(rows, device_batch or rows)
-    n = len(objective.terms)
+    n, end_of_text = len(objective.terms), split.tokenizer.end_of_text
     found, size, asked = [0.0] * 2 * n, 0, False  # of each term its sum, then of how many things
     part_of_it = 0 < eval_tokens < split.tokens - 1
     was_training = learner.training
     learner.eval()  # no dropout
     with torch.no_grad(), here.autocast():
         for batch in split.in_order(rows, block_size, here.rank, here.world, eval_tokens):
-            inputs, counts = objective.prepare(batch, keys_of(batch), learner)
+            inputs, counts = objective.prepare(batch, keys_of(batch, end_of_text), learner)
             sums = [float(x) for x in learner.forward(*map(here.put, inputs))]
             text = batch.targets[batch.targets != IGNORE]
             mine = split.bytes_of(text) if part_of_it and split.text_bytes else 0
@@ -222,19 +222,10 @@ def evaluate(
         return None
     size = size if part_of_it else split.text_bytes
     bits = found[0] / math.log(2) / size if size and objective.bits else None
-    means = [a / max(b, 1) for a, b in zip(found[:n], found[n:], strict=True)]
+    means = [a / b if b else math.nan for a, b in zip(found[:n], found[n:], strict=True)]
     named = dict(val_loss=total(objective, means, [1] * n), val_bpb=bits)
     terms = zip(objective.terms, means, strict=True)
     return named | {f"val_{name}": mean for name, mean in terms if name != "loss"}
-
-
-def told(found: dict, unit: str) -> str:
-    """What `evaluate` has found, in words."""
-    parts = [f"loss {found['val_loss']:.4f} {unit}"]
-    if found["val_bpb"]:
-        parts.append(f"{found['val_bpb']:.4f} bits per byte")
-    rest = {k: v for k, v in found.items() if k not in ("val_loss", "val_bpb")}
-    return ", ".join(parts + [f"{k.removeprefix('val_')} {v:.4f}" for k, v in rest.items()])
 
 
 def compressors(split: Split, tokenizer: "Tokenizer") -> str:
@@ -251,9 +242,12 @@ def compressors(split: Split, tokenizer: "Tokenizer") -> str:
 
 
 def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
-    run.make_ready(s, here)
-    split = data.split(s.split)
+    from engine.learner import told
+
     learner = run.learner()
+    run.make_ready(s, here)
+    learner.to(here.device)
+    split = data.split(s.split)
     found = evaluate(learner, split, here, None, s.device_batch, s.eval_tokens)
     found = told(found, learner.objective.unit)
     here.say(f"{run.path} on the {s.split} split of {data.folder}: {found}")
@@ -261,6 +255,8 @@ def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
 
 def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> int:
     """Prints what a model makes of running text, beside compressors, another run, and people."""
+    if not objectives.find(run.objective).Objective.bits:
+        refuse(s, ("baseline", "generate"), f"is for what writes, and {s.out} does not")
     tell_loss(s, run, data, here)
     if here.rank or not objectives.find(run.objective).Objective.bits:
         return 0
@@ -274,6 +270,7 @@ def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> i
     print("loss by position in the window:", ", ".join(by_position(nats)))
     if s.baseline:
         other = Opened(s.baseline)
+        objectives.require_writer(other.state, s.baseline)
         data.require_tokenizer(other.tokenizer, s.baseline)
         if other.model.config.block_size != run.model.config.block_size:
             raise ValueError(

@@ -28,7 +28,7 @@ from evaluate import EVAL_TOKENS, LOGITS
 from generate import answers, beam, prefill
 from grading import Exam, Result, Row
 from model import GPT
-from robust import mistyped
+from robust import mistyped_prompt
 from tokenizer import Tokenizer
 
 FLOOR_ROWS = 20_000  # of each task, from which floors learn
@@ -231,8 +231,8 @@ def prompts_of(
     prompts, shorter, block_size = [], 0, model.config.block_size
     for row, room in zip(rows, rooms, strict=True):
         task = {"": row.task, "none": ""}.get(marker, marker)
-        asked = [turn | dict(content=mistyped(turn["content"], noise)) for turn in row.messages]
-        ids = np.array(tokenizer.encode_row(asked if noise else row.messages, task, open=True))
+        asked = mistyped_prompt(row.messages, noise) if noise else row.messages
+        ids = np.array(tokenizer.encode_row(asked, task, open=True))
         fitted = fit(ids, block_size + 1 - room, tokenizer.markers)
         if not len(fitted):
             fitted = fit(ids, block_size + 1 - block_size // 2, tokenizer.markers)

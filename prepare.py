@@ -41,7 +41,7 @@ from engine.shards import ShardWriter, Strip
 from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
 from engine.spool import Document, Spool, chunks, clean, draw, read_chunk
 from engine.tables import Reading, Row
-from robust import mistyped
+from robust import mistyped_prompt
 from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, find_tokenizer
 
 PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
@@ -103,6 +103,8 @@ def prepare(s: Settings) -> None:
             with Spool(folder) as spool:
                 read(s, sources, spool, report)
                 meta["text"] = spool.describe()
+                for_rows = "0 for running text, which has no prompts"
+                settings.require(spool.kind == "rows" or not s.noise, s, "noise", for_rows)
                 if tokenizer and spool.kind == "rows":
                     tokenizer = tokenizer.extended(spool.tasks)
                 if tokenizer:  # the run of that name may have been trained anew
@@ -319,9 +321,9 @@ def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
         for name in SPLITS:
             path = spool.folder / f"spool_{name}"
             writer = ShardWriter(spool.folder, name, tokenizer.vocab_size)
-            some = partial(encode_rows, noise=s.noise if name == "train" else 0.0)
-            some = some if spool.kind == "rows" else encode_chunk
-            for tokens in each_chunk(f"encoding {name}", some, path):
+            of_rows = partial(encode_rows, noise=s.noise if name == "train" else 0.0)
+            of_kind = of_rows if spool.kind == "rows" else encode_chunk
+            for tokens in each_chunk(f"encoding {name}", of_kind, path):
                 writer.write(tokens)
             writer.close()
             path.unlink()
@@ -356,11 +358,9 @@ def encode_rows(path: Path, number: int, noise: float) -> np.ndarray:
     for text in read_chunk(path, number, rows=True).split("\0")[:-1]:
         row = json.loads(text)
         ids += tokenizer.encode_row(**row)
-        if noise:
-            for turn in row["messages"]:
-                if turn["role"] == "user":
-                    turn["content"] = mistyped(turn["content"], noise)
-            ids += tokenizer.encode_row(**row)
+        wrong = mistyped_prompt(row["messages"], noise) if noise else row["messages"]
+        if wrong != row["messages"]:
+            ids += tokenizer.encode_row(wrong, row["task"])
     return np.array(ids, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 

@@ -52,19 +52,28 @@ def mistyped(text: str, rate: float) -> str:
     doubled, exchanged with the next, or another letter of the text. Digits are left alone, since
     with another one the answer would be another."""
     rng = random.Random(zlib.crc32(text.encode(errors="replace")))
-    letters = [c for c in text if c.isalpha()]
-    typed, at = [], 0
-    while at < len(text):
-        c = text[at]
-        wrong = c.isalpha() and rng.random() < rate
-        how = rng.randrange(4) if wrong else -1
-        if how == 3 and text[at + 1 : at + 2].isalpha():
-            typed += [text[at + 1], c]
-            at += 1
-        else:
-            typed.append({0: "", 1: c + c, 2: rng.choice(letters)}.get(how, c) if wrong else c)
-        at += 1
+    left, letters, typed = [*text], [c for c in text if c.isalpha()], []
+    while left:
+        c = left.pop(0)
+        if not c.isalpha() or rng.random() >= rate:
+            typed.append(c)
+            continue
+        how = rng.choice(("drop", "double", "swap", "replace"))
+        if how == "double":
+            typed += [c, c]
+        elif how == "replace":
+            typed.append(rng.choice(letters))
+        elif how == "swap":
+            typed += [left.pop(0), c] if left and left[0].isalpha() else [c]
     return "".join(typed)
+
+
+def mistyped_prompt(messages: list[dict], rate: float) -> list[dict]:
+    """The turns of a conversation, those of the user as they might have been typed."""
+    return [
+        turn | dict(content=mistyped(turn["content"], rate)) if turn["role"] == "user" else turn
+        for turn in messages
+    ]
 
 
 def adversarial(loss: "Callable[[Tensor], Tensor]", x: "Tensor", size: float) -> "Tensor":

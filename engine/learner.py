@@ -39,16 +39,27 @@ def total(objective: objectives.Base, sums: list, counts: list):
     return sum(weight * s / max(n, 1) for weight, s, n in weighted if weight)
 
 
-def keys_of(batch) -> list[tuple]:
-    """Keys for what is random in evaluation: a row is changed alike wherever it stands."""
-    return [(0, zlib.crc32(row.tobytes())) for row in batch.tokens]
+def keys_of(batch, end_of_text: int) -> list[tuple]:
+    """Keys for what is random in evaluation: a row is changed alike wherever it stands, and however
+    much it is filled up."""
+    rows = (row[(row != 0) & (row != end_of_text)] for row in batch.tokens)
+    return [(0, zlib.crc32(row.tobytes())) for row in rows]
+
+
+def told(found: dict, unit: str) -> str:
+    """What evaluation has found, in words."""
+    parts = [f"loss {found['val_loss']:.4f} {unit}"]
+    if found["val_bpb"]:
+        parts.append(f"{found['val_bpb']:.4f} bits per byte")
+    rest = {k: v for k, v in found.items() if k not in ("val_loss", "val_bpb")}
+    return ", ".join(parts + [f"{k.removeprefix('val_')} {v:.4f}" for k, v in rest.items()])
 
 
 def settings_of(state: dict):
     """The settings of training that a checkpoint was made with."""
     from train import Settings
 
-    cls = objectives.with_settings(Settings, state["settings"].get("objective", "next_token"))
+    cls = objectives.with_settings(Settings, objectives.name_of(state))
     return settings.make(cls, settings.known(cls, state["settings"]))
 
 
@@ -58,6 +69,7 @@ def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner
     s.model = gpt.config
     learner = Learner(gpt, objectives.find(s.objective).Objective(s, tokenizer))
     checkpoint.load_heads(path, learner)
+    learner.objective.kept(checkpoint.load_kept(path, state))
     return learner
 
 
@@ -66,12 +78,10 @@ def opened(run: str, name: str, which: str = "best") -> tuple[Learner, Tokenizer
     objective `name`. Raises ValueError if it learned by another."""
     path = checkpoint.find(run, which)
     gpt, tokenizer, state = checkpoint.load_weights(path)
-    learned = state["settings"].get("objective", "next_token")
+    learned = objectives.name_of(state)
     if learned != name:
         raise ValueError(f"{run} has learned by objective={learned}, and this needs {name}")
-    learner = restored(path, gpt, tokenizer, state)
-    learner.objective.kept(checkpoint.load_kept(path, state))
-    return learner.eval(), tokenizer
+    return restored(path, gpt, tokenizer, state).eval(), tokenizer
 
 
 def plain(gpt: GPT, tokenizer: Tokenizer | None = None) -> Learner:

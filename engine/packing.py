@@ -66,17 +66,21 @@ class Rows:
 
 
 class Lines(Rows):
-    """Rows, each in a window of its own: for what is learned of one as a whole."""
+    """Rows, each in a window of its own, for objectives that need a whole one by itself."""
 
     def windows(self, block_size: int, seed: int) -> list[list[int]]:
         return [[i] for i in np.flatnonzero(self.lengths(block_size)).tolist()]
 
 
 class Documents(Lines):
-    """The documents of a text, each in a window of its own, between two end-of-texts: the first is
-    what it is begun with. Long ones are cut at their end."""
+    """The documents of a text, each in a window of its own, between two end-of-texts: behind the
+    first one it begins, as every prompt does. Long ones are cut at their end."""
 
     kind, task = "text", "text"
+
+    def __init__(self, strip: Strip, end_of_text: int):
+        self.end_of_text = end_of_text
+        super().__init__(strip, "text", strip.rows(end_of_text)[0], None)
 
     def row(self, i: int, block_size: int) -> np.ndarray:
         begin, length = self.places[i]
@@ -87,12 +91,13 @@ class Documents(Lines):
         tokens = self.row(window[0], block_size)
         return np.concatenate([tokens, np.full(block_size + 1 - len(tokens), IGNORE)])
 
-    def __init__(self, strip: Strip, end_of_text: int):
-        self.end_of_text = end_of_text
-        super().__init__(strip, "text", strip.rows(end_of_text)[0], None)
-
     def lengths(self, block_size: int) -> np.ndarray:
         return np.minimum(self.places[:, 1], block_size) + 1
+
+    def describe(self, block_size: int) -> str:
+        cut = int((self.places[:, 1] > block_size).sum())
+        lost = f"; {cut:,} lose what is behind block_size={block_size}" if cut else ""
+        return f"documents: {len(self.places):,}, a line each{lost}"
 
 
 def tasks_of(strip: Strip, tokenizer: Tokenizer, lines: bool = False) -> list[Rows]:

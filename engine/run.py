@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 import lora
+import objectives
 from engine import checkpoint, fast, machine, resume, settings
 from engine.files import WINDOWS, require_space, write_durably
-from engine.learner import Learner
+from engine.learner import Learner, told
 from engine.machine import Machine
 from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
-from evaluate import told
 from model import GPT
 
 NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None)  # the state of a run at step 0
@@ -80,6 +80,12 @@ class Run:
     def load_model(self) -> GPT:
         """The model of the checkpoint that the run goes on from."""
         model, _, self.state = checkpoint.load_weights(self.path, merge=False)
+        learned = objectives.name_of(self.state)
+        if learned != self.s.objective:  # before its heads are looked for
+            raise ValueError(
+                f"{self.path} belongs to a run with other settings (objective was {learned!r}, is"
+                f" {self.s.objective!r}): choose another --out, or begin anew with --fresh"
+            )
         return model
 
     def make_ready(self, learner: Learner, rows: int) -> None:

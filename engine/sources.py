@@ -141,7 +141,8 @@ def documents(source: str, reading: Reading | None = None) -> Iterator[Iterable[
     """
     path, reading = Path(source), reading or Reading()
     if source == "-":
-        yield pieces(sys.stdin.buffer, "standard input", reading.encoding)
+        text = pieces(sys.stdin.buffer, "standard input", reading.encoding)
+        yield from lines_of(text) if reading.lines else [text]
     elif path.exists() and not path.is_dir():  # a file, or a pipe with a name
         yield from file_documents(path, reading)
     elif path.is_dir():
@@ -203,8 +204,7 @@ def file_documents(path: Path, reading: Reading) -> Iterator[Iterable[str] | Row
                 text = pieces(f, path, reading.encoding)
                 yield from each(tables.separated(text, path, reading), reading)
             elif reading.lines:
-                for piece in pieces(f, path, reading.encoding):
-                    yield from ([line] for line in piece.splitlines() if line.strip())
+                yield from lines_of(pieces(f, path, reading.encoding))
             else:
                 yield pieces(f, path, reading.encoding)  # reads on while the receiver iterates
     except Unreadable as e:
@@ -213,6 +213,12 @@ def file_documents(path: Path, reading: Reading) -> Iterator[Iterable[str] | Row
         yield unreadable(Unreadable(path, f"no whole gzip file ({e})"))
     except OSError as e:
         yield unreadable(Unreadable(path, e.strerror or str(e)))
+
+
+def lines_of(text: Iterator[str]) -> Iterator[list[str]]:
+    """Each line that is not empty, as a document. (One longer than a piece is several.)"""
+    for piece in text:
+        yield from ([line] for line in piece.split("\n") if line.strip())
 
 
 def each(table: Iterator[tuple], reading: Reading) -> Iterator[Iterable[str] | Row]:

@@ -11,6 +11,7 @@ before they are understood; all of it is off until it is asked for (robust.py, d
 from dataclasses import dataclass
 
 from dataset import IGNORE
+from engine import settings
 from engine.settings import BelowOne, NotNegative
 from objectives import Base
 
@@ -24,20 +25,16 @@ class Settings:
 
 
 class Objective(Base):
-    bits = True
+    bits = mixes = compiles = True
 
-    def __init__(self, s, tokenizer):
-        super().__init__(s, tokenizer)
-        self.compiles = not self.own.adversarial
-        if self.own.augment and s.train_on == "all":
-            raise ValueError(
-                f"augment={self.own.augment!r} should be 0 with train_on=all: prompts are targets"
-            )
-        if self.own.adversarial and s.compile == "true":
-            raise ValueError(
-                "compile='true' should be false with --adversarial, whose hooks a compiled model"
-                " does not call"
-            )
+    @staticmethod
+    def check(s):
+        all_of_it = s.own.augment and s.train_on == "all"
+        settings.require(
+            not all_of_it, s.own, "augment", "0 with train_on=all: prompts are targets"
+        )
+        both = s.own.adversarial and s.compile == "true"
+        settings.require(not both, s, "compile", "false with --adversarial, which needs gradients")
 
     def prepare(self, batch, keys, learner):
         return batch, [int((batch.targets != IGNORE).sum())]
@@ -57,14 +54,15 @@ class Objective(Base):
         import torch.nn.functional as F
 
         smoothing = self.own.label_smoothing if gpt.training else 0.0
-        at = targets != IGNORE
+        # of rows about half is asked for, and the head is the largest product. Where kernels are
+        # compiled the shapes must not depend on the data
+        part_of_it = positions is not None and not gpt.wte.weight.is_cuda
 
         def nats(embedded=None):
             x = gpt.trunk(tokens, mask, positions, embedded=embedded)
-            if positions is None:  # running text: everything is asked for
-                logits, wanted = gpt.logits(x).flatten(0, 1), targets.flatten()
-            else:  # of rows about half, and the head is the largest product
-                logits, wanted = gpt.logits(x[at]), targets[at]
+            asked = targets != IGNORE if part_of_it else ...
+            logits, wanted = gpt.logits(x[asked]), targets[asked]
+            logits, wanted = logits.view(-1, logits.size(-1)), wanted.flatten()
             options = dict(ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
             return F.cross_entropy(logits, wanted, **options)
 

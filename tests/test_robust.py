@@ -75,7 +75,7 @@ def test_noise_adds_copies_of_what_is_learned_and_of_nothing_else(tmp_path):
     (tmp_path / "rows.csv").write_text("q,a\n" + "\n".join(rows))
     argv = [str(tmp_path / "rows.csv"), "--prompt=q", "--answer=a", "--tokenizer=bytes"]
     prepare.main([*argv, f"--out={tmp_path / 'plain'}"])
-    prepare.main([*argv, f"--out={tmp_path / 'noisy'}", "--noise=0.2"])
+    prepare.main([*argv, f"--out={tmp_path / 'noisy'}", "--noise=0.6"])
     plain, noisy = (Dataset(str(tmp_path / name)) for name in ("plain", "noisy"))
     for name in ("val", "test"):
         assert [*plain.split(name).rows()] == [*noisy.split(name).rows()]
