@@ -58,6 +58,7 @@ def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner
     s.model = gpt.config
     learner = Learner(gpt, objectives.find(s.objective).Objective(s, tokenizer))
     checkpoint.load_heads(path, learner)
+    learner.objective.kept(checkpoint.load_kept(path, state))
     return learner
 
 
@@ -69,9 +70,7 @@ def opened(run: str, name: str, which: str = "best") -> tuple[Learner, Tokenizer
     learned = state["settings"].get("objective", "next_token")
     if learned != name:
         raise ValueError(f"{run} has learned by objective={learned}, and this needs {name}")
-    learner = restored(path, gpt, tokenizer, state)
-    learner.objective.kept(checkpoint.load_kept(path, state))
-    return learner.eval(), tokenizer
+    return restored(path, gpt, tokenizer, state).eval(), tokenizer
 
 
 def plain(gpt: GPT, tokenizer: Tokenizer | None = None) -> Learner:
