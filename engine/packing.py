@@ -137,8 +137,10 @@ def describe(parts: list[Rows], block_size: int, seed: int) -> str:
     whole = np.concatenate([part.places[:, 1] for part in parts])
     dropped = int((lengths == 0).sum())
     cut = int((lengths < whole).sum()) - dropped
-    filled = lengths.sum() / (windows * (block_size + 1))
-    line = f"rows: {len(whole):,} in {windows:,} windows, {filled:.1%} of positions filled"
+    kind = parts[0].kind
+    room = 2 if kind == "pairs" else 1  # windows of block_size + 1 tokens
+    filled = lengths.sum() / (windows * room * (block_size + 1))
+    line = f"{kind}: {len(whole):,} in {windows:,} windows, {filled:.1%} of positions filled"
     if cut:
         line += f"; {cut:,} lose the front of their prompt"
     if dropped:

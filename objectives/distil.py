@@ -23,14 +23,14 @@ import torch.nn.functional as F
 
 from dataset import IGNORE
 from engine import checkpoint, settings
-from engine.settings import Fraction, NotNegative
+from engine.settings import AboveZero, Fraction
 from objectives import Base, require_writer
 
 
 @dataclass
 class Settings:
     teacher: str = ""  # run or checkpoint that the student imitates
-    temperature: NotNegative = 1.0  # of both, where they are compared: above 1 softens them
+    temperature: AboveZero = 1.0  # of both, where they are compared: above 1 softens them
     data_share: Fraction = 0.5  # of the loss that is the data's own next token
 
 
@@ -42,7 +42,6 @@ class Objective(Base):
         share = self.own.data_share
         self.terms = dict(cross_entropy=share, kl=1 - share)
         settings.require(bool(self.own.teacher), self.own, "teacher", "a run to learn from")
-        settings.require(self.own.temperature > 0, self.own, "temperature", "above 0, such as 1")
         gpt, self.theirs, state = checkpoint.load_weights(checkpoint.find(self.own.teacher))
         require_writer(state, self.own.teacher)
         least = f"at most {gpt.config.block_size}, the context of {self.own.teacher}"

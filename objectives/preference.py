@@ -14,8 +14,7 @@ may become less likely, the chosen one, too; --likelihood holds it up (arXiv:240
     python prepare.py pairs.jsonl --tokenizer=out/RUN
     python train.py config/preference.py --data=data/pairs --init_from=out/RUN
 
-The first writes a pair of each row that was answered wrong. Any will do that are prompt, chosen and
-rejected in lines of a .jsonl.
+The first writes a pair of each wrong answer. Any prompts with chosen and rejected answers will do.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from dataset import IGNORE, layout
 from engine import settings
 from engine.prepared import SPLITS
-from engine.settings import NotNegative
+from engine.settings import AboveZero, NotNegative
 from objectives import Base
 
 PASS_TOKENS = 8192  # in one pass that computes the log-probabilities of the reference
@@ -36,7 +35,7 @@ PASS_TOKENS = 8192  # in one pass that computes the log-probabilities of the ref
 
 @dataclass
 class Settings:
-    beta: NotNegative = 0.1  # the larger, the nearer it stays to the weights it begins with
+    beta: AboveZero = 0.1  # the larger, the nearer it stays to the weights it begins with
     likelihood: NotNegative = 0.0  # weight of -ln p of the chosen answer, a token; 0 is off
 
 
@@ -49,7 +48,6 @@ class Objective(Base):
         super().__init__(s, tokenizer)
         settings.require(bool(s.init_from), s, "init_from", "a run that has learned to answer")
         settings.require(s.train_on == "answers", s, "train_on", "answers, of which pairs consist")
-        settings.require(self.own.beta > 0, self.own, "beta", "above 0, such as 0.1")
         told = dict(accuracy=0.0, margin=0.0, chosen=0.0, rejected=0.0)
         self.terms = dict(loss=1.0, nats=self.own.likelihood) | told
         self.reference = {}  # of each pair by its key: ln p0 of both answers

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -230,14 +231,20 @@ def test_what_the_reference_thought_is_kept_for_every_split(folder, made):
 
 def test_it_keeps_the_promises_of_all(train, folder, made, capsys, tmp_path):
     promises.shared_out_alike(*made)
+
+    def said() -> str:
+        return capsys.readouterr().out
+
     begin = f"--init_from={folder / 'run'}"
     run = promises.resumes(train, folder / "pairs", *ARGV, begin, "--sample_tokens=4")
     assert "nats a pair, nats" in promises.evaluates(run, capsys)
     promises.is_exported(run, tmp_path / "exported")
     evaluate.main([str(run), "--split=test"])
+    train("shown", *ARGV, begin, "--show_batch=2", data=folder / "pairs")
+    assert re.search(r"--- step 2, window 15\n.*\n  chosen    \d+<.end.>\n  rejected  \d+<", said())
     sample.main([str(run), "--prompt=3", "--task=double", "--max_tokens=3"])
     evaluate.main([str(run), f"--data={folder / 'rows'}"])
-    assert "exact match" in capsys.readouterr().out
+    assert "exact match" in said()
     kept = run / "objective.safetensors"
     kept.write_bytes(kept.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="objective.safetensors is missing, or not that"):
