@@ -163,3 +163,13 @@ def test_rows_and_the_answers_of_a_teacher_are_learned_from(train, tmp_path):
     ours, theirs = (Dataset(str(tmp_path / name)) for name in ("told", "rows"))
     assert ours.tokenizer.digest() == theirs.tokenizer.digest()
     train("taught", "--n_layer=1", data=tmp_path / "told")
+    # back-translation: what was written becomes the prompt
+    back = [
+        {"en": row["messages"][1]["content"], "de": row["messages"][0]["content"]} for row in said
+    ]
+    source = save(tmp_path / "back.jsonl", back)
+    prepare.main([source, "--prompt=en", "--answer=de", *argv[::2], f"--out={tmp_path / 'back'}"])
+    _, turns = ours.tokenizer.decode_row(
+        next(Dataset(str(tmp_path / "back")).split("train").rows())
+    )
+    assert {"en": turns[0]["content"], "de": turns[1]["content"]} in back
