@@ -72,6 +72,7 @@ class Settings:
     slots: Positive = 32  # answers that are written side by side
     seed: int = 1  # of answers that are drawn
     answers: str = ""  # file to write them to; by default one in the folder of the run
+    pairs: str = ""  # jsonl to write: of each wrong answer the better one and it, for preference
     label: str = ""  # jsonl of rows without answers: writes them with the model's, for prepare.py
 
     # machine
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> int:
     settings.require(s.generate != 1, s, "generate", "at least 2, to be compared with each other")
     settings.require(not s.label or Path(s.label).is_file(), s, "label", "a file of rows")
     if s.label:
-        refuse(s, ("limit", "task", "baseline", "exchange"), "has no use with --label")
+        refuse(s, ("limit", "task", "baseline", "exchange", "pairs"), "has no use with --label")
     here = start(s)
     run = Opened(s.out, s.checkpoint)
     data = None if s.label else run.data(s)
@@ -101,8 +102,9 @@ def main(argv: list[str]) -> int:
         of_text = ("eval_tokens", "device_batch", "generate")
         refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")
         return evaluate_rows(s, run, data, here)
-    of_rows = ("task", "limit", "marker", "noise", "choices", "normalise", "exchange")
-    refuse(s, of_rows, f"is for rows, and {data.folder} holds running text")
+    of_rows = ("task", "limit", "marker", "noise", "choices", "normalise", "exchange", "pairs")
+    held = "running text" if data.kind == "text" else data.kind
+    refuse(s, of_rows, f"is for rows, and {data.folder} holds {held}")
     return evaluate_text(s, run, data, here)
 
 
@@ -149,7 +151,7 @@ class Opened:
         train_on = self.trained_with.get("train_on", "answers")
         lines = objectives.find(self.objective).Objective.lines
         data = Dataset(folder, named, self.model.config.mask, train_on, lines=lines)
-        if data.kind == "rows":
+        if data.kind != "text":
             self.require_markers()
         data.require_tokenizer(self.tokenizer, self.name)
         return data
@@ -245,6 +247,7 @@ def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
     from engine.learner import told
 
     learner = run.learner()
+    learner.objective.require(data)
     run.make_ready(s, here)
     learner.to(here.device)
     split = data.split(s.split)

@@ -57,15 +57,23 @@ def examine(s, models: list[tuple[GPT, Tokenizer]], data: Dataset, file: Path) -
             " ones, or there are not ten rows for each"
         )
     tell_what_lacks()
-    lines = []
+    lines, pairs = [], []
     for exam in exams:
         results = [ask(*model, exam.rows, exam.labels, s) for model in models]
-        lines += grading.written_down(exam, results[0])
+        lines += (found := list(grading.written_down(exam, results[0])))
+        pairs += grading.pairs(exam, found)
         print("", exam.title(s.split), *grading.table(exam, results[0]), sep="\n")
         if len(models) == 2:
             same_tokens = models[0][1].digest() == models[1][1].digest()
             print(*grading.comparison(exam, *results, same_tokens), sep="\n")
     write_lines(file, lines)
+    if s.pairs and not pairs:
+        raise ValueError(
+            f"pairs={s.pairs!r} is not written: no answer was wrong; draw some more"
+            " with a --temperature above 0, or of more rows"
+        )
+    if s.pairs:
+        write_lines(Path(s.pairs), pairs)
 
 
 def label(s, model: GPT, tokenizer: Tokenizer, file: Path) -> None:

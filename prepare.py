@@ -15,7 +15,8 @@ a "task" if there are several, or a .csv, .tsv, .jsonl or .parquet with --prompt
     python prepare.py "a.csv --prompt=en --answer=de --task=german" chat.jsonl sums @more.txt
 
 The second takes splits as they were published. The third prepares several tasks; each line of the
-list more.txt is a source with settings of its own, as that in quotes is.
+list more.txt is a source with settings of its own, as that in quotes is. Lines of a .jsonl with
+"chosen" and "rejected", behind a "prompt" or such messages, are pairs: objectives/preference.py.
 """
 
 import json
@@ -104,8 +105,8 @@ def prepare(s: Settings) -> None:
                 read(s, sources, spool, report)
                 meta["text"] = spool.describe()
                 for_rows = "0 for running text, which has no prompts"
-                settings.require(spool.kind == "rows" or not s.noise, s, "noise", for_rows)
-                if tokenizer and spool.kind == "rows":
+                settings.require(spool.kind != "text" or not s.noise, s, "noise", for_rows)
+                if tokenizer and spool.kind != "text":
                     tokenizer = tokenizer.extended(spool.tasks)
                 if tokenizer:  # the run of that name may have been trained anew
                     meta["tokenizer_sha256"] = tokenizer.digest()
@@ -115,8 +116,8 @@ def prepare(s: Settings) -> None:
             tokenizer = tokenizer or learn(s, spool)
             tokenizer.save(folder)
             meta |= dict(vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.digest())
-            if spool.kind == "rows":
-                meta["kind"] = "rows"
+            if spool.kind != "text":
+                meta["kind"] = spool.kind
             meta["splits"] = encode(s, spool, tokenizer)
             write_json(folder / "meta.json", meta)
         print_table(out, meta, report, time.monotonic() - began)
@@ -167,7 +168,7 @@ def take(document: Iterable[str] | Row, part: str, spool: Spool, report: Counter
         return spool.add(clean(document, report, progress), part)
     for message in document.messages:
         message["content"] = "".join(clean([message["content"]], report, progress))
-    if not document.sure or document.empty():
+    if not document.sure or not document.tells():
         return "empty" if document.sure else "unsure"
     return spool.add([document.content()], part, document)
 
@@ -277,7 +278,7 @@ def learn(s: Settings, spool: Spool) -> Tokenizer:
     A vocabulary that has seen the validation text, too, has tokens for its rare words, and makes it
     look easier than a new text is.
     """
-    path, rows = spool.folder / "spool_train", spool.kind == "rows"
+    path, rows = spool.folder / "spool_train", spool.kind != "text"
     markers = len(ROLES) + 1 + len(spool.tasks) if rows else 0  # <|end|>
     least = f"at least {257 + markers}: the bytes, end-of-text and {markers} markers"
     settings.require(s.vocab_size >= 257 + markers, s, "vocab_size", least)
@@ -322,14 +323,14 @@ def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
             path = spool.folder / f"spool_{name}"
             writer = ShardWriter(spool.folder, name, tokenizer.vocab_size)
             of_rows = partial(encode_rows, noise=s.noise if name == "train" else 0.0)
-            of_kind = of_rows if spool.kind == "rows" else encode_chunk
+            of_kind = encode_chunk if spool.kind == "text" else of_rows
             for tokens in each_chunk(f"encoding {name}", of_kind, path):
                 writer.write(tokens)
             writer.close()
             path.unlink()
             tokens = sum(shard["tokens"] for shard in writer.shards)
             splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written[name]
-            if spool.kind == "rows" and tokens:
+            if spool.kind != "text" and tokens:
                 paths = [spool.folder / shard["file"] for shard in writer.shards]
                 firsts = Counter(Strip(paths).rows(tokenizer.end_of_text)[1].tolist())
                 tasks = {name: firsts[i] for name, i in tokenizer.tasks().items() if firsts[i]}

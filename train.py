@@ -299,10 +299,11 @@ def show_result(model, data, s: Settings, run) -> None:
         print("\nwhat the weights of the last step answer to rows that they have not seen:")
         for ids in islice(data.split("val").rows(), SHOWN):
             task, turns = data.tokenizer.decode_row(ids)
+            turns = turns[:-1] if data.kind == "pairs" else turns  # of two answers leave one
             asked = replace(picked, task=task, chat=True, temperature=0)
             print(f"\n{turns[-2]['content']}\n> ", end="")
             sample.write_samples(model.eval(), data.tokenizer, turns[:-1], asked)
-    then = "--chat" if data.kind == "rows" else f"--prompt={shlex.quote(s.sample_prompt)}"
+    then = "--chat" if data.kind != "text" else f"--prompt={shlex.quote(s.sample_prompt)}"
     print(f"\nnext: python sample.py {s.out} {then}")
 
 

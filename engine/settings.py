@@ -40,6 +40,7 @@ class Bound(NamedTuple):
 
 Positive = Annotated[int, Bound("at least 1", lambda n: n >= 1)]
 Count = Annotated[int, Bound("at least 0", lambda n: n >= 0)]
+AboveZero = Annotated[float, Bound("above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Bound("at least 0", lambda x: x >= 0)]
 Fraction = Annotated[float, Bound("from 0 to 1", lambda x: 0 <= x <= 1)]
 BelowOne = Annotated[float, Bound("at least 0, below 1", lambda x: 0 <= x < 1)]

@@ -14,7 +14,7 @@ import huggingface
 import objectives
 import train as script
 from dataset import Dataset
-from engine import settings
+from engine import machine, settings
 from engine.learner import Learner, total
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -30,11 +30,12 @@ def make(data: Path, *argv: str):
     dataset = Dataset(s.data, "", s.model.mask, s.train_on, s.mix, Objective.lines)
     objective = Objective(s, dataset.tokenizer)
     objective.require(dataset)
-    gpt = script.new_model(s, dataset, None)
+    here = machine.pick("cpu", "float32", "false")
+    gpt = script.new_model(s, dataset, here)
     learner = Learner(gpt, objective)
     rows = s.batch_tokens // s.model.block_size
     batch = dataset.split("train").batch(0, rows, s.model.block_size, s.seed)
-    objective.kept(objective.begin(learner, dataset, None))
+    objective.kept(objective.begin(learner, dataset, here))
     return learner, batch, [(s.seed, i) for i in range(rows)]
 
 
