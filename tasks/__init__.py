@@ -27,6 +27,23 @@ def find(task: str) -> ModuleType | None:
     return importlib.import_module(f"tasks.{max(names, key=len)}") if names else None
 
 
+def checker(name: str, imports: bool = False) -> Callable[[str, str, str], float]:
+    """What tells how good an answer is, given prompt, answer and reference: `right` of the built-in
+    task `name`, or, where that may be imported, a function `module:function`. Raises ValueError."""
+    module, _, function = name.partition(":")
+    wanted = "give --reward=MODULE:FUNCTION, a function of prompt, answer and reference"
+    if not function:
+        if not find(name):
+            raise ValueError(f"no built-in task {name!r}, whose answers could be checked: {wanted}")
+        return find(name).right
+    if not imports:
+        raise ValueError(f"reward={name!r} stands in a checkpoint, from which nothing is imported")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ValueError(f"reward={name!r} cannot be imported ({e}): {wanted}") from e
+
+
 def groups(task: str, split: str, made: dict) -> dict[str, str]:
     """The group of each row by its prompt, where a built-in task has groups: they are not stored,
     but made again. `made` are the settings of prepare.py."""
