@@ -59,8 +59,8 @@ class Objective(Base):
             )
         if s.model.dropout:
             raise ValueError(
-                f"dropout={s.model.dropout} should be 0 with objective='reward': r compares two sets"
-                " of weights, and not what was dropped"
+                f"dropout={s.model.dropout} should be 0 with objective='reward': r compares two"
+                " sets of weights, and not what was dropped"
             )
 
     def require(self, data):
