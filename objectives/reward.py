@@ -103,7 +103,9 @@ class Objective(Base):
             positions, mask = layout(tokens, self.tokenizer.markers, config.mask)
         # 3. the same for each of the updates. Tokens that teach nothing count all the same
         asked = (tokens, targets, positions, mask)
-        old = log_p_old(learner, *asked, self.own.temperature, self.s.device_batch)
+        old = None  # the only update is by the weights that wrote the answers
+        if self.own.inner > 1:
+            old = log_p_old(learner, *asked, self.own.temperature, self.s.device_batch)
         count = sum(len(answer) for _, answer in texts)
         better = better.ravel()[kept]
         for _ in range(self.own.inner):
@@ -128,8 +130,9 @@ class Objective(Base):
         targets, better, old, positions, mask = rest
         at = targets != IGNORE
         new = log_p(gpt, tokens, targets, positions, mask, self.own.temperature)
+        old = new.detach() if old is None else old[at]
         better = better[:, None].expand_as(targets)[at]
-        return [-gain(new, old[at], better, self.own.clip).sum(), rewards.sum()]
+        return [-gain(new, old, better, self.own.clip).sum(), rewards.sum()]
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
