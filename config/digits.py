@@ -14,13 +14,13 @@ n_embd = 96
 position = "learned"  # a picture has places
 dropout = 0.1
 
-steps = 600
+steps = 350
 batch_tokens = 32 * 72
 lr = 0.01
 embed_lr = 0.1
 weight_decay = 0.1
-eval_every = 50
-save_every = 50
-patience = 4
+eval_every = 70
+save_every = 70
+patience = 3
 log_every = 50
 sample_tokens = 80

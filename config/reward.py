@@ -22,13 +22,13 @@ n_head = 4
 n_embd = 128
 
 # gradients are mostly noise, and Muon makes all of them equally long: small steps
-steps = 450
+steps = 600
 batch_tokens = 32 * 32
 lr = 0.0015
 embed_lr = 0.004
 head_lr = 0.0002
 warmup = 10
-eval_every = 75
-save_every = 75
+eval_every = 100
+save_every = 100
 log_every = 5
 sample_tokens = 10
