@@ -13,10 +13,12 @@ a "task" if there are several, or a .csv, .tsv, .jsonl or .parquet with --prompt
     python prepare.py questions.csv --prompt=question --answer=answer --out=data/questions
     python prepare.py train=a.jsonl val=b.jsonl test=c.jsonl --prompt=en --answer=de --task=german
     python prepare.py "a.csv --prompt=en --answer=de --task=german" chat.jsonl sums @more.txt
+    python prepare.py pictures --images=16 --tokenizer=bytes
 
 The second takes splits as they were published. The third prepares several tasks; each line of the
 list more.txt is a source with settings of its own, as that in quotes is. Lines of a .jsonl with
 "chosen" and "rejected", behind a "prompt" or such messages, are pairs: objectives/preference.py.
+The last makes a row of each picture of a folder, in 16 greys (engine/pictures.py).
 """
 
 import json

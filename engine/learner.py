@@ -5,6 +5,7 @@ so that another run can begin with it; heads.safetensors has the rest.
 """
 
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Learner(nn.Module):
         self.gpt = gpt
         self.heads = nn.ModuleDict(objective.heads(gpt))
         self.objective = objective
+        self.autocast = nullcontext  # in which the loop calls it: Run.make_ready
 
     def forward(self, *inputs) -> list[Tensor]:
         return self.objective.loss(self.gpt, self.heads, *inputs)

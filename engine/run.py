@@ -94,6 +94,7 @@ class Run:
         if self.step:
             checkpoint.load_heads(self.path, learner)
         learner.to(self.here.device)
+        learner.autocast = self.here.autocast
         before = self.state["machine"]
         tokens = rows * self.s.model.block_size
         machine.use_threads(self.s.threads, self.here, learner.gpt, tokens, before)
@@ -239,12 +240,21 @@ class Run:
         speed = (step - self.shown) * self.s.batch_tokens / max(self.busy, 1e-9)
         self.shown, self.busy = step, 0.0
         row = dict(step=step, loss=loss, lr=lr, grad_norm=known, tokens=tokens)
-        self.record(**row, tokens_per_second=round(speed, 1))
+        told = self.means_told()
+        self.record(**row, **told, tokens_per_second=round(speed, 1))
+        also = "".join(f"  {name} {value:.4f}" for name, value in told.items())
         left = int((self.s.steps - step) * self.s.batch_tokens / speed)
         self.here.say(
-            f"step {step} of {self.s.steps}  loss {loss:.4f}  lr {lr:.2e}"
+            f"step {step} of {self.s.steps}  loss {loss:.4f}{also}  lr {lr:.2e}"
             f"  gradient {norm:.3f}  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
         )
+
+    def means_told(self) -> dict[str, float]:
+        """What the objective has to tell of the last step besides its loss, of all processes."""
+        told = self.learner.objective.told
+        found = self.here.sum([float(x) for pair in told.values() for x in pair])
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return {name: a / max(n, 1) for name, (a, n) in zip(told, pairs, strict=True)}
 
     def record(self, **row) -> None:
         """Writes a row of metrics; `seconds` are wall-clock time, added up over interruptions."""

@@ -23,7 +23,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from engine import encodings, settings, tables
+from engine import encodings, pictures, settings, tables
 from engine.tables import Reading, Row, Unreadable
 
 PIECE = 1 << 20  # bytes of text handled at a time
@@ -145,6 +145,8 @@ def documents(source: str, reading: Reading | None = None) -> Iterator[Iterable[
         yield from lines_of(text) if reading.lines else [text]
     elif path.exists() and not path.is_dir():  # a file, or a pipe with a name
         yield from file_documents(path, reading)
+    elif path.is_dir() and reading.images:
+        yield from each(pictures.folder(path, reading.images), reading)
     elif path.is_dir():
         pattern = reading.pattern
         if reading.answer and pattern == Reading.pattern:

@@ -11,14 +11,15 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from engine import encodings
-from engine.settings import Fraction
+from engine.settings import Bound, Fraction
 from tokenizer import ROLES, check_task
 
 PAIR = ("chosen", "rejected")  # the better and the worse answer to what is asked
-OWN = ("messages", "task", "group", "probability", "prompt", *PAIR)  # of a meaning of their own
+OWN = ("messages", "task", "group", "probability", "open_ended", "prompt", *PAIR)  # with a meaning
+Greys = Annotated[int, Bound("from 2 to 64, or 0", lambda n: n == 0 or 2 <= n <= 64)]
 csv.field_size_limit(1 << 24)  # a quote that is never closed would take all of the memory
 
 
@@ -42,6 +43,7 @@ class Reading:
     task: str = ""  # what the rows ask for, such as translate: a marker in front of each
     group: str = ""  # column: rows that are alike in it go to the same split
     lines: bool = False  # each line of a text file is a document of its own
+    images: Greys = 0  # rows are the pictures of a folder, in so many greys, with its name as label
     above: Fraction = 0.0  # leave out rows whose "probability" is not above this
 
     def columns(self) -> list[str]:
@@ -67,14 +69,17 @@ class Row(NamedTuple):
     group: str
     sure: bool  # its probability is above the bound, if it has one
     pair: bool = False
+    open_ended: bool = False  # one prompt has many answers: it may stand in several splits
 
     def content(self) -> str:
         """All that is learned from it, in one form: what `Tokenizer.encode_row` takes."""
         return json.dumps(dict(messages=self.messages, task=self.task), ensure_ascii=False)
 
     def prompt(self) -> str:
-        """All that stands before the last answer, or the two of a pair, likewise."""
-        return self._replace(messages=self.messages[: -2 if self.pair else -1]).content()
+        """All that stands before the last answer, or the two of a pair, likewise; of what is
+        open-ended, all of it."""
+        answers = 0 if self.open_ended else 2 if self.pair else 1
+        return self._replace(messages=self.messages[: len(self.messages) - answers]).content()
 
     def empty(self) -> str:
         """Which of its messages says nothing, in words; a system's may."""
@@ -120,7 +125,7 @@ def document(row, reading: Reading) -> Iterable[str] | Row:
         sure = not reading.above or float(probability) > reading.above
     except (ValueError, TypeError) as e:
         raise ValueError(f"its probability is no number but {probability!r:.60}") from e
-    found = Row(messages, task, group, sure, pair)
+    found = Row(messages, task, group, sure, pair, row.get("open_ended") is True)
     if what := found.empty():
         raise ValueError(f"the {what} is empty")
     if not found.tells():

@@ -42,6 +42,8 @@ class Base:
 
     def __init__(self, s, tokenizer):
         self.s, self.own, self.tokenizer = s, s.own, tokenizer
+        # name: (sum, count) of this process in the last step, for its row of metrics.jsonl
+        self.told: dict[str, tuple[float, int]] = {}
 
     def require(self, data) -> None:
         """Raises ValueError for a Dataset that there is nothing to learn from."""
