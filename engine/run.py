@@ -272,7 +272,7 @@ class Run:
         """Prints the best evaluation, beside what `compressors()` has to say of the same text."""
         best = best_row(self.folder)
         if best:
-            loss = f"{best['val_loss']:.4f} nats a token"
+            loss = f"{best['val_loss']:.4f} {self.learner.objective.unit}"
             print(f"\nbest validation loss: {loss}, at step {best['step']}")
         if best and best["val_bpb"]:
             others = compressors()
