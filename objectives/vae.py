@@ -11,8 +11,8 @@ between theirs. But a decoder that predicts well without z saves the KL, and ign
 collapse (arXiv:1511.06349). Against it: z enters at each token and at the first position
 (arXiv:2004.04092); the KL counts beta, which rises from 0 to 1 again and again (arXiv:1903.10145);
 below `free_bits` a number costs what it costs at free_bits (arXiv:1606.04934); and some tokens are
-hidden from the decoder. val_loss is -ELBO without all that: what a language model is measured by, or
-more. Texts need a sentence a line, `prepare.py FILE --lines=true`; config/vae.py is a recipe.
+hidden from the decoder. val_loss is -ELBO without all that: the loss of a language model or more.
+Texts need a sentence a line, `prepare.py FILE --lines=true`; config/vae.py is a recipe.
 """
 
 from dataclasses import dataclass, replace
