@@ -34,7 +34,7 @@ from tokenizer import Tokenizer
 
 ACTIVE = 0.01  # variance of the mean above which a number of the code counts as active
 POINTS = 7  # between two sentences, both included
-ROWS = 2048  # sentences, or codes of them, in one pass
+ROWS = 512  # sentences, or codes of them, in one pass
 SMALLEST = 2  # sentences that can be exchanged
 
 

@@ -33,9 +33,9 @@ from objectives import Base
 class Settings:
     latent: Count = 32  # numbers in the code z; 0 is none: a language model, to compare with
     encoder_layers: Positive = 2  # blocks of the encoder
-    free_bits: NotNegative = 0.2  # nats up to which each number of the code costs the same
+    free_bits: NotNegative = 0.15  # nats up to which each number of the code costs the same
     cycles: Count = 4  # how often beta rises from 0 to 1; 0: it is 1 from the beginning
-    word_dropout: BelowOne = 0.2  # this share of the tokens is hidden from the decoder
+    word_dropout: BelowOne = 0.1  # this share of the tokens is hidden from the decoder
 
 
 class Objective(Base):

@@ -77,7 +77,7 @@ def test_in_training_a_number_costs_beta_and_at_least_its_free_bits(lines):
     with torch.no_grad():
         free, half = (learner(*inputs, beta * factor) for factor in (1, 0.5))
     assert float(free[2]) == pytest.approx(8 * 2 * 0.5, rel=1e-5)
-    cost = 8 * (2 * 0.5 + 30 * 0.2)
+    cost = 8 * (2 * 0.5 + 30 * 0.15)
     assert float(free[0] - free[1]) == pytest.approx(cost, rel=1e-3)
     assert float(half[0] - half[1]) == pytest.approx(cost / 2, rel=1e-3)
 
@@ -104,7 +104,7 @@ def test_hidden_tokens_are_not_read_and_no_decoder_looks_ahead(made):
     wake(learner)
     tokens, _, noise, hidden, _ = inputs_of(learner, batch, keys)
     gpt, heads = learner.gpt, learner.heads
-    assert 0.1 < hidden[:, 1:].float().mean() < 0.3 and not hidden[:, 0].any()
+    assert 0.02 < hidden[:, 1:].float().mean() < 0.2 and not hidden[:, 0].any()
 
     def seen(ids, z=noise, hidden=None):
         with torch.no_grad():
