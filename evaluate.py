@@ -101,6 +101,9 @@ def main(argv: list[str]) -> int:
     if s.label or data.kind == "rows":
         of_text = ("eval_tokens", "device_batch", "generate")
         refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")
+        if data and not objectives.find(run.objective).Objective.generates:
+            tell_loss(s, run, data, here)  # it answers nothing, or by its own command
+            return 0
         return evaluate_rows(s, run, data, here)
     of_rows = ("task", "limit", "marker", "noise", "choices", "normalise", "exchange", "pairs")
     held = "running text" if data.kind == "text" else data.kind
@@ -331,6 +334,7 @@ def evaluate_rows(s: Settings, run: Opened, data: Dataset | None, here: "Machine
 
     runs = [run, Opened(s.baseline)] if s.baseline else [run]
     for opened in runs:
+        objectives.require_writer(opened.state, opened.name)
         opened.require_markers()
     if here.rank:
         return 0

@@ -138,7 +138,8 @@ def load(cls, argv: list[str], description: str, positional: str, nargs: str | N
         else:
             many = {"action": "append"} if kind is tuple else {}
             shown = "|".join(choices) or kind.__name__
-            parser.add_argument("--" + name, metavar=shown, help=text, **many)
+            word = name.removesuffix("_")  # `and_` is --and: Python keeps that word to itself
+            parser.add_argument("--" + word, dest=name, metavar=shown, help=text, **many)
     flags = {"--" + name for name, setting in settings.items() if setting.kind is bool}
     argv = [
         word if word not in flags or after.lower() in ("true", "false") else f"{word}=true"
