@@ -96,6 +96,9 @@ def main(argv: list[str]) -> int:
     here = start(s)
     run = Opened(s.out, s.checkpoint)
     data = None if s.label else run.data(s)
+    if data and not objectives.find(run.objective).Objective.generates:
+        tell_loss(s, run, data, here)
+        return 0
     if s.label or data.kind == "rows":
         of_text = ("eval_tokens", "device_batch", "generate")
         refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")
@@ -252,7 +255,7 @@ def compressors(split: Split, tokenizer: "Tokenizer") -> str:
 def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
     run.make_ready(s, here)
     split = data.split(s.split)
-    learner = run.learner()
+    learner = run.learner().to(here.device)
     found = evaluate(learner, split, here, None, s.device_batch, s.eval_tokens)
     found = told(found, learner.objective.unit)
     here.say(f"{run.path} on the {s.split} split of {data.folder}: {found}")

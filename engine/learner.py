@@ -56,7 +56,9 @@ def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner
     """The learner of a checkpoint whose trunk is loaded. Raises ValueError."""
     s = settings_of(state)
     s.model = gpt.config
-    learner = Learner(gpt, objectives.find(s.objective).Objective(s, tokenizer))
+    objective = objectives.find(s.objective).Objective(s, tokenizer)
+    objective.kept(checkpoint.load_kept(path, state))  # heads may depend on it
+    learner = Learner(gpt, objective)
     checkpoint.load_heads(path, learner)
     return learner
 
@@ -69,9 +71,7 @@ def opened(run: str, name: str, which: str = "best") -> tuple[Learner, Tokenizer
     learned = state["settings"].get("objective", "next_token")
     if learned != name:
         raise ValueError(f"{run} has learned by objective={learned}, and this needs {name}")
-    learner = restored(path, gpt, tokenizer, state)
-    learner.objective.kept(checkpoint.load_kept(path, state))
-    return learner.eval(), tokenizer
+    return restored(path, gpt, tokenizer, state).eval(), tokenizer
 
 
 def plain(gpt: GPT, tokenizer: Tokenizer | None = None) -> Learner:

@@ -1,0 +1,166 @@
+"""Classify: which of a few labels fits this text? (GPT-1: Radford et al. 2018, section 3.2)
+
+    <|user|> a gripping film <|end|> <|assistant|>        of each row, what stands before its answer
+                                          |
+                                       h (C) ── W ──▶ a score for each label
+
+    loss = - ln softmax(W h)[label]  -  lm_weight x mean of ln p(x[t] | x[0], ..., x[t-1])
+
+The hidden state at the last token has seen the whole prompt, and is all that is classified by: one
+linear layer more, no text is written. That the trunk goes on predicting the prompt keeps what it
+has learned before (--init_from) and is one thing more to learn from few rows. The labels are the
+answers that stand in the training split. (To let a model write its label needs none of this: see
+docs/tasks.md; T5, arXiv:1910.10683.)
+
+    python -m objectives.classify out/classify --text="a gripping film"
+"""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dataset import IGNORE, layout
+from engine import settings
+from engine.settings import BelowOne, NotNegative
+from objectives import Base
+
+LABELS = 50  # different answers at most: more are no labels, but texts
+
+
+@dataclass
+class Settings:
+    lm_weight: NotNegative = 0.5  # of the loss of the prompt's own tokens, beside that of the label
+    head_dropout: BelowOne = 0.1  # fraction of h that is set to zero in training
+
+
+class Objective(Base):
+    terms = {"label": 1.0, "prompt": 0.5, "accuracy": 0.0}
+    masks = ("causal", "prefix", "full")
+    kinds = ("rows",)
+    lines = True
+    generates = False
+    unit = "nats"
+    instead = 'python -m objectives.classify RUN --text="..."'
+
+    def __init__(self, s, tokenizer):
+        super().__init__(s, tokenizer)
+        if self.own.lm_weight and s.model.mask != "causal":
+            raise ValueError(
+                f"lm_weight={self.own.lm_weight:g} should be 0 with mask={s.model.mask}, where a"
+                " prompt sees what is to be predicted"
+            )
+        self.terms = self.terms | {"prompt": self.own.lm_weight}
+        self.labels, self.task = [], ""
+
+    def require(self, data):
+        """Finds the labels, and the task of the rows if they all have the same."""
+        super().require(data)
+        found, tasks = set(), set()
+        for ids in data.split("train").rows():
+            found.add(self.parted(np.array(ids))[1])
+            tasks.add(ids[0])
+            if len(found) > LABELS:
+                raise ValueError(
+                    f"the answers in {data.folder} are more than {LABELS} different ones: labels"
+                    " are few, and texts are for objective=next_token"
+                )
+        if len(found) < 2:
+            raise ValueError(f"all answers in {data.folder} are {[*found]}: nothing to tell apart")
+        self.labels = sorted(found)
+        names = {i: task for task, i in self.tokenizer.tasks().items()}
+        self.task = names.get(tasks.pop(), "") if len(tasks) == 1 else ""
+        for ids in data.split("val").rows():
+            self.number(self.parted(np.array(ids))[1])
+
+    def begin(self, learner, data, here):
+        text = json.dumps([self.labels, self.task]).encode()
+        return {"labels": torch.tensor([*text], dtype=torch.uint8)}
+
+    def kept(self, tensors):
+        self.labels, self.task = json.loads(bytes(tensors["labels"].tolist()))
+
+    def heads(self, gpt):
+        head = nn.Linear(gpt.config.n_embd, len(self.labels))
+        nn.init.zeros_(head.weight)  # all labels are as likely: the loss begins at ln labels
+        nn.init.zeros_(head.bias)
+        return {"label": head}
+
+    def parted(self, ids):
+        """Prompt and answer of a row: its ids up to the last `<|assistant|>`, and the text behind.
+        Nothing of a line that is filled up."""
+        at = np.flatnonzero(ids == self.tokenizer.markers.assistant).max(initial=-1) + 1
+        answer = ids[at:].tolist()
+        answer = answer[: answer.index(self.tokenizer.markers.end)] if at else []
+        return ids[:at], self.tokenizer.decode(answer)
+
+    def number(self, answer: str) -> int:
+        if answer not in self.labels:
+            raise ValueError(f"{answer[:60]!r} is no answer in the training split: no label for it")
+        return self.labels.index(answer)
+
+    def prepare(self, batch, keys, learner):
+        """Prompts without their answers, as `laid` has them, the tokens to come, and the labels."""
+        both = [self.parted(row) for row in batch.tokens]
+        prompts = [prompt for prompt, _ in both]
+        labels = [self.number(answer) if len(prompt) else IGNORE for prompt, answer in both]
+        ends = np.array([max(0, len(prompt) - 1) for prompt in prompts])
+        tokens, *seen = laid(prompts, self.s.model.mask, self.tokenizer.markers)
+        targets = np.full(tokens.shape, IGNORE)
+        if self.own.lm_weight:
+            before = np.arange(tokens.shape[1]) < ends[:, None]
+            targets[before] = np.roll(tokens, -1, axis=1)[before]
+        asked = sum(label != IGNORE for label in labels)
+        counts = [asked, int((targets != IGNORE).sum()), asked]
+        return (tokens, *seen, ends, targets, np.array(labels)), counts
+
+    def loss(self, gpt, heads, tokens, positions, mask, ends, targets, labels):
+        x = gpt.trunk(tokens, mask, positions)  # (B, T, C)
+        h = x[torch.arange(len(x), device=x.device), ends]  # (B, C)
+        h = F.dropout(h, self.own.head_dropout, gpt.training)
+        scores = heads["label"](h).float()
+        nats = F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
+        at = targets != IGNORE
+        prompt = F.cross_entropy(gpt.logits(x[at]), targets[at], reduction="sum")
+        return [nats, prompt, (scores.argmax(dim=-1) == labels).sum()]
+
+
+def laid(prompts: list, policy: str, markers) -> tuple:
+    """Prompts as tokens (B, T), filled up behind their ends, and their positions and mask; both
+    None if they are causal, for then no prompt sees what fills it up."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    tokens = np.full((len(prompts), max(1, lengths.max())), markers.end_of_text)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    if policy == "causal":
+        return tokens, None, None
+    positions, mask = layout(tokens, markers, policy)
+    T = tokens.shape[1]
+    there = np.arange(T) < lengths[:, None]
+    return tokens, positions, mask & there[:, None, None] | np.eye(T, dtype=bool)
+
+
+# --- the command
+
+
+@dataclass
+class Command:
+    run: str = "out/classify"  # folder of a run, or one checkpoint of it
+    text: str = ""  # which label fits it?
+    rows: str = ""  # jsonl of rows: prints each with the likeliest label, for prepare.py
+    task: str = ""  # of the text; by default that of the rows that were learned from
+
+
+def main(argv: list[str]) -> None:
+    s = settings.load(Command, argv, "Label texts.", "run")
+    settings.require(bool(s.text) != bool(s.rows), s, "text", "given, or --rows=FILE, not both")
+    import judge
+
+    judge.tell(s)
+
+
+if __name__ == "__main__":
+    settings.run(main)
