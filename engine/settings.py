@@ -252,9 +252,10 @@ def require_bounds(s) -> None:
         require(setting.bound.kept(getattr(s, name)), s, name, setting.bound.words)
 
 
-def require_package(name: str, wanted) -> None:
+def require_package(name: str, wanted, package: str = "") -> None:
+    """Raises ValueError for a module that lacks; its `package` may have another name."""
     if wanted and not importlib.util.find_spec(name):
-        raise ValueError(f"{name} is not installed: pip install {name}")
+        raise ValueError(f"{package or name} is not installed: pip install {package or name}")
 
 
 def require_memory(size: int, what: str) -> None:

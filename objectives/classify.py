@@ -6,11 +6,9 @@
 
     loss = - ln softmax(W h)[label]  -  lm_weight x mean of ln p(x[t] | x[0], ..., x[t-1])
 
-The hidden state at the last token has seen the whole prompt, and is all that is classified by: one
-linear layer more, no text is written. That the trunk goes on predicting the prompt keeps what it
-has learned before (--init_from) and is one thing more to learn from few rows. The labels are the
-answers that stand in the training split. (To let a model write its label needs none of this: see
-docs/tasks.md; T5, arXiv:1910.10683.)
+The state at the last token has seen the whole prompt; one linear layer makes of it a score for each
+label: the answers that stand in the training split. The trunk goes on predicting prompts, so that
+it keeps what it has learned before (--init_from).
 
     python -m objectives.classify out/classify --text="a gripping film"
 """
@@ -28,7 +26,7 @@ from engine import settings
 from engine.settings import BelowOne, NotNegative
 from objectives import Base
 
-LABELS = 50  # different answers at most: more are no labels, but texts
+LABELS = 50  # at most
 
 
 @dataclass
@@ -48,31 +46,24 @@ class Objective(Base):
 
     def __init__(self, s, tokenizer):
         super().__init__(s, tokenizer)
-        if self.own.lm_weight and s.model.mask != "causal":
-            raise ValueError(
-                f"lm_weight={self.own.lm_weight:g} should be 0 with mask={s.model.mask}, where a"
-                " prompt sees what is to be predicted"
-            )
+        sound = not self.own.lm_weight or s.model.mask == "causal"
+        settings.require(sound, self.own, "lm_weight", "0, unless --mask=causal hides what comes")
         self.terms = self.terms | {"prompt": self.own.lm_weight}
         self.labels, self.task = [], ""
 
     def require(self, data):
         """Finds the labels, and the task of the rows if they all have the same."""
         super().require(data)
-        found, tasks = set(), set()
-        for ids in data.split("train").rows():
-            found.add(self.parted(np.array(ids))[1])
-            tasks.add(ids[0])
-            if len(found) > LABELS:
-                raise ValueError(
-                    f"the answers in {data.folder} are more than {LABELS} different ones: labels"
-                    " are few, and texts are for objective=next_token"
-                )
-        if len(found) < 2:
-            raise ValueError(f"all answers in {data.folder} are {[*found]}: nothing to tell apart")
+        rows = [np.array(ids) for ids in data.split("train").rows()]
+        found = {self.parted(ids)[1] for ids in rows}
+        tasks = {int(ids[0]) for ids in rows}
+        if not 2 <= len(found) <= LABELS:
+            raise ValueError(
+                f"the answers in {data.folder} are {len(found):,} different ones, and labels are 2"
+                f" to {LABELS}: use objective=next_token, for which they are texts"
+            )
         self.labels = sorted(found)
-        names = {i: task for task, i in self.tokenizer.tasks().items()}
-        self.task = names.get(tasks.pop(), "") if len(tasks) == 1 else ""
+        self.task = "".join(name for name, i in self.tokenizer.tasks().items() if tasks == {i})
         for ids in data.split("val").rows():
             self.number(self.parted(np.array(ids))[1])
 
@@ -85,13 +76,12 @@ class Objective(Base):
 
     def heads(self, gpt):
         head = nn.Linear(gpt.config.n_embd, len(self.labels))
-        nn.init.zeros_(head.weight)  # all labels are as likely: the loss begins at ln labels
-        nn.init.zeros_(head.bias)
+        for p in head.parameters():
+            nn.init.zeros_(p)  # all labels are as likely: the loss begins at ln labels
         return {"label": head}
 
     def parted(self, ids):
-        """Prompt and answer of a row: its ids up to the last `<|assistant|>`, and the text behind.
-        Nothing of a line that is filled up."""
+        """A row up to its last `<|assistant|>`, and the text behind; of what fills up, nothing."""
         at = np.flatnonzero(ids == self.tokenizer.markers.assistant).max(initial=-1) + 1
         answer = ids[at:].tolist()
         answer = answer[: answer.index(self.tokenizer.markers.end)] if at else []
@@ -104,24 +94,21 @@ class Objective(Base):
 
     def prepare(self, batch, keys, learner):
         """Prompts without their answers, as `laid` has them, the tokens to come, and the labels."""
-        both = [self.parted(row) for row in batch.tokens]
-        prompts = [prompt for prompt, _ in both]
-        labels = [self.number(answer) if len(prompt) else IGNORE for prompt, answer in both]
+        prompts, answers = zip(*map(self.parted, batch.tokens), strict=True)
+        labels = [self.number(answer) if answer else IGNORE for answer in answers]
         ends = np.array([max(0, len(prompt) - 1) for prompt in prompts])
         tokens, *seen = laid(prompts, self.s.model.mask, self.tokenizer.markers)
         targets = np.full(tokens.shape, IGNORE)
         if self.own.lm_weight:
             before = np.arange(tokens.shape[1]) < ends[:, None]
             targets[before] = np.roll(tokens, -1, axis=1)[before]
-        asked = sum(label != IGNORE for label in labels)
-        counts = [asked, int((targets != IGNORE).sum()), asked]
-        return (tokens, *seen, ends, targets, np.array(labels)), counts
+        asked, read = (int((np.array(z) != IGNORE).sum()) for z in (labels, targets))
+        return (tokens, *seen, ends, targets, np.array(labels)), [asked, read, asked]
 
     def loss(self, gpt, heads, tokens, positions, mask, ends, targets, labels):
         x = gpt.trunk(tokens, mask, positions)  # (B, T, C)
         h = x[torch.arange(len(x), device=x.device), ends]  # (B, C)
-        h = F.dropout(h, self.own.head_dropout, gpt.training)
-        scores = heads["label"](h).float()
+        scores = heads["label"](F.dropout(h, self.own.head_dropout, gpt.training)).float()
         nats = F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
         at = targets != IGNORE
         prompt = F.cross_entropy(gpt.logits(x[at]), targets[at], reduction="sum")
@@ -129,17 +116,15 @@ class Objective(Base):
 
 
 def laid(prompts: list, policy: str, markers) -> tuple:
-    """Prompts as tokens (B, T), filled up behind their ends, and their positions and mask; both
-    None if they are causal, for then no prompt sees what fills it up."""
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens = np.full((len(prompts), max(1, lengths.max())), markers.end_of_text)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    """Prompts as tokens (B, T), filled up behind their ends, and their positions and mask; None if
+    they are causal, for then no prompt sees what fills it up."""
+    T = max(1, *map(len, prompts))
+    there = np.arange(T) < np.array([len(prompt) for prompt in prompts])[:, None]
+    tokens = np.full((len(prompts), T), markers.end_of_text)
+    tokens[there] = np.concatenate(prompts)
     if policy == "causal":
         return tokens, None, None
     positions, mask = layout(tokens, markers, policy)
-    T = tokens.shape[1]
-    there = np.arange(T) < lengths[:, None]
     return tokens, positions, mask & there[:, None, None] | np.eye(T, dtype=bool)
 
 

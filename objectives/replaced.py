@@ -9,7 +9,7 @@
 
 Every token is an exercise here, and not one in seven. G learns masked tokens and nothing else: it
 is not paid for deceiving, and no gradient comes through what it draws. What it draws right counts
-as not replaced. G has fewer blocks than the trunk, and shares its embedding and head.
+as not replaced. G has fewer blocks than the trunk, which reads by its embedding.
 
 About one token in ten is replaced, so accuracy says nothing. Told are the area under the ROC curve
 (auc), and which shares of all tokens were `replaced`, are `flagged`, and are both, `found`:
@@ -92,9 +92,15 @@ class Objective(masked.Objective):
 
 
 def scores(gpt, heads, seen, positions, mask):
-    """ln p(replaced) / p(not replaced) of each token (B, T)."""
-    nothing = torch.zeros_like(seen, dtype=torch.bool)
-    x = masked.states(gpt, heads["mask"][0], seen, nothing, positions, mask)
+    """ln p(replaced) / p(not replaced) of each token (B, T).
+
+    The embedding is what G makes of it: two losses that pull at one table spoil it for both
+    (arXiv:2111.09543, section 3.2), and a token's vector should not tell that it is often drawn.
+    """
+    T = seen.size(1)
+    everything = torch.ones(1, 1, T, T, dtype=torch.bool, device=seen.device)
+    embedded = gpt.wte(seen).detach()
+    x = gpt.trunk(seen, everything if mask is None else mask, positions, embedded=embedded)
     return heads["detect"](x)[..., 0].float()
 
 

@@ -110,7 +110,7 @@ def test_the_command_tells_the_label_and_labels_rows(train, rows, capsys, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "answer, why", [(str, "more than 50"), (lambda i: "yes", "nothing to tell apart")]
+    "answer, why", [(str, "are 27[0-9] different"), (lambda i: "yes", "are 1 different")]
 )
 def test_what_has_no_labels_is_refused(tmp_path, answer, why):
     some = [talk(f"what is {i}?", answer(i)) for i in range(300)]
@@ -120,7 +120,7 @@ def test_what_has_no_labels_is_refused(tmp_path, answer, why):
 
 
 def test_what_does_not_go_together_is_refused(rows, data):
-    with pytest.raises(ValueError, match="lm_weight=0.5 should be 0 with mask=full"):
+    with pytest.raises(ValueError, match="lm_weight=0.5 should be 0, unless"):
         promises.make(rows, *ARGV, "--mask=full")
     with pytest.raises(ValueError, match="learns from rows"):
         promises.make(data, *ARGV)
