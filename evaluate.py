@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ import objectives
 import scores
 from dataset import IGNORE, Dataset, Split
 from engine import settings
-from engine.settings import Bound, Count, NotNegative, Positive
+from engine.settings import Count, NotNegative, Positive
 
 if TYPE_CHECKING:  # torch is imported where it is used, since mistakes are told before that
     from engine.learner import Learner
@@ -41,11 +41,6 @@ EVAL_TOKENS = 16_384  # in one forward pass
 COMPARABLE_BYTES = 20_000_000  # xz takes too long for a larger text
 LOGITS = 1 << 26  # numbers of them at once, where each token's or answer's loss is wanted
 WINDOW_TOKENS = 1 << 18  # enough for a mean by position, and for an interval
-PICTURES = (".png", ".svg", ".pdf")
-Picture = Annotated[
-    str,
-    Bound(f"a name that ends in {', '.join(PICTURES)}", lambda x: not x or x.endswith(PICTURES)),
-]
 
 
 @dataclass
@@ -81,7 +76,7 @@ class Settings:
     # of hidden states, whatever the objective was: see probe.py
     probe: bool = False  # can a line part the labels of rows, in the states of this trunk?
     nearest: str = ""  # a text: which of the split is nearest to it?
-    map: Picture = ""  # picture to write of the rows, or of the embeddings of tokens
+    map: settings.Picture = ""  # picture to write of the rows, or of the embeddings of tokens
 
     # machine
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
@@ -108,13 +103,14 @@ def main(argv: list[str]) -> int:
     if s.probe or s.nearest or s.map:
         import probe
 
-        probe.tell(s, run, here)
+        if here.rank == 0:
+            probe.tell(s, run, here)
         return 0
     if s.label:
         objectives.require_writer(run.state, s.out)
     data = None if s.label else run.data(s)
     if data and not objectives.find(run.objective).Objective.generates:
-        of_writers = ("baseline", "generate", "task", "limit", "marker", "choices", "normalise")
+        of_writers = ("baseline", "generate", "task", "limit", "marker", "choices", "exchange")
         refuse(s, of_writers, f"is for what writes, unlike objective={run.objective}")
         tell_loss(s, run, data, here)
         return 0

@@ -46,6 +46,8 @@ BelowOne = Annotated[float, Bound("at least 0, below 1", lambda x: 0 <= x < 1)]
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 Device = Annotated[str, Bound("auto, cpu, mps, cuda or one GPU such as cuda:1", DEVICE.fullmatch)]
 Threads = Annotated[str, Bound("auto or a number from 1 to 1024", threads.valid)]
+PICTURE = re.compile(r"(.*\.(png|svg|pdf))?")  # nothing is no picture
+Picture = Annotated[str, Bound("a name that ends in .png, .svg or .pdf", PICTURE.fullmatch)]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Compile = Literal["auto", "true", "false"]
 

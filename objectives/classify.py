@@ -116,8 +116,7 @@ class Objective(Base):
 
 
 def laid(prompts: list, policy: str, markers) -> tuple:
-    """Prompts as tokens (B, T), filled up behind their ends, and their positions and mask; None if
-    they are causal, for then no prompt sees what fills it up."""
+    """Prompts, filled up: tokens (B, T), positions, mask. None if causal: nobody sees the filling."""
     T = max(1, *map(len, prompts))
     there = np.arange(T) < np.array([len(prompt) for prompt in prompts])[:, None]
     tokens = np.full((len(prompts), T), markers.end_of_text)
