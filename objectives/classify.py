@@ -116,7 +116,7 @@ class Objective(Base):
 
 
 def laid(prompts: list, policy: str, markers) -> tuple:
-    """Prompts, filled up: tokens (B, T), positions, mask. None if causal: nobody sees the filling."""
+    """Prompts, filled up: (B, T), positions, mask. Causal ones see no filling, and need neither."""
     T = max(1, *map(len, prompts))
     there = np.arange(T) < np.array([len(prompt) for prompt in prompts])[:, None]
     tokens = np.full((len(prompts), T), markers.end_of_text)
