@@ -139,12 +139,13 @@ def probed(s, see: Sight, learned: list[Row], asked: list[Row]) -> Iterator[list
 
 
 def told(known, labels: list[str], x) -> list[str]:
-    """The labels of x, by a logistic regression on what is `known`, each number on one scale."""
+    """The labels of x, by a logistic regression on what is `known`. The numbers of a state are
+    brought to one scale before; the words of a bag, each there or not, have one."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    scale = StandardScaler(with_mean=isinstance(known, np.ndarray))  # a sparse one stays sparse
+    scale = StandardScaler() if isinstance(known, np.ndarray) else "passthrough"
     model = make_pipeline(scale, LogisticRegression(max_iter=ITERATIONS))
     return model.fit(known, labels).predict(x).tolist()
 
@@ -168,7 +169,10 @@ def nearest(s, see: Sight, data: Dataset) -> None:
     """Prints the texts whose mean states point in the direction of that of `s.nearest`. What all
     have in common is taken away first: else all point alike."""
     some = texts_of(s, see, data)
-    x = see([*some, s.nearest])
+    asked = s.nearest
+    if data.kind == "rows":  # it stands between the same markers
+        asked = some[0]._replace(messages=[dict(role="user", content=asked)])
+    x = see([*some, asked])
     x = x - x[:-1].mean(axis=0)
     x = x / np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-9)
     cosines = x[:-1] @ x[-1]
@@ -208,8 +212,10 @@ def draw(s, see: Sight, data: Dataset) -> None:
         axes.legend(frameon=False, fontsize=8)
         what = f"{len(rows):,} rows of the {s.split} split"
     else:
+        data.require_tokenizer(see.tokenizer, s.out)
         ids = data.split(s.split).read(0, EVAL_TOKENS * 8)
-        often = np.bincount(ids, minlength=see.model.config.vocab_size).argsort()[::-1][:POINTS]
+        counts = np.bincount(ids)
+        often = counts.argsort()[::-1][: min(POINTS, np.count_nonzero(counts))]
         at, share = components(see.model.wte.weight[often.copy()].detach().float().cpu().numpy())
         axes.scatter(*at.T, s=6, alpha=0.3)
         for i in range(min(NAMED, len(often))):
