@@ -75,6 +75,11 @@ class Settings:
     pairs: str = ""  # jsonl to write: of each wrong answer the better one and it, for preference
     label: str = ""  # jsonl of rows without answers: writes them with the model's, for prepare.py
 
+    # of hidden states, whatever the objective was: see probe.py
+    probe: bool = False  # can a line part the labels of rows, in the states of this trunk?
+    nearest: str = ""  # a text: which of the split is nearest to it?
+    map: settings.Picture = ""  # picture to write of the rows, or of the embeddings of tokens
+
     # machine
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of matrix products
@@ -97,7 +102,20 @@ def main(argv: list[str]) -> int:
         refuse(s, ("limit", "task", "baseline", "exchange", "pairs"), "has no use with --label")
     here = start(s)
     run = Opened(s.out, s.checkpoint)
+    if s.probe or s.nearest or s.map:
+        import probe
+
+        if here.rank == 0:
+            probe.tell(s, run, here)
+        return 0
+    if s.label:
+        objectives.require_writer(run.state, s.out)
     data = None if s.label else run.data(s)
+    if data and not objectives.find(run.objective).Objective.generates:
+        of_writers = ("baseline", "generate", "task", "limit", "marker", "choices", "exchange")
+        refuse(s, of_writers, f"is for what writes, unlike objective={run.objective}")
+        tell_loss(s, run, data, here)
+        return 0
     if s.label or data.kind == "rows":
         of_text = ("eval_tokens", "device_batch", "generate")
         refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")

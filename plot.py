@@ -1,23 +1,20 @@
 """Loss curves of one or several runs: python plot.py out/small out/other --out=loss.png"""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from engine import settings
 from engine.metrics import read_metrics
-from engine.settings import BelowOne, Bound
+from engine.settings import BelowOne
 
-PICTURE = re.compile(r".*\.(png|svg|pdf)")
-Picture = Annotated[str, Bound("a name that ends in .png, .svg or .pdf", PICTURE.fullmatch)]
 UNITS = {"loss": "loss (nats a token)", "bpb": "bits per byte"}
 
 
 @dataclass
 class Settings:
     runs: tuple = ()  # run folders
-    out: Picture = "loss.png"  # picture to write
+    out: settings.Picture = "loss.png"  # picture to write
     x: Literal["tokens", "step", "seconds"] = "tokens"  # horizontal axis
     y: Literal["loss", "bpb"] = "loss"  # vertical axis; bpb compares runs of other vocabularies
     smooth: BelowOne = 0.9  # how much of a point of the training curve comes from its neighbours
@@ -26,6 +23,7 @@ class Settings:
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Draw loss curves.", "runs", nargs="+")
+    settings.require(s.out, s, "out", "the name of a picture")
     curves = {run: (training(run, s), curve(run, f"val_{s.y}", s)) for run in s.runs}
     settings.require_package("matplotlib", True)
     import matplotlib

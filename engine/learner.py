@@ -69,7 +69,9 @@ def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner
     """The learner of a checkpoint whose trunk is loaded. Raises ValueError."""
     s = settings_of(state)
     s.model = gpt.config
-    learner = Learner(gpt, objectives.find(s.objective).Objective(s, tokenizer))
+    objective = objectives.find(s.objective).Objective(s, tokenizer)
+    objective.kept(checkpoint.load_kept(path, state))  # heads may depend on it
+    learner = Learner(gpt, objective)
     checkpoint.load_heads(path, learner)
     learner.objective.kept(checkpoint.load_kept(path, state))
     return learner

@@ -98,7 +98,9 @@ class Run:
         before = self.state["machine"]
         tokens = rows * self.s.model.block_size
         machine.use_threads(self.s.threads, self.here, learner.gpt, tokens, before)
-        fast.use(learner.gpt, self.here, self.s.fast, before)
+        for gpt in learner.modules():  # some heads are a GPT as well
+            if isinstance(gpt, GPT):
+                fast.use(gpt, self.here, self.s.fast, before)
         shared = list(learner.parameters()) if self.here.world > 1 else []
         self.here.gradients = machine.GradientSum(shared)
 

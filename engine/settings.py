@@ -47,6 +47,8 @@ BelowOne = Annotated[float, Bound("at least 0, below 1", lambda x: 0 <= x < 1)]
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 Device = Annotated[str, Bound("auto, cpu, mps, cuda or one GPU such as cuda:1", DEVICE.fullmatch)]
 Threads = Annotated[str, Bound("auto or a number from 1 to 1024", threads.valid)]
+PICTURE = re.compile(r"(.*\.(png|svg|pdf))?")  # nothing is no picture
+Picture = Annotated[str, Bound("a name that ends in .png, .svg or .pdf", PICTURE.fullmatch)]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Compile = Literal["auto", "true", "false"]
 
@@ -254,9 +256,10 @@ def require_bounds(s) -> None:
         require(setting.bound.kept(getattr(s, name)), s, name, setting.bound.words)
 
 
-def require_package(name: str, wanted) -> None:
+def require_package(name: str, wanted, package: str = "") -> None:
+    """Raises ValueError for a module that lacks; its `package` may have another name."""
     if wanted and not importlib.util.find_spec(name):
-        raise ValueError(f"{name} is not installed: pip install {name}")
+        raise ValueError(f"{package or name} is not installed: pip install {package or name}")
 
 
 def require_memory(size: int, what: str) -> None:

@@ -103,14 +103,15 @@ def whole(batch, real):
     return real[:, None, None, :] | np.eye(real.shape[1], dtype=bool)
 
 
-def states(gpt, vector, shown, hidden, positions, mask):
-    """The last hidden states (B, T, C), with `vector` instead of the embedding where `hidden`."""
+def states(gpt, vector, shown, hidden, positions, mask, trunk=None):
+    """The last hidden states (B, T, C), with `vector` instead of the embedding where `hidden`; of
+    another `trunk`, if one is given, that reads the embeddings of `gpt`."""
     x = gpt.wte(shown)
     x = torch.where(hidden[..., None], vector.to(x.dtype), x)
     if mask is None:
         T = shown.size(1)
         mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=shown.device)
-    return gpt.trunk(shown, mask, positions, embedded=x)
+    return (trunk or gpt.trunk)(shown, mask, positions, embedded=x)
 
 
 # --- the command

@@ -1,0 +1,63 @@
+"""What a classifier says of texts: python -m objectives.classify out/classify --text="..."
+
+The probability of each label, for a text or for the rows of a file; rerank.py asks it, too.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from exam import prompts_of, unanswered
+from grading import Row
+from objectives.classify import laid
+
+PASS = 8192  # tokens of prompts that are read at once
+
+
+class Judge:
+    """A run of objectives/classify.py, in eval mode. Raises ValueError if it is none."""
+
+    def __init__(self, run: str):
+        from engine.learner import opened
+
+        self.learner, self.tokenizer = opened(run, "classify")
+        self.labels, self.task = self.learner.objective.labels, self.learner.objective.task
+
+    def of_text(self, text: str, task: str = "") -> Row:
+        """A row that asks for the label of a text."""
+        return Row(task or self.task, [dict(role="user", content=text)], "")
+
+    @torch.no_grad()
+    def __call__(self, rows: list[Row]) -> np.ndarray:
+        """The probability of each label, (rows, labels). Long prompts lose their front."""
+        gpt, head = self.learner.gpt, self.learner.heads["label"]
+        prompts, _ = prompts_of(gpt, self.tokenizer, rows, "", [1] * len(rows))
+        found = np.zeros((len(prompts), len(self.labels)))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        while order:  # those of about one length together, the longest first
+            some = order[-max(1, PASS // len(prompts[order[-1]])) :]
+            del order[-len(some) :]
+            arrays = laid([prompts[i] for i in some], gpt.config.mask, self.tokenizer.markers)
+            tokens, positions, mask = (z if z is None else torch.from_numpy(z) for z in arrays)
+            ends = torch.tensor([len(prompts[i]) - 1 for i in some])
+            h = gpt.trunk(tokens, mask, positions)[torch.arange(len(some)), ends]  # (rows, C)
+            found[some] = head(h).float().softmax(dim=-1).numpy()
+        return found
+
+
+def tell(s) -> None:
+    """Prints the labels of a text, the likeliest first; or the rows of a file, each with its label
+    as the answer and how sure that is: `prepare.py --above=0.9` takes those that are sure."""
+    judge = Judge(s.run)
+    if s.text:
+        [p] = judge([judge.of_text(s.text, s.task)])
+        for i in np.argsort(-p):
+            print(f"{p[i]:7.2%}  {judge.labels[i]}")
+        return
+    rows = [row._replace(task=s.task or row.task or judge.task) for row in unanswered(Path(s.rows))]
+    for row, p in zip(rows, judge(rows), strict=True):
+        said = dict(role="assistant", content=judge.labels[int(p.argmax())])
+        line = dict(messages=[*row.messages, said], task=row.task, probability=float(p.max()))
+        print(json.dumps(line, ensure_ascii=False))
