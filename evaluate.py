@@ -112,16 +112,14 @@ def main(argv: list[str]) -> int:
         objectives.require_writer(run.state, s.out)
     data = None if s.label else run.data(s)
     if data and not objectives.find(run.objective).Objective.generates:
-        of_writers = ("baseline", "generate", "task", "limit", "marker", "choices", "exchange")
+        of_writers = ("baseline", "generate", "task", "limit", "marker", "noise", "choices")
+        of_writers += ("exchange", "pairs")
         refuse(s, of_writers, f"is for what writes, unlike objective={run.objective}")
         tell_loss(s, run, data, here)
         return 0
     if s.label or data.kind == "rows":
         of_text = ("eval_tokens", "device_batch", "generate")
         refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")
-        if data and not objectives.find(run.objective).Objective.generates:
-            tell_loss(s, run, data, here)  # it answers nothing, or by its own command
-            return 0
         return evaluate_rows(s, run, data, here)
     of_rows = ("task", "limit", "marker", "noise", "choices", "normalise", "exchange", "pairs")
     held = "running text" if data.kind == "text" else data.kind

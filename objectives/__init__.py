@@ -20,8 +20,6 @@ from pathlib import Path
 
 import engine  # noqa: F401  before torch, which some objectives load at once: see engine/__init__.py
 
-FOLDER = Path(__file__).parent
-
 
 class Base:
     """An objective, as far as the loop, checkpoints and evaluation need to know it.
@@ -105,7 +103,7 @@ class Base:
 
 def names() -> list[str]:
     """The objectives there are: the files of this folder, and nothing that a checkpoint says."""
-    return sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+    return sorted(path.stem for folder in __path__ for path in Path(folder).glob("[a-z]*.py"))
 
 
 def find(name: str):

@@ -39,31 +39,34 @@ class Objective(Base):
 
 
 @pytest.fixture
-def toy():
-    """An objective more, for as long as the test runs."""
-    path = ROOT / "objectives" / "toy_of_a_test.py"
-    path.write_text(TOY)
-    yield path
-    path.unlink()
+def toy(tmp_path, monkeypatch):
+    """An objective more: a file beside the others."""
+    folder = tmp_path / "more"
+    folder.mkdir()
+    (folder / "toy.py").write_text(TOY)
+    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(folder)])
+    yield
+    sys.modules.pop("objectives.toy", None)
 
 
-def test_one_more_objective_is_one_file(toy, data, tmp_path):
-    """--help knows its settings, it learns, resumes, is evaluated, and metrics have its terms."""
-    own = ["--objective=toy_of_a_test", "--optimizer=adamw", "--lr=0.1", "--wanted=3"]
-    assert "mean square of the hidden states" in script("train.py", own[0], "--help")
-    run = tmp_path / "run"
-    argv = ["config/small.py", f"--data={data}", f"--out={run}", *TINY, *own, "--steps=40"]
-    said = script("train.py", *argv, "--eval_every=20")
-    assert "size" in said
+def test_one_more_objective_is_one_file(toy, train, capsys):
+    """Its settings are known, it learns, is evaluated, and metrics have its terms."""
+    import evaluate
+    import train as command
+
+    own = ["--objective=toy", "--lr=0.1", "--embed_lr=3", "--wanted=3"]
+    with pytest.raises(SystemExit):
+        command.main([own[0], "--help"])
+    assert "mean square of the hidden states" in capsys.readouterr().out
+    run = train("run", *own, "--steps=40", "--eval_every=20")
     rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "val_size" in line]
     assert len(rows) == 2
-    said = script("evaluate.py", run)
+    capsys.readouterr()
+    evaluate.main([str(run)])
+    said = capsys.readouterr().out
     assert float(said.split("size ")[1].split()[0]) == pytest.approx(3, abs=0.5)
-    assert "nothing to do" in script("train.py", *argv, "--eval_every=20")
-    refused = subprocess.run(
-        [sys.executable, "train.py", *argv, "--mask=full"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert refused.returncode == 2 and "causal or prefix" in refused.stderr
+    with pytest.raises(ValueError, match="causal or prefix"):
+        train("other", *own, "--mask=full")
 
 
 def test_the_loss_is_the_weighted_sum_of_means():
