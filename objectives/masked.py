@@ -41,19 +41,17 @@ class Objective(Base):
     instead = 'python -m objectives.masked RUN --fill="..."'
 
     def heads(self, gpt):
-        """The vector that stands where a token is hidden: at first as random as that of a token,
-        and none of theirs, so from another seed."""
-        generator = torch.Generator().manual_seed(2**32 + self.s.seed)
-        drawn = torch.randn(gpt.config.n_embd, generator=generator)
+        """The vector that stands where a token is hidden: at first as random as that of a token."""
+        other = torch.Generator().manual_seed(2**32 + self.s.seed)  # than that of the tokens
+        drawn = torch.randn(gpt.config.n_embd, generator=other)
         return {"mask": nn.ParameterList([drawn * gpt.wte.weight.detach().std()])}
 
     def prepare(self, batch, keys, learner):
         """Tokens as shown, targets, hidden (B, T) bool; positions and mask."""
         real = there(batch)
         askable = real & ~np.isin(batch.tokens, [*self.tokenizer.special.values()])
-        shown, asked, hidden = corrupt(
-            batch.tokens, askable, self.own.mask_fraction, self.tokenizer.vocab_size, keys
-        )
+        how = self.own.mask_fraction, self.tokenizer.vocab_size
+        shown, asked, hidden = corrupt(batch.tokens, askable, *how, keys)
         targets = np.where(asked, batch.tokens, IGNORE)
         inputs = (shown, targets, hidden, batch.positions, whole(batch, real))
         return inputs, [int(asked.sum())] * 2
@@ -131,25 +129,22 @@ def main(argv: list[str]) -> None:
 
     learner, tokenizer = opened(s.run, "masked")
     parts = [tokenizer.encode(part) for part in s.fill.split(MASK)]
-    ids = [i for part in parts for i in [*part, 0]][:-1]
+    ids = [i for part in parts for i in (*part, 0)][:-1]
     at = np.cumsum([len(part) + 1 for part in parts])[:-1] - 1
-    room = learner.gpt.config.block_size
-    if len(ids) > room:
-        raise ValueError(f"fill has {len(ids)} tokens, more than block_size={room}: shorten it")
+    room = f"a text of at most {learner.gpt.config.block_size} tokens, not {len(ids)}"
+    settings.require(len(ids) <= learner.gpt.config.block_size, s, "fill", room)
     hidden = torch.zeros(1, len(ids), dtype=torch.bool)
     hidden[0, at] = True
     with torch.no_grad():
         x = states(learner.gpt, learner.heads["mask"][0], torch.tensor([ids]), hidden, None, None)
         p = learner.gpt.logits(x[0, at]).softmax(dim=-1)  # (masks, V)
     best = p.topk(min(s.top, p.size(1)))
-    for number, (ps, found) in enumerate(zip(*best, strict=True), start=1):
-        guesses = (
-            f"{tokenizer.decode([i])!r} {q:.1%}" for q, i in zip(ps, found.tolist(), strict=True)
-        )
+    for number, some in enumerate(zip(*best, strict=True), start=1):
+        guesses = (f"{tokenizer.decode([int(i)])!r} {q:.1%}" for q, i in zip(*some, strict=True))
         print(f"{MASK} {number}: {', '.join(guesses)}")
-    for i, token in zip(at, best.indices[:, 0].tolist(), strict=True):
-        ids[i] = token
-    print(tokenizer.decode(ids))
+    filled = np.array(ids)
+    filled[at] = best.indices[:, 0]
+    print(tokenizer.decode(filled.tolist()))
 
 
 if __name__ == "__main__":
