@@ -195,7 +195,7 @@ class Split:
         self.text_bytes = None if None in sizes else sum(sizes)
         self.parts: list[Text | Rows] = []
         for strip in strips:
-            if strip.kind == "rows":
+            if strip.kind != "text":
                 self.parts += tasks_of(strip, tokenizer, lines)
             else:
                 self.parts.append(Documents(strip, tokenizer.end_of_text) if lines else Text(strip))
@@ -208,8 +208,10 @@ class Split:
             part.require(block_size)
 
     def describe(self, block_size: int, seed: int) -> str:
-        """One line about how rows are packed, and what they lose; empty for text."""
-        parts = [part for part in self.parts if part.kind == "rows"]
+        """One line about how rows are packed, and what they lose; empty for windows of text."""
+        if self.lines and self.parts[0].kind == "text":
+            return self.parts[0].describe(block_size)
+        parts = [part for part in self.parts if part.kind != "text"]
         return describe(parts, block_size, seed) if parts else ""
 
     def shares(self, block_size: int, seed: int) -> list[float]:
@@ -268,8 +270,8 @@ class Split:
         if self.lines:
             tokens = tokens[:, : self.longest(tokens)]
         y = tokens[:, 1:]
-        x = np.where(y == IGNORE, 0, tokens[:, :-1])
-        packed = np.array([part.kind == "rows" for part, _ in windows])[:, None]
+        x = np.where(tokens[:, :-1] == IGNORE, 0, tokens[:, :-1])
+        packed = np.array([part.kind != "text" for part, _ in windows])[:, None]
         if not packed.any():
             return Batch(x, y)
         markers, at = self.tokenizer.markers, np.arange(x.shape[1])
@@ -283,7 +285,7 @@ class Split:
     def longest(self, tokens: np.ndarray) -> int:
         """How many tokens the longest line has; what comes behind the end of each fills it up."""
         used = (tokens != IGNORE) & (tokens != self.tokenizer.end_of_text)
-        return max(2, int(used.any(axis=0).nonzero()[0].max(initial=0)) + 2)
+        return int(used.any(axis=0).nonzero()[0].max(initial=0)) + 2
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count of the split, int64."""
@@ -292,7 +294,7 @@ class Split:
     def rows(self) -> Iterator[list[int]]:
         """The ids of each row, in the order in which they were prepared."""
         for strip in self.strips:
-            if strip.kind == "rows":
+            if strip.kind != "text":
                 for place in strip.rows(self.tokenizer.end_of_text)[0].tolist():
                     yield strip.read(*place).tolist()
 
@@ -306,9 +308,9 @@ class Dataset:
     """A prepared folder, several joined by commas, or one of public shards, whose tokenizer has to
     be named.
 
-    Of several, each vocabulary has to be equal to the largest or extended by it. `kind` is "rows"
-    if any holds rows, else "text". Raises ValueError, with the remedy, for anything missing or
-    damaged.
+    Of several, each vocabulary has to be equal to the largest or extended by it. `kind` is "pairs"
+    if they hold pairs, "rows" if any holds rows, else "text". Raises ValueError, with the remedy,
+    for anything missing or damaged.
     """
 
     def __init__(
@@ -328,7 +330,10 @@ class Dataset:
         self.folder = folder
         self.learning = dict(mask=mask, train_on=train_on, mix=mix, lines=lines)
         self.folders = [Folder(name) for name in folder.split(",")]
-        self.kind = "rows" if any(f.kind == "rows" for f in self.folders) else "text"
+        kinds = {f.kind for f in self.folders}
+        if "pairs" in kinds and len(kinds) > 1:
+            raise ValueError(f"{folder} holds pairs and something else: learn from one at a time")
+        self.kind = next(kind for kind in ("pairs", "rows", "text") if kind in kinds)
         found = [f.tokenizer(tokenizer) for f in self.folders]
         self.tokenizer = max(found, key=lambda t: t.vocab_size)
         for f, theirs in zip(self.folders, found, strict=True):

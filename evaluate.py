@@ -29,7 +29,7 @@ import objectives
 import scores
 from dataset import IGNORE, Dataset, Split
 from engine import settings
-from engine.settings import Count, NotNegative, Positive
+from engine.settings import BelowOne, Count, NotNegative, Positive
 
 if TYPE_CHECKING:  # torch is imported where it is used, since mistakes are told before that
     from engine.learner import Learner
@@ -61,6 +61,7 @@ class Settings:
     task: str = ""  # only the rows of this task
     limit: Count = 0  # rows of each task, evenly spread; 0 is all
     marker: str = ""  # ask under the marker of this task instead of the row's own; none is without
+    noise: BelowOne = 0.0  # this share of the letters of prompts is mistyped, before they are asked
     choices: str = ""  # labels to choose from, as in yes,no; auto takes those of the training split
     normalise: bool = False  # choose by the mean of a label's tokens, which helps the longer ones
     exchange: bool = False  # also the perplexity of answers behind the prompt of another row
@@ -71,6 +72,7 @@ class Settings:
     slots: Positive = 32  # answers that are written side by side
     seed: int = 1  # of answers that are drawn
     answers: str = ""  # file to write them to; by default one in the folder of the run
+    pairs: str = ""  # jsonl to write: of each wrong answer the better one and it, for preference
     label: str = ""  # jsonl of rows without answers: writes them with the model's, for prepare.py
 
     # of hidden states, whatever the objective was: see probe.py
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> int:
     settings.require(s.generate != 1, s, "generate", "at least 2, to be compared with each other")
     settings.require(not s.label or Path(s.label).is_file(), s, "label", "a file of rows")
     if s.label:
-        refuse(s, ("limit", "task", "baseline", "exchange"), "has no use with --label")
+        refuse(s, ("limit", "task", "baseline", "exchange", "pairs"), "has no use with --label")
     here = start(s)
     run = Opened(s.out, s.checkpoint)
     if s.probe or s.nearest or s.map:
@@ -110,7 +112,8 @@ def main(argv: list[str]) -> int:
         objectives.require_writer(run.state, s.out)
     data = None if s.label else run.data(s)
     if data and not objectives.find(run.objective).Objective.generates:
-        of_writers = ("baseline", "generate", "task", "limit", "marker", "choices", "exchange")
+        of_writers = ("baseline", "generate", "task", "limit", "marker", "noise", "choices")
+        of_writers += ("exchange", "pairs")
         refuse(s, of_writers, f"is for what writes, unlike objective={run.objective}")
         tell_loss(s, run, data, here)
         return 0
@@ -118,8 +121,9 @@ def main(argv: list[str]) -> int:
         of_text = ("eval_tokens", "device_batch", "generate")
         refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")
         return evaluate_rows(s, run, data, here)
-    of_rows = ("task", "limit", "marker", "choices", "normalise", "exchange")
-    refuse(s, of_rows, f"is for rows, and {data.folder} holds running text")
+    of_rows = ("task", "limit", "marker", "noise", "choices", "normalise", "exchange", "pairs")
+    held = "running text" if data.kind == "text" else data.kind
+    refuse(s, of_rows, f"is for rows, and {data.folder} holds {held}")
     return evaluate_text(s, run, data, here)
 
 
@@ -155,7 +159,7 @@ class Opened:
         self.name, self.path = out, find(out, checkpoint)
         self.model, self.tokenizer, self.state = load_weights(self.path)
         self.trained_with = self.state["settings"]
-        self.objective = self.trained_with.get("objective", "next_token")
+        self.objective = objectives.name_of(self.state)
 
     def data(self, s) -> Dataset:
         """The data of `s`, or of the run. Raises ValueError if the model reads other tokens."""
@@ -166,7 +170,7 @@ class Opened:
         train_on = self.trained_with.get("train_on", "answers")
         lines = objectives.find(self.objective).Objective.lines
         data = Dataset(folder, named, self.model.config.mask, train_on, lines=lines)
-        if data.kind == "rows":
+        if data.kind != "text":
             self.require_markers()
         data.require_tokenizer(self.tokenizer, self.name)
         return data
@@ -218,14 +222,14 @@ def evaluate(
     objective, block_size = learner.objective, learner.gpt.config.block_size
     rows = max(1, EVAL_TOKENS // block_size)
     rows = min(rows, device_batch or rows)
-    n = len(objective.terms)
+    n, end_of_text = len(objective.terms), split.tokenizer.end_of_text
     found, size, asked = [0.0] * 2 * n, 0, False  # of each term its sum, then of how many things
     part_of_it = 0 < eval_tokens < split.tokens - 1
     was_training = learner.training
     learner.eval()  # no dropout
     with torch.no_grad(), here.autocast():
         for batch in split.in_order(rows, block_size, here.rank, here.world, eval_tokens):
-            inputs, counts = objective.prepare(batch, keys_of(batch), learner)
+            inputs, counts = objective.prepare(batch, keys_of(batch, end_of_text), learner)
             sums = [float(x) for x in learner.forward(*map(here.put, inputs))]
             text = batch.targets[batch.targets != IGNORE]
             mine = split.bytes_of(text) if part_of_it and split.text_bytes else 0
@@ -239,19 +243,10 @@ def evaluate(
         return None
     size = size if part_of_it else split.text_bytes
     bits = found[0] / math.log(2) / size if size and objective.bits else None
-    means = [a / max(b, 1) for a, b in zip(found[:n], found[n:], strict=True)]
+    means = [a / b if b else math.nan for a, b in zip(found[:n], found[n:], strict=True)]
     named = dict(val_loss=total(objective, means, [1] * n), val_bpb=bits)
     terms = zip(objective.terms, means, strict=True)
     return named | {f"val_{name}": mean for name, mean in terms if name != "loss"}
-
-
-def told(found: dict, unit: str) -> str:
-    """What `evaluate` has found, in words."""
-    parts = [f"loss {found['val_loss']:.4f} {unit}"]
-    if found["val_bpb"]:
-        parts.append(f"{found['val_bpb']:.4f} bits per byte")
-    rest = {k: v for k, v in found.items() if k not in ("val_loss", "val_bpb")}
-    return ", ".join(parts + [f"{k.removeprefix('val_')} {v:.4f}" for k, v in rest.items()])
 
 
 def compressors(split: Split, tokenizer: "Tokenizer") -> str:
@@ -268,9 +263,13 @@ def compressors(split: Split, tokenizer: "Tokenizer") -> str:
 
 
 def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
+    from engine.learner import told
+
+    learner = run.learner()
+    learner.objective.require(data)
     run.make_ready(s, here)
+    learner.to(here.device)
     split = data.split(s.split)
-    learner = run.learner().to(here.device)
     found = evaluate(learner, split, here, None, s.device_batch, s.eval_tokens)
     found = told(found, learner.objective.unit)
     here.say(f"{run.path} on the {s.split} split of {data.folder}: {found}")
@@ -278,6 +277,8 @@ def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
 
 def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> int:
     """Prints what a model makes of running text, beside compressors, another run, and people."""
+    if not objectives.find(run.objective).Objective.bits:
+        refuse(s, ("baseline", "generate"), f"is for what writes, and {s.out} does not")
     tell_loss(s, run, data, here)
     if here.rank or not objectives.find(run.objective).Objective.bits:
         return 0
@@ -291,6 +292,7 @@ def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> i
     print("loss by position in the window:", ", ".join(by_position(nats)))
     if s.baseline:
         other = Opened(s.baseline)
+        objectives.require_writer(other.state, s.baseline)
         data.require_tokenizer(other.tokenizer, s.baseline)
         if other.model.config.block_size != run.model.config.block_size:
             raise ValueError(
@@ -348,6 +350,7 @@ def evaluate_rows(s: Settings, run: Opened, data: Dataset | None, here: "Machine
 
     runs = [run, Opened(s.baseline)] if s.baseline else [run]
     for opened in runs:
+        objectives.require_writer(opened.state, opened.name)
         opened.require_markers()
     if here.rank:
         return 0

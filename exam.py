@@ -28,6 +28,7 @@ from evaluate import EVAL_TOKENS, LOGITS
 from generate import answers, beam, prefill
 from grading import Exam, Result, Row
 from model import GPT
+from robust import mistyped_prompt
 from tokenizer import Tokenizer
 
 FLOOR_ROWS = 20_000  # of each task, from which floors learn
@@ -56,15 +57,23 @@ def examine(s, models: list[tuple[GPT, Tokenizer]], data: Dataset, file: Path) -
             " ones, or there are not ten rows for each"
         )
     tell_what_lacks()
-    lines = []
+    lines, pairs = [], []
     for exam in exams:
         results = [ask(*model, exam.rows, exam.labels, s) for model in models]
-        lines += grading.written_down(exam, results[0])
+        lines += (found := list(grading.written_down(exam, results[0])))
+        pairs += grading.pairs(exam, found)
         print("", exam.title(s.split), *grading.table(exam, results[0]), sep="\n")
         if len(models) == 2:
             same_tokens = models[0][1].digest() == models[1][1].digest()
             print(*grading.comparison(exam, *results, same_tokens), sep="\n")
     write_lines(file, lines)
+    if s.pairs and not pairs:
+        raise ValueError(
+            f"pairs={s.pairs!r} is not written: no answer was wrong; draw some more"
+            " with a --temperature above 0, or of more rows"
+        )
+    if s.pairs:
+        write_lines(Path(s.pairs), pairs)
 
 
 def label(s, model: GPT, tokenizer: Tokenizer, file: Path) -> None:
@@ -191,7 +200,7 @@ def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s)
     if not labels and not any(row.reference for row in rows):  # nobody knows how long answers are
         most = s.max_tokens or block_size // 2
         rooms = [min(most, block_size // 2)] * len(rows)
-    prompts, shorter = prompts_of(model, tokenizer, rows, s.marker, rooms)
+    prompts, shorter = prompts_of(model, tokenizer, rows, s.marker, s.noise, rooms)
     left = [block_size + 1 - len(prompt) for prompt in prompts]
     known = [[ids[:room]] for ids, room in zip(references, left, strict=True)]
     cut = sum(len(ids) > room for ids, room in zip(references, left, strict=True))
@@ -202,7 +211,7 @@ def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s)
     nats = [found for [found] in surprise(model, tokenizer, prompts, known)]
     exchanged = []
     if s.exchange:
-        others, _ = prompts_of(model, tokenizer, rows[1:] + rows[:1], s.marker, rooms)
+        others, _ = prompts_of(model, tokenizer, rows[1:] + rows[:1], s.marker, s.noise, rooms)
         exchanged = [found for [found] in surprise(model, tokenizer, others, known)]
     if labels:
         ln_p = -torch.tensor(surprise(model, tokenizer, prompts, [choices] * len(prompts)))
@@ -219,18 +228,19 @@ def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s)
 
 
 def prompts_of(
-    model: GPT, tokenizer: Tokenizer, rows: list[Row], marker: str, rooms: list[int]
+    model: GPT, tokenizer: Tokenizer, rows: list[Row], marker: str, noise: float, rooms: list[int]
 ) -> tuple[list[list[int]], int]:
     """The ids of each prompt, and how many of them lose their front.
 
     Behind it there is room for so many tokens of an answer; for half a context, if not even the
     markers would stand before them. `marker` is asked under instead of the row's own task; "none"
-    is no marker. Raises ValueError.
+    is no marker. `noise` is the share of letters that are mistyped. Raises ValueError.
     """
     prompts, shorter, block_size = [], 0, model.config.block_size
     for row, room in zip(rows, rooms, strict=True):
         task = {"": row.task, "none": ""}.get(marker, marker)
-        ids = np.array(tokenizer.encode_row(row.messages, task, open=True))
+        asked = mistyped_prompt(row.messages, noise) if noise else row.messages
+        ids = np.array(tokenizer.encode_row(asked, task, open=True))
         fitted = fit(ids, block_size + 1 - room, tokenizer.markers)
         if not len(fitted):
             fitted = fit(ids, block_size + 1 - block_size // 2, tokenizer.markers)

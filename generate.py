@@ -197,7 +197,7 @@ class Slots:
 
 
 def to_answer(
-    prompts: Iterable[list[int]], limit: int, max_tokens: int, seed: int
+    prompts: Iterable[list[int]], limit: int, max_tokens: int, seed: int, keys=None
 ) -> Iterator[Answer]:
     """An empty answer to each prompt, of which the last `limit` tokens count."""
     for number, prompt in enumerate(prompts):
@@ -205,7 +205,8 @@ def to_answer(
             raise ValueError(NO_TOKEN)
         prompt = prompt[-limit:]
         most = min(max(1, max_tokens), limit + 1 - len(prompt))
-        yield Answer(number, prompt, most, random.Random(f"{seed} {number}"))
+        key = number if keys is None else keys[number]
+        yield Answer(number, prompt, most, random.Random(f"{seed} {key}"))
 
 
 def answers(
@@ -216,21 +217,24 @@ def answers(
     *,
     slots: int = 32,
     seed: int = 0,
+    keys: Sequence | None = None,
+    with_end: bool = False,
     exact: bool = False,
     pick: Callable[..., Tensor] = pick,
     **options,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields (number of a prompt, the tokens of its answer without their end) as each answer ends.
+    """Yields (number of a prompt, the tokens of its answer, `with_end` or not) as each answer ends.
 
     It ends at one of `tokenizer.ends`, after `max_tokens`, or where the context is full; of a
     prompt the last `block_size` tokens count. `slots` answers are written side by side, which
-    bounds the memory, however many prompts there are. Number i draws from (seed, i). What stands
-    beside it changes the last digits of its logits, since sums are cut into other parts; not so if
-    `exact`: then prompts are read one by one, and attention always spans the whole cache. `pick`
-    and `options` are as in `generate`. Raises ValueError for an empty prompt.
+    bounds the memory, however many prompts there are. Number i draws from (seed, i), or from (seed,
+    keys[i]), wherever its prompt stands. What stands beside it changes the last digits of its
+    logits, since sums are cut into other parts; not so if `exact`: then prompts are read one by
+    one, and attention always spans the whole cache. `pick` and `options` are as in `generate`.
+    Raises ValueError for an empty prompt.
     """
     left_out = torch.tensor(tokenizer.unused, device=model.wte.weight.device, dtype=torch.long)
-    waiting = to_answer(prompts, model.config.block_size, max_tokens, seed)
+    waiting = to_answer(prompts, model.config.block_size, max_tokens, seed, keys)
     beside = Slots(model, slots, tokenizer.markers, exact)
     while True:
         # 1. the next prompts move in when a quarter of the slots is free, since together they are
@@ -254,7 +258,7 @@ def answers(
             if answer is None:
                 continue
             ended = new in tokenizer.ends
-            if not ended:
+            if with_end or not ended:
                 answer.tokens.append(new)
             if ended or len(answer.tokens) >= answer.most:
                 beside.writing[row] = None

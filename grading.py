@@ -221,3 +221,13 @@ def written_down(exam: Exam, result: Result) -> Iterator[dict]:
         found |= dict(reference=row.reference, probability=result.probabilities[i])
         found |= {name: float(values[i]) for name, values in of_rows.items()}
         yield found | dict(nats=result.nats[i], tokens=result.tokens[i])
+
+
+def pairs(exam: Exam, lines: list[dict]) -> Iterator[dict]:
+    """The reference and what was answered instead, of each of the `lines` of `written_down` that is
+    wrong: what objectives/preference.py learns from. Nothing said is nothing to learn from."""
+    right = "accuracy" if exam.kind == "labels" else "exact match"
+    for row, line in zip(exam.rows, lines, strict=True):
+        if not line[right] and line["answer"].strip():
+            both = dict(chosen=row.reference, rejected=line["answer"])
+            yield dict(messages=row.messages, task=row.task) | both

@@ -110,31 +110,22 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-        smoothing: float = 0.0,
-        embedded: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with `targets` (B, T) the cross-entropy in nats, mean or sum.
 
         `targets` are `tokens` shifted by one: at each position the token that comes next. So one
         pass over T tokens is T exercises in prediction. Targets of -100 do not count. With a
         `cache`, only the last position's logits: (B, 1, V), for they choose the next token.
-        `smoothing` is the share of each target that goes to all tokens alike: a model that is never
-        rewarded for being certain learns less by heart (arXiv:1512.00567, section 7).
         """
-        x = self.trunk(tokens, mask, positions, cache, embedded)
+        x = self.trunk(tokens, mask, positions, cache)
         logits = self.logits(x if cache is None else x[:, -1:])
         if targets is None:
             return logits
         # softmax makes e^logit of each logit and divides by their sum: positive numbers p that add
         # up to 1. The loss is -ln p(target): 0 if the model was sure and right, ln V if it finds
         # all tokens equally likely
-        return F.cross_entropy(
-            logits.flatten(0, 1),  # (B T, V)
-            targets.flatten(),
-            ignore_index=IGNORE,
-            reduction=reduction,
-            label_smoothing=smoothing,
-        )
+        logits, targets = logits.flatten(0, 1), targets.flatten()  # (B T, V), (B T)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
     def init_weights(self, seed: int) -> None:
         """Draws all matrices, on the CPU, a function of `seed` alone: see `draw` at the end."""

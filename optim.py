@@ -107,6 +107,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
+                if p.grad is None:  # nothing has been asked of it
+                    continue
                 shapes.setdefault(p.shape, []).append(p)
                 if p not in self.state:
                     self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}

@@ -13,9 +13,12 @@ a "task" if there are several, or a .csv, .tsv, .jsonl or .parquet with --prompt
     python prepare.py questions.csv --prompt=question --answer=answer --out=data/questions
     python prepare.py train=a.jsonl val=b.jsonl test=c.jsonl --prompt=en --answer=de --task=german
     python prepare.py "a.csv --prompt=en --answer=de --task=german" chat.jsonl sums @more.txt
+    python prepare.py pictures --images=16 --tokenizer=bytes
 
 The second takes splits as they were published. The third prepares several tasks; each line of the
-list more.txt is a source with settings of its own, as that in quotes is.
+list more.txt is a source with settings of its own, as that in quotes is. Lines of a .jsonl with
+"chosen" and "rejected", behind a "prompt" or such messages, are pairs: objectives/preference.py.
+The last makes a row of each picture of a folder, in 16 greys (engine/pictures.py).
 """
 
 import json
@@ -41,6 +44,7 @@ from engine.shards import ShardWriter, Strip
 from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
 from engine.spool import Document, Spool, chunks, clean, draw, read_chunk
 from engine.tables import Reading, Row
+from robust import mistyped_prompt
 from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, find_tokenizer
 
 PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
@@ -56,6 +60,7 @@ class Settings:
     test: BelowOne = 0.05  # fraction of the text for the test split
     reading: Reading = field(default_factory=Reading)
     skip_bad: bool = False  # leave out documents that cannot be read
+    noise: BelowOne = 0.0  # rows to learn from come twice, once with this share of letters mistyped
     bpe_bytes: int = 32_000_000  # bpe learns from at most this much text, spread over the split
     seed: Count = 0  # of the hash that splits
     workers: Count = 0  # processes; 0 means one for each core
@@ -101,7 +106,9 @@ def prepare(s: Settings) -> None:
             with Spool(folder) as spool:
                 read(s, sources, spool, report)
                 meta["text"] = spool.describe()
-                if tokenizer and spool.kind == "rows":
+                for_rows = "0 for running text, which has no prompts"
+                settings.require(spool.kind != "text" or not s.noise, s, "noise", for_rows)
+                if tokenizer and spool.kind != "text":
                     tokenizer = tokenizer.extended(spool.tasks)
                 if tokenizer:  # the run of that name may have been trained anew
                     meta["tokenizer_sha256"] = tokenizer.digest()
@@ -111,8 +118,8 @@ def prepare(s: Settings) -> None:
             tokenizer = tokenizer or learn(s, spool)
             tokenizer.save(folder)
             meta |= dict(vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.digest())
-            if spool.kind == "rows":
-                meta["kind"] = "rows"
+            if spool.kind != "text":
+                meta["kind"] = spool.kind
             meta["splits"] = encode(s, spool, tokenizer)
             write_json(folder / "meta.json", meta)
         print_table(out, meta, report, time.monotonic() - began)
@@ -163,7 +170,7 @@ def take(document: Iterable[str] | Row, part: str, spool: Spool, report: Counter
         return spool.add(clean(document, report, progress), part)
     for message in document.messages:
         message["content"] = "".join(clean([message["content"]], report, progress))
-    if not document.sure or document.empty():
+    if not document.sure or not document.tells():
         return "empty" if document.sure else "unsure"
     return spool.add([document.content()], part, document)
 
@@ -273,7 +280,7 @@ def learn(s: Settings, spool: Spool) -> Tokenizer:
     A vocabulary that has seen the validation text, too, has tokens for its rare words, and makes it
     look easier than a new text is.
     """
-    path, rows = spool.folder / "spool_train", spool.kind == "rows"
+    path, rows = spool.folder / "spool_train", spool.kind != "text"
     markers = len(ROLES) + 1 + len(spool.tasks) if rows else 0  # <|end|>
     least = f"at least {257 + markers}: the bytes, end-of-text and {markers} markers"
     settings.require(s.vocab_size >= 257 + markers, s, "vocab_size", least)
@@ -312,18 +319,20 @@ def count_words(path: Path, number: int, rows: bool) -> Counter:
 
 def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
     """Writes the shards of every split, in order; returns what meta.json tells of them."""
-    splits, encode_some = {}, encode_rows if spool.kind == "rows" else encode_chunk
+    splits = {}
     with processes(s.workers, use_tokenizer, spool.folder) as each_chunk:
         for name in SPLITS:
             path = spool.folder / f"spool_{name}"
             writer = ShardWriter(spool.folder, name, tokenizer.vocab_size)
-            for tokens in each_chunk(f"encoding {name}", encode_some, path):
+            of_rows = partial(encode_rows, noise=s.noise if name == "train" else 0.0)
+            of_kind = encode_chunk if spool.kind == "text" else of_rows
+            for tokens in each_chunk(f"encoding {name}", of_kind, path):
                 writer.write(tokens)
             writer.close()
             path.unlink()
             tokens = sum(shard["tokens"] for shard in writer.shards)
             splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written[name]
-            if spool.kind == "rows" and tokens:
+            if spool.kind != "text" and tokens:
                 paths = [spool.folder / shard["file"] for shard in writer.shards]
                 firsts = Counter(Strip(paths).rows(tokenizer.end_of_text)[1].tolist())
                 tasks = {name: firsts[i] for name, i in tokenizer.tasks().items() if firsts[i]}
@@ -345,11 +354,16 @@ def encode_chunk(path: Path, number: int) -> np.ndarray:
     return tokens.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else tokens
 
 
-def encode_rows(path: Path, number: int) -> np.ndarray:
-    """The tokens of a chunk of rows, with their markers: see `Tokenizer.encode_row`."""
+def encode_rows(path: Path, number: int, noise: float) -> np.ndarray:
+    """The tokens of a chunk of rows, with their markers: see `Tokenizer.encode_row`. With `noise`,
+    behind each row the same answer to a prompt that is mistyped."""
     ids = []
-    for row in read_chunk(path, number, rows=True).split("\0")[:-1]:
-        ids += tokenizer.encode_row(**json.loads(row))
+    for text in read_chunk(path, number, rows=True).split("\0")[:-1]:
+        row = json.loads(text)
+        ids += tokenizer.encode_row(**row)
+        wrong = mistyped_prompt(row["messages"], noise) if noise else row["messages"]
+        if wrong != row["messages"]:
+            ids += tokenizer.encode_row(wrong, row["task"])
     return np.array(ids, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 

@@ -3,6 +3,7 @@
     --prompt="def "                     the model goes on where the prompt ends
     --task=translate --prompt="A dog"   one question to a model that has learned from rows
     --chat                              a conversation with such a model, in the terminal
+    --grid=digits.png                   pictures by a model that has learned from such rows
 
 The command around generate.py. torch takes a second to load, so what needs it is imported where it
 is used: a mistake in the arguments is answered at once.
@@ -26,6 +27,9 @@ Penalty = Annotated[float, Bound("above 0; 1 is off", lambda x: x > 0)]
 Samples = Annotated[int, Bound("from 1 to 1024", lambda n: 1 <= n <= 1024)]
 Stops = Annotated[tuple, Bound("text, not nothing", all)]
 Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
+
+LABELS = "0 1 2 3 4 5 6 7 8 9"  # what --grid asks for, unless the prompt does
+PICTURES = 10  # of each, unless num_samples is above 1
 
 # what can change in the middle of an interactive session
 CHANGEABLE = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -52,6 +56,8 @@ class Settings:
     chat: bool = False  # ask for one turn of a conversation after another
     system: str = ""  # what a conversation begins with, as in "Answer in one sentence."
     task: str = ""  # the prompt is a question for this task; with chat, the whole conversation
+    grid: str = ""  # draw pictures into this PNG: a row of them for each word of the prompt
+    width: Count = 0  # of a picture in pixels; 0: it is square
     quantize: Quantize = ""  # int8: weights of eight bits, on a CPU; faster, slightly higher loss
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of the weights and of matrix products
@@ -81,8 +87,10 @@ def main(argv: list[str]) -> None:
     settings.require(not (s.prompt_file and talking), s, "prompt_file", alone)
     settings.require(not s.system or s.chat or s.task, s, "system", "given with --chat or --task")
     settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
-    asked = s.prompt or s.prompt_file or talking or not s.task
+    asked = s.prompt or s.prompt_file or talking or s.grid or not s.task
     settings.require(asked, s, "prompt", "a question for --task, or give --interactive")
+    texts = talking or s.prompt_file or s.beam > 1 or s.system
+    settings.require(not (s.grid and texts), s, "grid", "left out but with a --prompt of labels")
     prompt = s.prompt
     if s.prompt_file:
         file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")
@@ -99,12 +107,14 @@ def main(argv: list[str]) -> None:
 
     if s.chat or s.task:
         tokenizer.encode_row([], s.task)  # a model that has not learned from rows is refused
-    rows = max(s.num_samples, s.beam)
+    rows = max(s.num_samples, s.beam, PICTURES if s.grid else 1)
     here = machine.pick(s.device, s.dtype, "false", rows=rows)
     model = model.eval().to(here.device, here.dtype)
     machine.use_threads(s.threads, here, model, rows)
     model = inference.ready(model, s.quantize, rows, parts=s.fast)
-    if talking:
+    if s.grid:
+        draw(model, tokenizer, s)
+    elif talking:
         converse(model, tokenizer, s)
     else:
         echo = "" if s.task else prompt
@@ -203,6 +213,35 @@ def write_samples(model, tokenizer, turns: list[dict], s: Settings, echo: str = 
             who = "" if alone else f"sample {i} "
             print(f"({who}stopped before {stream.stopped_by!r})", file=sys.stderr)
     return texts[0]
+
+
+def draw(model, tokenizer, s: Settings) -> None:
+    """Writes a PNG with pictures of the labels that the prompt names, a row of the grid for each.
+
+    The model has learned from rows that are pictures: see tasks/digits.py.
+    """
+    from pathlib import Path
+
+    from engine import pictures
+    from engine.files import write_durably
+    from generate import answers
+
+    known = [*tokenizer.tasks()]
+    task = s.task or (known[0] if len(known) == 1 else "")
+    columns = s.num_samples if s.num_samples > 1 else PICTURES
+    labels = [label for label in (s.prompt or LABELS).split() for _ in range(columns)]
+    prompts = [tokenizer.encode_row([turn("user", label)], task, open=True) for label in labels]
+    room = model.config.block_size + 1
+    texts, options = [""] * len(labels), dict(top_k=s.top_k, top_p=s.top_p)
+    options |= dict(seed=s.seed, temperature=s.temperature)
+    for i, ids in answers(model, tokenizer, prompts, room, **options):
+        texts[i] = tokenizer.decode(ids)
+    usual = max(
+        texts, key=lambda text: [*map(len, texts)].count(len(text))
+    )  # the length that most have
+    drawn = [pictures.pixels(text, *pictures.size(usual, s.width)) for text in texts]
+    write_durably(Path(s.grid), pictures.png(pictures.grid(drawn, columns)))
+    print(f"wrote {s.grid}: {len(drawn)} pictures")
 
 
 def converse(model, tokenizer, s: Settings) -> None:

@@ -41,7 +41,7 @@ from shape import GPTConfig
 
 START = time.monotonic()
 SHOWN = 3  # rows that are answered at the end
-Objective = Annotated[str, Bound(f"one of {', '.join(objectives.names())}", objectives.find)]
+Name = Annotated[str, Bound(f"one of {', '.join(objectives.names())}", objectives.find)]
 Rate = Annotated[float, Bound("from 0 to 1000", lambda x: 0 <= x <= 1000)]
 
 
@@ -55,7 +55,7 @@ class Settings:
     out: str = ""  # folder of the run; by default out/<name of the config file>
     init_from: str = ""  # begin with the weights of this run or checkpoint
     seed: Count = 1  # of weights, order of the data, dropout
-    objective: Objective = "next_token"  # what is learned: a file in objectives/, with its settings
+    objective: Name = "next_token"  # what is learned: a file in objectives/, with its settings
 
     # the model: n_layer, n_embd and the others stand in shape.py; vocab_size is that of the data
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0))
@@ -185,19 +185,19 @@ def train(s: Settings, stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status."""
     from dataset import Dataset
     from engine import machine
+    from engine.adopt import adopt_heads
     from engine.learner import Learner
     from engine.run import Run
     from evaluate import evaluate
     from optim import LossScale, learning_rate, make_optimizers, set_rates
 
     # 1. where it is computed, the folder it is kept in, the data
-    here = machine.pick(s.device, s.dtype, s.compile)
-    machine.start(here, s.deterministic)
     Objective = objectives.find(s.objective).Objective
+    here = machine.pick(s.device, s.dtype, s.compile if Objective.compiles else "false")
+    machine.start(here, s.deterministic)
     data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix, Objective.lines)
     objective = Objective(s, data.tokenizer)
     objective.require(data)
-    here.compile = here.compile and objective.compiles
     run = Run(s, here, stop, START)
     train_split = data.split("train")
     val_split = data.split("val")
@@ -213,6 +213,8 @@ def train(s: Settings, stop: Stop) -> int:
     # checkpoint of the run has them
     model = run.load_model() if run.step else new_model(s, data, here)
     learner = Learner(model, objective)
+    if s.init_from and not run.step:
+        adopt_heads(s.init_from, learner, here.say)
     run.make_ready(learner, per_pass)
     optimizers = make_optimizers(learner, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
@@ -297,10 +299,11 @@ def show_result(model, data, s: Settings, run) -> None:
         print("\nwhat the weights of the last step answer to rows that they have not seen:")
         for ids in islice(data.split("val").rows(), SHOWN):
             task, turns = data.tokenizer.decode_row(ids)
+            turns = turns[:-1] if data.kind == "pairs" else turns  # of two answers leave one
             asked = replace(picked, task=task, chat=True, temperature=0)
             print(f"\n{turns[-2]['content']}\n> ", end="")
             sample.write_samples(model.eval(), data.tokenizer, turns[:-1], asked)
-    then = "--chat" if data.kind == "rows" else f"--prompt={shlex.quote(s.sample_prompt)}"
+    then = "--chat" if data.kind != "text" else f"--prompt={shlex.quote(s.sample_prompt)}"
     print(f"\nnext: python sample.py {s.out} {then}")
 
 
@@ -340,11 +343,15 @@ def check(s: Settings) -> None:
     settings.require(not itself, s, "init_from", another)
     settings.require(s.init_from or not s.lora_rank, s, "lora_rank", "0 without --init_from")
     settings.require(public or not s.tokenizer, s, "tokenizer", f"left out: {s.data} has its own")
-    masks = objectives.find(s.objective).Objective.masks
+    Objective = objectives.find(s.objective).Objective
+    masks = Objective.masks
     if s.model.mask == GPTConfig.mask:
         s.model.mask = masks[0]
     sees = f"{' or '.join(masks)} with objective={s.objective}"
     settings.require(s.model.mask in masks, s.model, "mask", sees)
+    Objective.check(s)
+    no_kernels = f"false with objective={s.objective}"
+    settings.require(Objective.compiles or s.compile != "true", s, "compile", no_kernels)
     settings.require_package("tensorboard", s.tensorboard)
     settings.require_package("wandb", s.wandb)
     settings.require_memory(
@@ -356,6 +363,8 @@ def main(argv: list[str]) -> int:
     name = settings.peek("objective", argv, Settings.config)
     cls = objectives.with_settings(Settings, name if name in objectives.names() else "next_token")
     s = settings.load(cls, argv, "Train a GPT.", "config")
+    plainly = f'said plainly in {s.config}: objective = "{s.objective}"'
+    settings.require(s.objective == (name or "next_token"), s, "objective", plainly)
     s.out = s.out or f"out/{Path(s.config).stem}"
     check(s)
     stop = Stop()  # before torch is imported, which takes a second or more

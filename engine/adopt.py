@@ -5,8 +5,9 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+import objectives
 from dataset import Dataset
-from engine.checkpoint import find, load_weights
+from engine.checkpoint import find, load_heads, load_weights, read_state
 from model import GPT
 from shape import GPTConfig
 
@@ -34,6 +35,17 @@ def adopt(path: str, shape: GPTConfig, data: Dataset, say) -> tuple[GPT, int]:
         rows = f"{added} row{'s' if added > 1 else ''}"
         say(f"{rows} added for {names}: each begins as the mean of all tokens")
     return model, added
+
+
+def adopt_heads(path: str, learner, say) -> None:
+    """Gives a new learner the heads of a checkpoint that has learned by the same objective."""
+    found = find(path)
+    state, _ = read_state(found)
+    learned = objectives.name_of(state)
+    if learned == learner.objective.s.objective:
+        load_heads(found, learner)
+    elif (found / "heads.safetensors").exists():
+        say(f"the heads of {path}, which has learned by objective={learned}, are left behind")
 
 
 def grow(model: GPT, rows: int) -> None:

@@ -5,6 +5,7 @@ so that another run can begin with it; heads.safetensors has the rest.
 """
 
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Learner(nn.Module):
         self.gpt = gpt
         self.heads = nn.ModuleDict(objective.heads(gpt))
         self.objective = objective
+        self.autocast = nullcontext  # in which the loop calls it: Run.make_ready
 
     def forward(self, *inputs) -> list[Tensor]:
         return self.objective.loss(self.gpt, self.heads, *inputs)
@@ -39,16 +41,27 @@ def total(objective: objectives.Base, sums: list, counts: list):
     return sum(weight * s / max(n, 1) for weight, s, n in weighted if weight)
 
 
-def keys_of(batch) -> list[tuple]:
-    """Keys for what is random in evaluation: a row is changed alike wherever it stands."""
-    return [(0, zlib.crc32(row.tobytes())) for row in batch.tokens]
+def keys_of(batch, end_of_text: int) -> list[tuple]:
+    """Keys for what is random in evaluation: a row is changed alike wherever it stands, and however
+    much it is filled up."""
+    rows = (row[(row != 0) & (row != end_of_text)] for row in batch.tokens)
+    return [(0, zlib.crc32(row.tobytes())) for row in rows]
+
+
+def told(found: dict, unit: str) -> str:
+    """What evaluation has found, in words."""
+    parts = [f"loss {found['val_loss']:.4f} {unit}"]
+    if found["val_bpb"]:
+        parts.append(f"{found['val_bpb']:.4f} bits per byte")
+    rest = {k: v for k, v in found.items() if k not in ("val_loss", "val_bpb")}
+    return ", ".join(parts + [f"{k.removeprefix('val_')} {v:.4f}" for k, v in rest.items()])
 
 
 def settings_of(state: dict):
     """The settings of training that a checkpoint was made with."""
     from train import Settings
 
-    cls = objectives.with_settings(Settings, state["settings"].get("objective", "next_token"))
+    cls = objectives.with_settings(Settings, objectives.name_of(state))
     return settings.make(cls, settings.known(cls, state["settings"]))
 
 
@@ -60,6 +73,7 @@ def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner
     objective.kept(checkpoint.load_kept(path, state))  # heads may depend on it
     learner = Learner(gpt, objective)
     checkpoint.load_heads(path, learner)
+    learner.objective.kept(checkpoint.load_kept(path, state))
     return learner
 
 
@@ -68,7 +82,7 @@ def opened(run: str, name: str, which: str = "best") -> tuple[Learner, Tokenizer
     objective `name`. Raises ValueError if it learned by another."""
     path = checkpoint.find(run, which)
     gpt, tokenizer, state = checkpoint.load_weights(path)
-    learned = state["settings"].get("objective", "next_token")
+    learned = objectives.name_of(state)
     if learned != name:
         raise ValueError(f"{run} has learned by objective={learned}, and this needs {name}")
     return restored(path, gpt, tokenizer, state).eval(), tokenizer

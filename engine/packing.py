@@ -66,17 +66,42 @@ class Rows:
 
 
 class Lines(Rows):
-    """Rows, each in a window of its own: for what is learned of one as a whole."""
+    """Rows, each in a window of its own, for objectives that need a whole one by itself."""
 
     def windows(self, block_size: int, seed: int) -> list[list[int]]:
         return [[i] for i in np.flatnonzero(self.lengths(block_size)).tolist()]
 
 
+class Pairs(Lines):
+    """Rows with two answers, the better one and the worse, each pair in a window of its own. There
+    is room for two windows, as each answer is read behind the prompt without the other."""
+
+    kind = "pairs"
+
+    def row(self, i: int, block_size: int) -> np.ndarray:
+        """The prompt loses its front where the longer answer needs the room."""
+        row = self.strip.read(*self.places[i])
+        begins = np.flatnonzero(row == self.markers.assistant)[-2:]
+        answers = np.split(row, begins)[1:]
+        longest = max(answers, key=len)
+        kept = fit(np.concatenate([row[: begins[0]], longest]), block_size + 1, self.markers)
+        return np.concatenate([kept[: len(kept) - len(longest)], *answers]) if len(kept) else kept
+
+    def read(self, window: list[int], block_size: int) -> np.ndarray:
+        tokens = self.row(window[0], block_size)
+        empty = np.full(2 * (block_size + 1) - len(tokens), self.markers.end_of_text)
+        return np.concatenate([tokens, empty])
+
+
 class Documents(Lines):
-    """The documents of a text, each in a window of its own, between two end-of-texts: the first is
-    what it is begun with. Long ones are cut at their end."""
+    """The documents of a text, each in a window of its own, between two end-of-texts: behind the
+    first one it begins, as every prompt does. Long ones are cut at their end."""
 
     kind, task = "text", "text"
+
+    def __init__(self, strip: Strip, end_of_text: int):
+        self.end_of_text = end_of_text
+        super().__init__(strip, "text", strip.rows(end_of_text)[0], None)
 
     def row(self, i: int, block_size: int) -> np.ndarray:
         begin, length = self.places[i]
@@ -87,12 +112,13 @@ class Documents(Lines):
         tokens = self.row(window[0], block_size)
         return np.concatenate([tokens, np.full(block_size + 1 - len(tokens), IGNORE)])
 
-    def __init__(self, strip: Strip, end_of_text: int):
-        self.end_of_text = end_of_text
-        super().__init__(strip, "text", strip.rows(end_of_text)[0], None)
-
     def lengths(self, block_size: int) -> np.ndarray:
         return np.minimum(self.places[:, 1], block_size) + 1
+
+    def describe(self, block_size: int) -> str:
+        cut = int((self.places[:, 1] > block_size).sum())
+        lost = f"; {cut:,} lose what is behind block_size={block_size}" if cut else ""
+        return f"documents: {len(self.places):,}, a line each{lost}"
 
 
 def tasks_of(strip: Strip, tokenizer: Tokenizer, lines: bool = False) -> list[Rows]:
@@ -102,8 +128,9 @@ def tasks_of(strip: Strip, tokenizer: Tokenizer, lines: bool = False) -> list[Ro
     tasks: dict[str, list[int]] = {}
     for i in np.unique(firsts).tolist():
         tasks.setdefault(names.get(i, "rows"), []).append(i)
+    windows = Pairs if strip.kind == "pairs" else Lines if lines else Rows
     return [
-        (Lines if lines else Rows)(strip, task, places[np.isin(firsts, ids)], tokenizer.markers)
+        windows(strip, task, places[np.isin(firsts, ids)], tokenizer.markers)
         for task, ids in tasks.items()
     ]
 
@@ -115,8 +142,10 @@ def describe(parts: list[Rows], block_size: int, seed: int) -> str:
     whole = np.concatenate([part.places[:, 1] for part in parts])
     dropped = int((lengths == 0).sum())
     cut = int((lengths < whole).sum()) - dropped
-    filled = lengths.sum() / (windows * (block_size + 1))
-    line = f"rows: {len(whole):,} in {windows:,} windows, {filled:.1%} of positions filled"
+    kind = parts[0].kind
+    room = 2 if kind == "pairs" else 1  # windows of block_size + 1 tokens
+    filled = lengths.sum() / (windows * room * (block_size + 1))
+    line = f"{kind}: {len(whole):,} in {windows:,} windows, {filled:.1%} of positions filled"
     if cut:
         line += f"; {cut:,} lose the front of their prompt"
     if dropped:

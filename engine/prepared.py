@@ -15,9 +15,9 @@ SPLITS = ("train", "val", "test")
 class Folder:
     """A folder that prepare.py has written, or one of public shards (`public`).
 
-    `kind` is text or rows, `files` lists the shards of each split, `text_bytes` what they stand
-    for, where it is known, and `made` the settings it was prepared with. Raises ValueError, with
-    the remedy, for anything missing or damaged.
+    `kind` is text, rows or pairs, `files` lists the shards of each split, `text_bytes` what they
+    stand for, where it is known, and `made` the settings it was prepared with. Raises ValueError,
+    with the remedy, for anything missing or damaged.
     """
 
     def __init__(self, name: str):
@@ -138,8 +138,8 @@ def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
 
 
 def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
-    rows = meta.get("kind") == "rows"
-    what = "rows" if rows else "documents"
+    rows = meta.get("kind", "text") != "text"
+    what = meta["kind"] if rows else "documents"
 
     def counts(kinds: tuple[str, ...], of: str = "") -> str:
         return ", ".join(f"{report[kind]:,} {kind}{of}" for kind in kinds if report[kind])
@@ -155,7 +155,7 @@ def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
         print(f"kept     {report['asked in test']:,} {what} of test that were asked elsewhere, too")
     cleaned = ("control characters removed", "pieces brought to NFC")
     print(f"cleaned  {counts(cleaned) or 'nothing'}")
-    size, ratio = ("", "tokens/row") if rows else ("bytes", "bytes/token")
+    size, ratio = ("", f"tokens/{what[:-1]}") if rows else ("bytes", "bytes/token")
     print(f"\n{'split':8} {what:>10} {size:>14} {'tokens':>14} {ratio:>12}")
     for split, facts in meta["splits"].items():
         if tokens := facts["tokens"]:
@@ -163,5 +163,5 @@ def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
             ratio = tokens / facts["documents"] if rows else facts["bytes"] / tokens
             print(f"{split:8} {facts['documents']:>10,} {size:>14} {tokens:>14,} {ratio:>12.2f}")
     for task, count in meta["splits"]["train"].get("tasks", {}).items():
-        print(f"{task}: {count:,} rows to learn from")
+        print(f"{task}: {count:,} {what} to learn from")
     print(f"\nwrote {out} in {seconds:.1f} s: {meta['vocab_size']:,} tokens in the vocabulary")

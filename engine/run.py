@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 import lora
+import objectives
 from engine import checkpoint, fast, machine, resume, settings
 from engine.files import WINDOWS, require_space, write_durably
-from engine.learner import Learner
+from engine.learner import Learner, told
 from engine.machine import Machine
 from engine.metrics import MetricsLog, best_row, since_best, start_trackers
 from engine.stop import Stop
-from evaluate import told
 from model import GPT
 
 NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None)  # the state of a run at step 0
@@ -80,6 +80,12 @@ class Run:
     def load_model(self) -> GPT:
         """The model of the checkpoint that the run goes on from."""
         model, _, self.state = checkpoint.load_weights(self.path, merge=False)
+        learned = objectives.name_of(self.state)
+        if learned != self.s.objective:  # before its heads are looked for
+            raise ValueError(
+                f"{self.path} belongs to a run with other settings (objective was {learned!r}, is"
+                f" {self.s.objective!r}): choose another --out, or begin anew with --fresh"
+            )
         return model
 
     def make_ready(self, learner: Learner, rows: int) -> None:
@@ -88,6 +94,7 @@ class Run:
         if self.step:
             checkpoint.load_heads(self.path, learner)
         learner.to(self.here.device)
+        learner.autocast = self.here.autocast
         before = self.state["machine"]
         tokens = rows * self.s.model.block_size
         machine.use_threads(self.s.threads, self.here, learner.gpt, tokens, before)
@@ -235,12 +242,21 @@ class Run:
         speed = (step - self.shown) * self.s.batch_tokens / max(self.busy, 1e-9)
         self.shown, self.busy = step, 0.0
         row = dict(step=step, loss=loss, lr=lr, grad_norm=known, tokens=tokens)
-        self.record(**row, tokens_per_second=round(speed, 1))
+        told = self.means_told()
+        self.record(**row, **told, tokens_per_second=round(speed, 1))
+        also = "".join(f"  {name} {value:.4f}" for name, value in told.items())
         left = int((self.s.steps - step) * self.s.batch_tokens / speed)
         self.here.say(
-            f"step {step} of {self.s.steps}  loss {loss:.4f}  lr {lr:.2e}"
+            f"step {step} of {self.s.steps}  loss {loss:.4f}{also}  lr {lr:.2e}"
             f"  gradient {norm:.3f}  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
         )
+
+    def means_told(self) -> dict[str, float]:
+        """What the objective has to tell of the last step besides its loss, of all processes."""
+        told = self.learner.objective.told
+        found = self.here.sum([float(x) for pair in told.values() for x in pair])
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return {name: a / max(n, 1) for name, (a, n) in zip(told, pairs, strict=True)}
 
     def record(self, **row) -> None:
         """Writes a row of metrics; `seconds` are wall-clock time, added up over interruptions."""
@@ -274,7 +290,7 @@ class Run:
         """Prints the best evaluation, beside what `compressors()` has to say of the same text."""
         best = best_row(self.folder)
         if best:
-            loss = f"{best['val_loss']:.4f} nats a token"
+            loss = f"{best['val_loss']:.4f} {self.learner.objective.unit}"
             print(f"\nbest validation loss: {loss}, at step {best['step']}")
         if best and best["val_bpb"]:
             others = compressors()

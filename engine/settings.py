@@ -40,6 +40,7 @@ class Bound(NamedTuple):
 
 Positive = Annotated[int, Bound("at least 1", lambda n: n >= 1)]
 Count = Annotated[int, Bound("at least 0", lambda n: n >= 0)]
+AboveZero = Annotated[float, Bound("above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Bound("at least 0", lambda x: x >= 0)]
 Fraction = Annotated[float, Bound("from 0 to 1", lambda x: 0 <= x <= 1)]
 BelowOne = Annotated[float, Bound("at least 0, below 1", lambda x: 0 <= x < 1)]
@@ -139,7 +140,8 @@ def load(cls, argv: list[str], description: str, positional: str, nargs: str | N
         else:
             many = {"action": "append"} if kind is tuple else {}
             shown = "|".join(choices) or kind.__name__
-            parser.add_argument("--" + name, metavar=shown, help=text, **many)
+            word = name.removesuffix("_")  # `and_` is --and: Python keeps that word to itself
+            parser.add_argument("--" + word, dest=name, metavar=shown, help=text, **many)
     flags = {"--" + name for name, setting in settings.items() if setting.kind is bool}
     argv = [
         word if word not in flags or after.lower() in ("true", "false") else f"{word}=true"

@@ -23,7 +23,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from engine import encodings, settings, tables
+from engine import encodings, pictures, settings, tables
 from engine.tables import Reading, Row, Unreadable
 
 PIECE = 1 << 20  # bytes of text handled at a time
@@ -141,9 +141,12 @@ def documents(source: str, reading: Reading | None = None) -> Iterator[Iterable[
     """
     path, reading = Path(source), reading or Reading()
     if source == "-":
-        yield pieces(sys.stdin.buffer, "standard input", reading.encoding)
+        text = pieces(sys.stdin.buffer, "standard input", reading.encoding)
+        yield from lines_of(text) if reading.lines else [text]
     elif path.exists() and not path.is_dir():  # a file, or a pipe with a name
         yield from file_documents(path, reading)
+    elif path.is_dir() and reading.images:
+        yield from each(pictures.folder(path, reading.images), reading)
     elif path.is_dir():
         pattern = reading.pattern
         if reading.answer and pattern == Reading.pattern:
@@ -203,8 +206,7 @@ def file_documents(path: Path, reading: Reading) -> Iterator[Iterable[str] | Row
                 text = pieces(f, path, reading.encoding)
                 yield from each(tables.separated(text, path, reading), reading)
             elif reading.lines:
-                for piece in pieces(f, path, reading.encoding):
-                    yield from ([line] for line in piece.splitlines() if line.strip())
+                yield from lines_of(pieces(f, path, reading.encoding))
             else:
                 yield pieces(f, path, reading.encoding)  # reads on while the receiver iterates
     except Unreadable as e:
@@ -213,6 +215,12 @@ def file_documents(path: Path, reading: Reading) -> Iterator[Iterable[str] | Row
         yield unreadable(Unreadable(path, f"no whole gzip file ({e})"))
     except OSError as e:
         yield unreadable(Unreadable(path, e.strerror or str(e)))
+
+
+def lines_of(text: Iterator[str]) -> Iterator[list[str]]:
+    """Each line that is not empty, as a document. (One longer than a piece is several.)"""
+    for piece in text:
+        yield from ([line] for line in piece.split("\n") if line.strip())
 
 
 def each(table: Iterator[tuple], reading: Reading) -> Iterator[Iterable[str] | Row]:

@@ -48,7 +48,7 @@ class Spool:
         self.size = self.count = 0  # bytes, documents
         self.seen: set[bytes] = set()  # all that grows with the input: one digest for each document
         self.published: set[str] = set()  # the splits that documents came in, "" if in none
-        self.kind = ""  # text or rows, once it is known
+        self.kind = ""  # text, rows or pairs, once it is known
         self.tasks: set[str] = set()  # of rows
         self.crossing = False  # whether a prompt may stand in two splits
         self.digest = hashlib.sha256()  # of the whole
@@ -87,11 +87,12 @@ class Spool:
         if key in self.seen and split != "test":
             return "repeated"
         self.seen.add(key)
-        kind = "rows" if row else "text"
+        kind = "text" if not row else "pairs" if row.pair else "rows"
         if self.kind not in ("", kind):
+            then = "" if "pairs" in (self.kind, kind) else ", and train on both with"
             raise ValueError(
                 f"the sources hold both {self.kind} and {kind}: prepare each in a folder of its"
-                " own, and train on both with --data=FOLDER,FOLDER"
+                f" own{then and then + ' --data=FOLDER,FOLDER'}"
             )
         self.kind = kind
         prompt, group, text = digest, digest, size

@@ -11,13 +11,15 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from engine import encodings
-from engine.settings import Fraction
+from engine.settings import Bound, Fraction
 from tokenizer import ROLES, check_task
 
-OWN = ("messages", "task", "group", "probability")  # fields with a meaning of their own
+PAIR = ("chosen", "rejected")  # the better and the worse answer to what is asked
+OWN = ("messages", "task", "group", "probability", "open_ended", "prompt", *PAIR)  # with a meaning
+Greys = Annotated[int, Bound("from 2 to 64, or 0", lambda n: n == 0 or 2 <= n <= 64)]
 csv.field_size_limit(1 << 24)  # a quote that is never closed would take all of the memory
 
 
@@ -41,6 +43,7 @@ class Reading:
     task: str = ""  # what the rows ask for, such as translate: a marker in front of each
     group: str = ""  # column: rows that are alike in it go to the same split
     lines: bool = False  # each line of a text file is a document of its own
+    images: Greys = 0  # rows are the pictures of a folder, in so many greys, with its name as label
     above: Fraction = 0.0  # leave out rows whose "probability" is not above this
 
     def columns(self) -> list[str]:
@@ -59,20 +62,24 @@ class Reading:
 
 
 class Row(NamedTuple):
-    """A conversation."""
+    """A conversation; the last two messages of a `pair` are two answers, the better one first."""
 
     messages: list[dict]  # each with role and content, and no more
     task: str
     group: str
     sure: bool  # its probability is above the bound, if it has one
+    pair: bool = False
+    open_ended: bool = False  # one prompt has many answers: it may stand in several splits
 
     def content(self) -> str:
         """All that is learned from it, in one form: what `Tokenizer.encode_row` takes."""
         return json.dumps(dict(messages=self.messages, task=self.task), ensure_ascii=False)
 
     def prompt(self) -> str:
-        """All that stands before the last answer, likewise."""
-        return self._replace(messages=self.messages[:-1]).content()
+        """All that stands before the last answer, or the two of a pair, likewise; of what is
+        open-ended, all of it."""
+        answers = 0 if self.open_ended else 2 if self.pair else 1
+        return self._replace(messages=self.messages[: len(self.messages) - answers]).content()
 
     def empty(self) -> str:
         """Which of its messages says nothing, in words; a system's may."""
@@ -80,6 +87,10 @@ class Row(NamedTuple):
             if message["role"] != "system" and not message["content"].strip():
                 return "answer" if message["role"] == "assistant" else "prompt"
         return ""
+
+    def tells(self) -> bool:
+        """Whether there is something to learn: of two answers that are the same, none is better."""
+        return not (self.empty() or (self.pair and self.messages[-1] == self.messages[-2]))
 
 
 # --- what a row is
@@ -90,7 +101,10 @@ def document(row, reading: Reading) -> Iterable[str] | Row:
     if not isinstance(row, dict):
         raise ValueError(f"it should be an object with the field {reading.field!r} or 'messages'")
     own = "" if "task" in (*reading.prompt, reading.answer) else row.get("task")
-    if "messages" in row and reading.answer not in row:
+    pair = not reading.answer and is_pair(row, reading)
+    if pair:
+        messages = pair_of(row)
+    elif "messages" in row and reading.answer not in row:
         messages = turns(row["messages"])
     elif reading.answer:
         asked = [text_of(row, column, "prompt") for column in reading.prompt]
@@ -111,10 +125,50 @@ def document(row, reading: Reading) -> Iterable[str] | Row:
         sure = not reading.above or float(probability) > reading.above
     except (ValueError, TypeError) as e:
         raise ValueError(f"its probability is no number but {probability!r:.60}") from e
-    found = Row(messages, task, group, sure)
+    found = Row(messages, task, group, sure, pair, row.get("open_ended") is True)
     if what := found.empty():
         raise ValueError(f"the {what} is empty")
+    if not found.tells():
+        raise ValueError("chosen and rejected are the same: leave it out, as neither is better")
     return found
+
+
+def is_pair(row: dict, reading: Reading) -> bool:
+    """Whether a row has a better and a worse answer. Raises ValueError if it should and has one."""
+    there = [name for name in PAIR if name in row]
+    is_row = reading.field in row or last_role(row.get("messages")) == "assistant"
+    if len(there) == 1 and not is_row:
+        raise ValueError(
+            f"no field {PAIR[there == ['chosen']]!r} beside {there[0]!r}: a pair has both, the"
+            " better and the worse answer"
+        )
+    return len(there) == 2 and ("prompt" in row or not is_row)
+
+
+def last_role(messages) -> str:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return last.get("role", "") if isinstance(last, dict) else ""
+
+
+def pair_of(row: dict) -> list[dict]:
+    """The turns of a pair: what is asked, in `prompt` or `messages`, and both answers, each as text
+    or as messages of which it is the last. Raises ValueError."""
+    if "prompt" not in row and "messages" not in row:
+        raise ValueError("a pair wants what is asked, too: in the field 'prompt', or in 'messages'")
+    name = "prompt" if "prompt" in row else "messages"
+    asked = row[name]
+    if isinstance(asked, list):
+        asked = checked(asked)
+    else:
+        asked = [dict(role="user", content=text_of(row, name, name))]
+    if last_role(asked) != "user":
+        raise ValueError(
+            f"the {name} of a pair should end with a user's turn, to which chosen and rejected are"
+            " answers: cut it there"
+        )
+    said = {n: row[n][-1:] if last_role(row[n]) == "assistant" else row[n] for n in PAIR}
+    texts = {n: x[0].get("content") if isinstance(x, list) and x else x for n, x in said.items()}
+    return [*asked, *(dict(role="assistant", content=text_of(texts, n, n)) for n in PAIR)]
 
 
 def text_of(row: dict, column: str, option: str) -> str:
@@ -130,6 +184,17 @@ def one_newline(text: str) -> str:
 
 
 def turns(messages) -> list[dict]:
+    """A conversation that ends with an answer. Raises ValueError."""
+    found = checked(messages)
+    if len(found) < 2 or found[-1]["role"] != "assistant":
+        raise ValueError(
+            "its messages should end with an assistant's that answers something: cut it behind its"
+            " last answer"
+        )
+    return found
+
+
+def checked(messages) -> list[dict]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages should be a list of objects with role and content")
     for message in messages:
@@ -137,11 +202,6 @@ def turns(messages) -> list[dict]:
             raise ValueError(f"unknown role {message.get('role')!r}: {', '.join(ROLES)} are known")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"a message's content is no text but {message.get('content')!r:.60}")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            "its messages should end with an assistant's that answers something: cut it behind its"
-            " last answer"
-        )
     return [dict(role=m["role"], content=one_newline(m["content"])) for m in messages]
 
 
@@ -235,7 +295,8 @@ def parquet(path: Path, reading: Reading) -> Iterator[tuple]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         there = file.schema_arrow.names
-        if "messages" not in there or reading.answer in there:
+        own = "messages" in there or {*PAIR} <= {*there}
+        if not own or reading.answer in there:
             check_header(there, path, reading)
         wanted = [name for name in there if name in (*reading.columns(), *OWN)]
         number = 0

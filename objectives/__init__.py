@@ -2,7 +2,7 @@
 
 An objective turns a batch of tokens into exercises, and says how far the network is from right:
 
-    inputs, counts = objective.prepare(batch, keys)          # what is shown, what is asked
+    inputs, counts = objective.prepare(batch, keys, learner) # what is shown, what is asked
     sums = learner(*inputs)                                  # of each term, over all that is asked
     loss = sum(weight * s / n for weight, s, n in zip(weights, sums, counts))
 
@@ -18,28 +18,30 @@ from dataclasses import dataclass, field, make_dataclass
 from functools import lru_cache
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+import engine  # noqa: F401  before torch, which some objectives load at once: see engine/__init__.py
 
 
 class Base:
     """An objective, as far as the loop, checkpoints and evaluation need to know it.
 
-    `s` are the settings of training, `s.own` those of the objective. What does not go together is a
-    ValueError when it is made, before there is data or a model.
+    `s` are the settings of training, `s.own` those of the objective.
     """
 
-    terms: dict[str, float] = {"loss": 1.0}  # what is summed; weight 0: only told, as val_<name>
+    terms: dict[str, float] = {"loss": 1.0}  # weight of each sum; all are told, as val_<name>
     masks: tuple[str, ...] = ("causal", "prefix")  # policies it can learn under; the first is usual
     kinds: tuple[str, ...] = ("text", "rows")  # kinds of data it can learn from
     lines = False  # whether each line of a batch is one document (padded), instead of full windows
     generates = True  # whether the trunk can then write: if not, sample.py refuses it
     unit = "nats a token"  # of the loss
     bits = False  # whether the loss is that of text, token by token, and can be told in bits a byte
+    mixes = False  # whether it can learn from text and rows at once
     compiles = False  # whether torch.compile can make kernels for `loss`
     instead = ""  # what to run instead of sample.py
 
     def __init__(self, s, tokenizer):
         self.s, self.own, self.tokenizer = s, s.own, tokenizer
+        # name: (sum, count) of this process in the last step, for its row of metrics.jsonl
+        self.told: dict[str, tuple[float, int]] = {}
 
     def require(self, data) -> None:
         """Raises ValueError for a Dataset that there is nothing to learn from."""
@@ -48,6 +50,15 @@ class Base:
                 f"objective={self.s.objective!r} learns from {' or '.join(self.kinds)}, and"
                 f" {data.folder} holds {data.kind}"
             )
+        if len({folder.kind for folder in data.folders}) > 1 and not self.mixes:
+            raise ValueError(
+                f"objective={self.s.objective!r} learns from text or from rows, and {data.folder}"
+                " are both: leave one out"
+            )
+
+    @staticmethod
+    def check(s) -> None:
+        """Raises ValueError for settings that do not go together, before anything is loaded."""
 
     def heads(self, gpt) -> dict:
         """Modules that learn beside the trunk `gpt`, by name; they are saved in heads.safetensors.
@@ -92,7 +103,7 @@ class Base:
 
 def names() -> list[str]:
     """The objectives there are: the files of this folder, and nothing that a checkpoint says."""
-    return sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+    return sorted(path.stem for folder in __path__ for path in Path(folder).glob("[a-z]*.py"))
 
 
 def find(name: str):
@@ -104,9 +115,14 @@ def find(name: str):
     return importlib.import_module(f"objectives.{name}")
 
 
+def name_of(state: dict) -> str:
+    """The objective of a checkpoint; those that are older than objectives have the first."""
+    return state["settings"].get("objective", "next_token")
+
+
 def require_writer(state: dict, run: str) -> None:
     """Raises ValueError if a checkpoint of this state has not learned to write."""
-    name = state["settings"].get("objective", "next_token")
+    name = name_of(state)
     learned = find(name).Objective
     if not learned.generates:
         instead = learned.instead.replace("RUN", run)

@@ -26,7 +26,7 @@ from engine.settings import Fraction, Positive
 from objectives import Base
 
 MASK = "<mask>"  # how it is written in --fill
-CHOSEN, RANDOM = 0.8, 0.1  # of what is asked for: hidden, replaced; the rest stays
+HIDDEN, RANDOM = 0.8, 0.1  # of what is asked for; the rest stays as it is
 
 
 @dataclass
@@ -41,8 +41,10 @@ class Objective(Base):
     instead = 'python -m objectives.masked RUN --fill="..."'
 
     def heads(self, gpt):
-        """The vector that stands where a token is hidden: at first as random as that of a token."""
-        drawn = torch.randn(gpt.config.n_embd, generator=torch.Generator().manual_seed(self.s.seed))
+        """The vector that stands where a token is hidden: at first as random as that of a token,
+        and none of theirs, so from another seed."""
+        generator = torch.Generator().manual_seed(2**32 + self.s.seed)
+        drawn = torch.randn(gpt.config.n_embd, generator=generator)
         return {"mask": nn.ParameterList([drawn * gpt.wte.weight.detach().std()])}
 
     def prepare(self, batch, keys, learner):
@@ -80,8 +82,8 @@ def corrupt(tokens, askable, fraction: float, vocab_size: int, keys):
         at = at[: max(1, round(fraction * len(at)))]
         what = rng.random(len(at))
         asked[i, at] = True
-        hidden[i, at[what < CHOSEN]] = True
-        replaced = at[(what >= CHOSEN) & (what < CHOSEN + RANDOM)]
+        hidden[i, at[what < HIDDEN]] = True
+        replaced = at[(what >= HIDDEN) & (what < HIDDEN + RANDOM)]
         shown[i, replaced] = rng.integers(vocab_size, size=len(replaced))
     return shown, asked, hidden
 

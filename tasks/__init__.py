@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 from typing import TypeVar
 
-NAMES = ("docstrings", "facts", "modules", "numbers", "sums", "sums_plain")
+NAMES = ("digits", "docstrings", "facts", "modules", "numbers", "sums", "sums_plain", "tictactoe")
 VAL = TEST = 0.05  # what is held back of all that there is, as in prepare.py
 DRAWS = 1_000_000  # after so many, there is nothing new to be found
 Drawn = TypeVar("Drawn", bound=Hashable)
@@ -25,6 +25,23 @@ def find(task: str) -> ModuleType | None:
     """The file of a task, by its name or by the marker of one of its rows; None if it has none."""
     names = [name for name in NAMES if task == name or task.startswith(f"{name}_")]
     return importlib.import_module(f"tasks.{max(names, key=len)}") if names else None
+
+
+def checker(name: str, imports: bool = False) -> Callable[[str, str, str], float]:
+    """What tells how good an answer is, given prompt, answer and reference: `right` of the built-in
+    task `name`, or, where that may be imported, a function `module:function`. Raises ValueError."""
+    module, _, function = name.partition(":")
+    wanted = "give --reward=MODULE:FUNCTION, a function of prompt, answer and reference"
+    if not function:
+        if not find(name):
+            raise ValueError(f"no built-in task {name!r}, whose answers could be checked: {wanted}")
+        return find(name).right
+    if not imports:
+        raise ValueError(f"reward={name!r} stands in a checkpoint, from which nothing is imported")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ValueError(f"reward={name!r} cannot be imported ({e}): {wanted}") from e
 
 
 def groups(task: str, split: str, made: dict) -> dict[str, str]:

@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import TINY
+from conftest import script as script_of_its_own
 
 import evaluate
 import huggingface
 import objectives
 import train as script
 from dataset import Dataset
-from engine import settings
+from engine import machine, settings
 from engine.learner import Learner, total
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def make(data: Path, *argv: str):
@@ -26,11 +30,12 @@ def make(data: Path, *argv: str):
     dataset = Dataset(s.data, "", s.model.mask, s.train_on, s.mix, Objective.lines)
     objective = Objective(s, dataset.tokenizer)
     objective.require(dataset)
-    gpt = script.new_model(s, dataset, None)
+    here = machine.pick("cpu", "float32", "false")
+    gpt = script.new_model(s, dataset, here)
     learner = Learner(gpt, objective)
     rows = s.batch_tokens // s.model.block_size
     batch = dataset.split("train").batch(0, rows, s.model.block_size, s.seed)
-    objective.kept(objective.begin(learner, dataset, None))
+    objective.kept(objective.begin(learner, dataset, here))
     return learner, batch, [(s.seed, i) for i in range(rows)]
 
 
@@ -98,6 +103,20 @@ def resumes(train, data: Path, *argv: str) -> Path:
     ]
     assert rows[0] == rows[1]
     return whole
+
+
+def two_processes_as_one(tmp_path: Path, data: Path, *argv: str) -> None:
+    """Losses and evaluations of two processes are those of one, up to rounding."""
+    (tmp_path / "empty.py").write_text("")
+    rows = []
+    for name, launcher in (("one", []), ("two", TORCHRUN)):
+        out = tmp_path / name
+        settings_of_it = [str(tmp_path / "empty.py"), f"--data={data}", f"--out={out}", *TINY]
+        script_of_its_own("train.py", *settings_of_it, *argv, launcher=launcher)
+        rows.append([json.loads(line) for line in open(out / "metrics.jsonl")])
+    for one, two in zip(*rows, strict=True):
+        for name in one.keys() - {"seconds", "tokens_per_second"}:
+            assert two[name] == (one[name] and pytest.approx(one[name], rel=1e-3, abs=1e-5)), name
 
 
 def evaluates(run: Path, capsys) -> str:

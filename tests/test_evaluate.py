@@ -48,7 +48,7 @@ def test_no_pass_has_more_rows_than_device_batch_and_the_loss_is_the_same(
     model, _ = load_model(str(run))
     split = Dataset(str(data)).split("val")
     rows = []
-    hook = model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    hook = model.wte.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     loss, bpb = evaluate(plain(model), split, here, None, device_batch).values()
     hook.remove()
     assert max(rows) == device_batch or not device_batch

@@ -339,7 +339,7 @@ def test_running_text_beside_rows_is_not_asked(rows, data):
 def test_a_prompt_that_is_too_long_loses_its_front_and_keeps_its_marker(run):
     model, tokenizer = load_model(str(run))
     row = Row("story", [dict(role="user", content="x" * 99 + "the end")], "")
-    [ids], shorter = exam.prompts_of(model, tokenizer, [row], "", [10])
+    [ids], shorter = exam.prompts_of(model, tokenizer, [row], "", 0.0, [10])
     assert shorter == 1
     assert len(ids) == 64 + 1 - 10
     assert ids[:2] == [tokenizer.task_id("story"), tokenizer.markers.user]

@@ -264,6 +264,19 @@ def test_answer_i_draws_from_seed_and_i_whatever_the_number_of_slots():
     assert [found[i] for i in range(5)] == ended
 
 
+def test_an_answer_draws_from_its_key_wherever_its_prompt_stands_and_may_keep_its_end():
+    model, prompts = make_model(block_size=64), some_prompts()
+    keys = [(7, i) for i in range(len(prompts))]
+    forwards = dict(answers(model, reader(), prompts, 20, keys=keys))
+    turned = dict(answers(model, reader(), prompts[::-1], 20, keys=keys[::-1]))
+    assert [turned[i] for i in sorted(turned)][::-1] == [forwards[i] for i in sorted(forwards)]
+    assert forwards != dict(answers(model, reader(), prompts, 20))
+    with_end = dict(answers(model, reader(), prompts, 20, keys=keys, with_end=True))
+    ended = [i for i in forwards if len(with_end[i]) == len(forwards[i]) + 1]
+    assert ended and all(with_end[i][-1] in ENDS for i in ended)
+    assert all(with_end[i][: len(ids)] == ids for i, ids in forwards.items())
+
+
 def logits_of(model: GPT, prompts, monkeypatch, **how) -> dict[tuple, torch.Tensor]:
     """The logits by which `answers` chooses: (prompt, answer so far) to (V)."""
     seen, now = {}, []

@@ -77,6 +77,11 @@ def test_it_keeps_the_promises_of_all(train, data, made, capsys, tmp_path):
     assert said[-1].startswith("a ") and "<mask>" not in said[-1]
 
 
+@pytest.mark.slow
+def test_two_processes_are_as_one(tmp_path, data):
+    promises.two_processes_as_one(tmp_path, data, *ARGV)
+
+
 def test_one_that_writes_no_text_is_not_asked_to(train, data):
     import sample
 

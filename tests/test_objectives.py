@@ -39,31 +39,34 @@ class Objective(Base):
 
 
 @pytest.fixture
-def toy():
-    """An objective more, for as long as the test runs."""
-    path = ROOT / "objectives" / "toy_of_a_test.py"
-    path.write_text(TOY)
-    yield path
-    path.unlink()
+def toy(tmp_path, monkeypatch):
+    """An objective more: a file beside the others."""
+    folder = tmp_path / "more"
+    folder.mkdir()
+    (folder / "toy.py").write_text(TOY)
+    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(folder)])
+    yield
+    sys.modules.pop("objectives.toy", None)
 
 
-def test_one_more_objective_is_one_file(toy, data, tmp_path):
-    """--help knows its settings, it learns, resumes, is evaluated, and metrics have its terms."""
-    own = ["--objective=toy_of_a_test", "--optimizer=adamw", "--lr=0.1", "--wanted=3"]
-    assert "mean square of the hidden states" in script("train.py", own[0], "--help")
-    run = tmp_path / "run"
-    argv = ["config/small.py", f"--data={data}", f"--out={run}", *TINY, *own, "--steps=40"]
-    said = script("train.py", *argv, "--eval_every=20")
-    assert "size" in said
+def test_one_more_objective_is_one_file(toy, train, capsys):
+    """Its settings are known, it learns, is evaluated, and metrics have its terms."""
+    import evaluate
+    import train as command
+
+    own = ["--objective=toy", "--lr=0.1", "--embed_lr=3", "--wanted=3"]
+    with pytest.raises(SystemExit):
+        command.main([own[0], "--help"])
+    assert "mean square of the hidden states" in capsys.readouterr().out
+    run = train("run", *own, "--steps=40", "--eval_every=20")
     rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "val_size" in line]
     assert len(rows) == 2
-    said = script("evaluate.py", run)
+    capsys.readouterr()
+    evaluate.main([str(run)])
+    said = capsys.readouterr().out
     assert float(said.split("size ")[1].split()[0]) == pytest.approx(3, abs=0.5)
-    assert "nothing to do" in script("train.py", *argv, "--eval_every=20")
-    refused = subprocess.run(
-        [sys.executable, "train.py", *argv, "--mask=full"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert refused.returncode == 2 and "causal or prefix" in refused.stderr
+    with pytest.raises(ValueError, match="causal or prefix"):
+        train("other", *own, "--mask=full")
 
 
 def test_the_loss_is_the_weighted_sum_of_means():
@@ -77,3 +80,66 @@ def test_only_files_of_the_folder_are_objectives():
         objectives.find("maskd")
     with pytest.raises(ValueError, match="unknown"):
         objectives.find("os")
+
+
+def test_another_objective_is_another_run(train):
+    """It is refused by name, before anything of it is looked for."""
+    train("run")
+    with pytest.raises(ValueError, match="objective was 'next_token', is 'masked'"):
+        train("run", "--objective=masked")
+
+
+def test_a_checkpoint_from_before_there_were_objectives_goes_on(train):
+    """Then label_smoothing and the others were settings of train.py, as they are by name now."""
+    import json
+
+    from engine.files import write_manifest
+    from evaluate import Opened
+
+    run = train("run", "--label_smoothing=0.1")
+    step = run / "step-00000008"
+    state = json.loads((step / "state.json").read_text())
+    del state["objective"], state["kept"], state["settings"]["objective"]
+    (step / "state.json").write_text(json.dumps(state))
+    write_manifest(step)
+    train("run", "--label_smoothing=0.1", "--steps=12")
+    learner = Opened(str(run), "8").learner()
+    assert learner.objective.own.label_smoothing == 0.1
+
+
+def test_the_objective_in_a_config_file_brings_its_settings(data, tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text('objective = "masked"\nmask_fraction = 0.3\n')
+    argv = ["train.py", config, f"--data={data}", *TINY, f"--out={tmp_path / 'run'}"]
+    assert "accuracy" in script(*argv)
+    config.write_text('_name = "masked"\nobjective = _name\n')
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "said plainly" in done.stderr
+
+
+def test_lines_hold_one_document_each_and_are_as_long_as_the_longest(tmp_path):
+    import prepare
+    from dataset import IGNORE, Dataset
+
+    lines = [f"{'word ' * (i % 7)}number {i}" for i in range(300)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n\n")
+    out = tmp_path / "data"
+    prepare.main([str(tmp_path / "lines.txt"), "--lines", "--tokenizer=bytes", f"--out={out}"])
+    data = Dataset(str(out), lines=True)
+    split, end = data.split("train"), data.tokenizer.end_of_text
+    seen = set()
+    for step in range(34):
+        batch = split.batch(step, 8, 64, seed=1)
+        longest = max((row != IGNORE).sum() for row in batch.targets)
+        assert batch.tokens.shape == (8, longest)
+        for x, y in zip(batch.tokens, batch.targets, strict=True):
+            n = (y != IGNORE).sum()
+            assert x[0] == end and y[n - 1] == end and (x[1:n] == y[: n - 1]).all()
+            assert not x[n + 1 :].any()
+            seen.add(data.tokenizer.decode(y[: n - 1].tolist()))
+    assert seen <= {*lines} and len(seen) > 200
+    assert "lose what is behind block_size=16" in split.describe(16, 1)
+    counted = sum(int((b.targets != IGNORE).sum()) for b in split.in_order(8, 64))
+    assert counted == split.tokens  # each token once, ends too

@@ -1,11 +1,12 @@
 """What changes prompts and embeddings leaves alone what it promises to."""
 
 import numpy as np
+import pytest
 import torch
 
 from dataset import IGNORE, Batch, layout
 from model import GPT, GPTConfig
-from robust import adversarial, augment
+from robust import adversarial, augment, mistyped
 from tokenizer import bytes_tokenizer
 
 TOKENIZER = bytes_tokenizer().extended([])
@@ -51,13 +52,50 @@ def test_a_window_is_changed_alike_wherever_it_is_computed():
     assert (after.tokens != other.tokens).any()
 
 
+def test_about_as_many_letters_as_asked_are_mistyped_and_digits_stay():
+    rng = np.random.default_rng(0)
+    letters = rng.choice([*"abcdefghijklmnopqrstuvwxyz0123"], 4000)
+    text = " ".join(letters)  # none has a neighbour to change places with
+    wrong = mistyped(text, 0.2)
+    assert wrong == mistyped(text, 0.2) and mistyped(text, 0) == text
+    pairs = [*zip(letters, wrong.split(" "), strict=True)]
+    assert all(a == b for a, b in pairs if a.isdigit())
+    changed = [a != b for a, b in pairs if a.isalpha()]
+    assert np.mean(changed) == pytest.approx(0.2 * 0.75, abs=0.02)
+    assert {len(b) for _, b in pairs} == {0, 1, 2}
+    assert sorted(mistyped("ab" * 200, 0.5)) != sorted("ab" * 200)
+    assert "ba" in mistyped("ab " * 200, 0.5)
+
+
+def test_noise_adds_copies_of_what_is_learned_and_of_nothing_else(tmp_path):
+    import prepare
+    from dataset import Dataset
+
+    rows = [f"where is the cat number {i},answer{i}" for i in range(200)]
+    (tmp_path / "rows.csv").write_text("q,a\n" + "\n".join(rows))
+    argv = [str(tmp_path / "rows.csv"), "--prompt=q", "--answer=a", "--tokenizer=bytes"]
+    prepare.main([*argv, f"--out={tmp_path / 'plain'}"])
+    prepare.main([*argv, f"--out={tmp_path / 'noisy'}", "--noise=0.6"])
+    plain, noisy = (Dataset(str(tmp_path / name)) for name in ("plain", "noisy"))
+    for name in ("val", "test"):
+        assert [*plain.split(name).rows()] == [*noisy.split(name).rows()]
+    before, after = [*plain.split("train").rows()], [*noisy.split("train").rows()]
+    assert after[::2] == before
+    decoded = [noisy.tokenizer.decode_row(ids)[1] for ids in after]
+    answers = [turns[-1]["content"] for turns in decoded]
+    assert answers[::2] == answers[1::2]
+    changed = [a[0] != b[0] for a, b in zip(decoded[::2], decoded[1::2], strict=True)]
+    assert sum(changed) > 0.9 * len(changed)
+
+
 def test_moved_embeddings_cost_more_and_no_gradient_is_left_over():
     model = GPT(GPTConfig(262, block_size=64, n_layer=2, n_head=2, n_embd=32, zero_init=False))
     model.init_weights(0)
     x, y, positions, mask = (torch.from_numpy(z) for z in batch(4))
 
     def loss(embedded):
-        return model(x, y, "sum", mask, positions, embedded=embedded)
+        logits = model.logits(model.trunk(x, mask, positions, embedded=embedded))
+        return torch.nn.functional.cross_entropy(logits.mT, y, reduction="sum")
 
     plain = model(x, y, "sum", mask, positions)
     moved = adversarial(loss, model.wte(x), 1.0)

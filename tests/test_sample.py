@@ -231,7 +231,7 @@ def chat(monkeypatch):
 
     monkeypatch.setattr(engine.checkpoint, "find", lambda *_: "run")
     monkeypatch.setattr(
-        engine.checkpoint, "load_weights", lambda _: (chat.model, chat.tokenizer, {})
+        engine.checkpoint, "load_weights", lambda _: (chat.model, chat.tokenizer, dict(settings={}))
     )
     chat.generate = generate.generate
     monkeypatch.setattr(generate, "generate", answer)

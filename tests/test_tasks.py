@@ -14,7 +14,7 @@ from dataset import Dataset
 from tasks import docstrings, facts, library, numbers, sums, sums_plain
 
 SPLITS = ("train", "val", "test")
-GENERATED = ("facts", "numbers", "sums", "sums_plain")
+GENERATED = ("facts", "numbers", "sums", "sums_plain", "tictactoe")
 
 
 def texts(row: dict) -> tuple[str, str]:
@@ -74,6 +74,8 @@ def test_no_seed_shows_in_training_what_another_seed_tests(name):
             return {numbers.read(prompt) for prompt in prompts}
         if name == "facts":
             return {prompt.split("\n")[0] for prompt in prompts}
+        if name == "tictactoe":
+            return {*prompts}
         return {tuple(sorted(re.findall(r"\d+", prompt))) for prompt in prompts}
 
     assert not held("train", 0) & held("test", 1)

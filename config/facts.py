@@ -1,0 +1,20 @@
+# Stories of who is where, and a question: see tasks/facts.py.
+#
+#     python prepare.py facts --vocab_size=512
+#     python train.py config/facts.py
+#     python evaluate.py out/facts --split=test
+
+data = "data/facts"
+
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+steps = 1500
+batch_tokens = 16 * 256
+lr = 0.01
+eval_every = 300
+save_every = 300
+log_every = 50
+sample_tokens = 10

@@ -1,0 +1,20 @@
+# Tic-tac-toe, from the moves of random games: see tasks/tictactoe.py.
+#
+#     python prepare.py tictactoe --tokenizer=bytes
+#     python train.py config/tictactoe.py
+#     python evaluate.py out/tictactoe --split=test
+#     python -m tasks.tictactoe out/tictactoe
+
+data = "data/tictactoe"
+
+block_size = 64
+n_layer = 3
+n_head = 4
+n_embd = 64
+
+steps = 500
+batch_tokens = 32 * 64
+eval_every = 250
+save_every = 250
+log_every = 50
+sample_tokens = 4
