@@ -73,7 +73,6 @@ def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner
     objective.kept(checkpoint.load_kept(path, state))  # heads may depend on it
     learner = Learner(gpt, objective)
     checkpoint.load_heads(path, learner)
-    learner.objective.kept(checkpoint.load_kept(path, state))
     return learner
 
 
