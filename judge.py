@@ -33,7 +33,7 @@ class Judge:
     def __call__(self, rows: list[Row]) -> np.ndarray:
         """The probability of each label, (rows, labels). Long prompts lose their front."""
         gpt, head = self.learner.gpt, self.learner.heads["label"]
-        prompts, _ = prompts_of(gpt, self.tokenizer, rows, "", [1] * len(rows))
+        prompts, _ = prompts_of(gpt, self.tokenizer, rows, "", 0.0, [1] * len(rows))
         found = np.zeros((len(prompts), len(self.labels)))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         while order:  # those of about one length together, the longest first
