@@ -5,10 +5,11 @@
 #     python -m objectives.vae out/vae --report --split=test
 #     python -m objectives.vae out/vae --between="a dog in the grass" --and="a red bus"
 #
-# Figures, and what else was tried, are in docs/objectives.md. block_size is only the longest line
-# that is read whole: a batch is as wide as its own longest, and has 64 lines. Few thousand lines
-# are soon known by heart: hence dropout, and the best checkpoint is the one that counts. With more
-# lines, more of n_layer, n_embd and steps.
+# Expected result, with 8,881 captions of COCO to learn from: -ELBO 46.9 nats a caption of the
+# validation split, of which 4.6 are KL, and 32 active units; docs/objectives.md has more. That
+# block_size is only the longest line that is read whole: a batch is as wide as its own longest,
+# and has 64 lines. A few thousand lines are soon known by heart: hence dropout, and the best
+# checkpoint is the one that counts. More lines bear more of n_layer, n_embd and steps.
 
 objective = "vae"
 

@@ -93,6 +93,9 @@ class Objective(Base):
         sentences = int((batch.targets != IGNORE).any(axis=1).sum())
         return (batch.tokens, batch.targets, noise, hidden, beta), [sentences] * 3
 
+    def shown(self, inputs, i):
+        return self.tokenizer.decode(inputs[0][i][inputs[1][i] != IGNORE].tolist())
+
     def loss(self, gpt, heads, tokens, targets, noise, hidden, beta):
         z, kl = None, noise.new_zeros(len(noise), 1)
         if self.own.latent:
