@@ -22,7 +22,7 @@ n_head = 4
 n_embd = 128
 
 # gradients are mostly noise, and Muon makes all of them equally long: small steps
-steps = 600
+steps = 500
 batch_tokens = 32 * 32
 lr = 0.0015
 embed_lr = 0.004
