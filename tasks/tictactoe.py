@@ -11,7 +11,7 @@ How to win is another lesson: with `sound` as its reward a model learns it from 
     python prepare.py tictactoe --tokenizer=bytes
     python train.py config/tictactoe.py
     python train.py config/reward.py --data=data/tictactoe --init_from=out/tictactoe \
-        --reward=tasks.tictactoe:sound --temperature=1 --steps=200 --out=out/player
+        --reward=tasks.tictactoe:sound --temperature=1 --steps=100 --out=out/player
     python -m tasks.tictactoe out/player        against one who moves at random
 """
 
