@@ -5,7 +5,7 @@
 #     python train.py config/reward.py
 #     python evaluate.py out/reward --split=test
 #
-# Expected result: from 62.6% of the sums of the test to 95.9%, in six and a half minutes of one core.
+# Expected result: from 62.6% of the sums of the test to 95.9%, in six minutes and a half of a core.
 # An answer is checked, and never shown: see objectives/reward.py and docs/objectives.md.
 
 data = "data/sums"
