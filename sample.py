@@ -233,8 +233,9 @@ def draw(model, tokenizer, s: Settings) -> None:
     prompts = [tokenizer.encode_row([turn("user", label)], task, open=True) for label in labels]
     room = model.config.block_size + 1
     texts, options = [""] * len(labels), dict(top_k=s.top_k, top_p=s.top_p)
-    options |= dict(seed=s.seed, temperature=s.temperature)
-    for i, ids in answers(model, tokenizer, prompts, room, **options):
+    options |= dict(temperature=s.temperature)
+    keys = [(s.seed, i) for i in range(len(labels))]
+    for i, ids in answers(model, tokenizer, prompts, room, keys=keys, **options):
         texts[i] = tokenizer.decode(ids)
     usual = max(
         texts, key=lambda text: [*map(len, texts)].count(len(text))

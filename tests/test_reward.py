@@ -149,6 +149,18 @@ def test_a_group_is_drawn_alike_wherever_its_row_stands(sums, argv):
     promises.shared_out_alike(learner, batch, keys)
 
 
+def test_rows_that_fill_up_are_neither_answered_nor_counted(sums, argv):
+    """In evaluation the last batch of a process may lack some, or have none at all."""
+    learner, batch, keys = make(sums, *argv)
+    learner.objective.checker = lambda task: lambda *texts: 0.25
+    for there in (3, 0):
+        targets = batch.targets.copy()
+        targets[there:] = IGNORE
+        inputs, counts = learner.objective.prepare(batch._replace(targets=targets), keys, learner)
+        missed, told = learner(*promises.tensors(inputs))
+        assert counts == [there] * 2 and (missed, told) == (0.75 * there, 0.25 * there)
+
+
 def test_it_learns_what_is_rewarded(sums, argv, train, tmp_path, monkeypatch):
     """From answers by chance to digits alone; mean rewards stand in metrics.jsonl."""
     (tmp_path / "checks.py").write_text(DIGITS)
