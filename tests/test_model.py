@@ -278,3 +278,29 @@ def test_positions_are_an_argument():
     torch.testing.assert_close(y[:1], model(x[:1]))
     torch.testing.assert_close(y[1:], model(x[1:], positions=at + 5))
     assert not torch.allclose(y[1:], model(x[1:]))
+
+
+@pytest.mark.parametrize("kind", ["window", "adjacency"])
+def test_a_mask_may_be_a_window_or_the_edges_of_a_graph(kind):
+    """In one layer a position depends on what its row of the mask allows, and on nothing else; in
+    two, on what those depend on."""
+    T, generator = 12, torch.Generator().manual_seed(0)
+    at = torch.arange(T)
+    if kind == "window":
+        mask = (at[:, None] >= at) & (at[:, None] - at < 3)  # itself and two before it
+    else:
+        mask = torch.rand(T, T, generator=generator) < 0.2
+        mask = mask | mask.T | torch.eye(T, dtype=torch.bool)  # who is joined to whom
+    for layers in (1, 2):
+        config = GPTConfig(50, block_size=T, n_layer=layers, n_head=2, n_embd=32, zero_init=False)
+        model = GPT(config)
+        model.init_weights(1)
+        tokens = torch.randint(50, (1, T), generator=generator)
+        reached = torch.linalg.matrix_power(mask.float(), layers) > 0
+        with torch.no_grad():
+            before = model.trunk(tokens, mask)
+            for changed in range(T):
+                other = tokens.clone()
+                other[0, changed] = (other[0, changed] + 1) % 50
+                differs = (model.trunk(other, mask) - before).abs().amax(dim=-1)[0] > 1e-6
+                assert differs.tolist() == reached[:, changed].tolist()
