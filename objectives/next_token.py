@@ -35,6 +35,7 @@ class Objective(Base):
         )
         both = s.own.adversarial and s.compile == "true"
         settings.require(not both, s, "compile", "false with --adversarial, which needs gradients")
+        s.compile = "false" if s.own.adversarial else s.compile
 
     def prepare(self, batch, keys, learner):
         return batch, [int((batch.targets != IGNORE).sum())]
