@@ -266,7 +266,7 @@ def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
     from engine.learner import told
 
     learner = run.learner()
-    learner.objective.require(data)
+    objectives.Base.require(learner.objective, data)  # not its own, which may import what is named
     run.make_ready(s, here)
     learner.to(here.device)
     split = data.split(s.split)

@@ -63,7 +63,7 @@ def ask(learner: Learner, tokenizer, rows: list[grading.Row], s) -> Result:
     longest = max(map(len, references))
     most = min(s.max_tokens or longest + exam.LONGER, room // 2)
     rooms = [min(len(ids), room // 2) for ids in references]
-    prompts, shorter = exam.prompts_of(learner.gpt, tokenizer, rows, "", rooms)
+    prompts, shorter = exam.prompts_of(learner.gpt, tokenizer, rows, "", 0.0, rooms)
     if shorter:
         print(f"block_size={room}: of {len(rows):,} rows, {shorter:,} prompts lose their front")
     found: list[tuple] = [()] * len(rows)

@@ -359,12 +359,18 @@ def check(s: Settings) -> None:
     )
 
 
-def main(argv: list[str]) -> int:
+def read_settings(argv: list[str]):
+    """The settings of a command line, with those of its objective as `own`. Raises ValueError."""
     name = settings.peek("objective", argv, Settings.config)
     cls = objectives.with_settings(Settings, name if name in objectives.names() else "next_token")
     s = settings.load(cls, argv, "Train a GPT.", "config")
     plainly = f'said plainly in {s.config}: objective = "{s.objective}"'
     settings.require(s.objective == (name or "next_token"), s, "objective", plainly)
+    return s
+
+
+def main(argv: list[str]) -> int:
+    s = read_settings(argv)
     s.out = s.out or f"out/{Path(s.config).stem}"
     check(s)
     stop = Stop()  # before torch is imported, which takes a second or more

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import secrets
 from pathlib import Path
@@ -29,7 +28,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 def best_row(run: Path) -> dict | None:
     """The evaluation with the lowest validation loss, if there is one."""
-    rows = [row for row in read_metrics(run) if math.isfinite(row.get("val_loss") or math.nan)]
+    rows = [row for row in read_metrics(run) if row.get("val_loss") is not None]
     return min(rows, key=lambda row: row["val_loss"], default=None)
 
 

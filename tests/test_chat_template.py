@@ -10,6 +10,7 @@ from test_huggingface import KINDS, ours_of, tf
 import huggingface
 from engine import checkpoint, tokenizer_json
 from engine.chat_template import GUARD
+from engine.learner import plain
 from engine.run import NEW
 from generate import answers
 from model import GPT, GPTConfig
@@ -53,7 +54,7 @@ def make_model(tokenizer: Tokenizer, **settings) -> GPT:
 def export(model: GPT, tokenizer: Tokenizer, folder, *argv: str):
     """Saves the model as a checkpoint, and returns the folder to which it is exported."""
     state = NEW | dict(step=1, settings={}, model=vars(model.config), data_digest=None, source="x")
-    checkpoint.save(folder, 1, model, {}, state, tokenizer)
+    checkpoint.save(folder, 1, plain(model), {}, state, tokenizer)
     run = folder / checkpoint.name(1)
     huggingface.main(["export", str(run), str(folder / "out"), *argv])
     return folder / "out"

@@ -182,7 +182,7 @@ def test_every_preset_loads_and_passes_the_checks():
     files = list((ROOT / "config").glob("*.py"))
     assert len(files) >= 5
     for path in files:
-        train.check(settings.load(train.Settings, [str(path)], "", "config"))
+        train.check(train.read_settings([str(path)]))
 
 
 def test_no_setting_is_unused():
