@@ -19,7 +19,7 @@ import gzip
 import lzma
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
         import probe
 
         if here.rank == 0:
-            probe.tell(s, run, here)
+            probe.tell(s, run, replace(here, world=1))
         return 0
     if s.label:
         objectives.require_writer(run.state, s.out)
@@ -299,7 +299,7 @@ def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> i
                 f"{s.baseline} has a context of {other.model.config.block_size} tokens, and {s.out}"
                 f" one of {run.model.config.block_size}: their windows are not the same"
             )
-        other.make_ready(s, here)
+        other.make_ready(s, replace(here, world=1))  # the other processes are done
         theirs = perplexity_of(window_nats(other.model, split, here))
         gap, low, high, verdict = scores.compared(score, theirs)
         print(f"{s.baseline} has {theirs.value:.3f}, which makes {gap:+.3f}", end="")

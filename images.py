@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+import objectives
 from engine import pictures, settings
 from engine.settings import Count, NotNegative, Positive
 
@@ -49,11 +50,16 @@ def main(argv: list[str]) -> None:
 
     here = start(s)
     run = Opened(s.out, s.checkpoint)
+    objectives.require_writer(run.state, s.out)
     data = run.data(s)
+    if data.kind != "rows":
+        raise ValueError(f"{data.folder} holds {data.kind}, and pictures are rows: --data=ROWS")
     known = exam.rows_of(data.split("train"))
     asked = exam.rows_of(data.split(s.split))
     model, tokenizer = exam.ready(run.model, here, s), run.tokenizer
     for task, rows in asked.items():
+        if task not in known:
+            raise ValueError(f"the train split of {data.folder} has no pictures of {task!r}")
         width, height = size_of(rows, s)
         learned = [pictures.pixels(row.reference, width, height) for row in known[task]]
         new = [pictures.pixels(row.reference, width, height) for row in rows]

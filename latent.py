@@ -139,7 +139,7 @@ def report(s, learner: Learner, tokenizer: Tokenizer) -> None:
     low, high = scores.interval(scores.resampled(costs))
     print(f"{s.run} on {len(lines):,} sentences of the {s.split} split of {folder}")
     print(f"reconstruction {found['reconstruction'].mean():.2f} nats a sentence")
-    print(f"KL {found['kl'].mean():.2f}, by which the code tells of its sentence")
+    print(f"KL {found['kl'].mean():.2f}: the code tells of its sentence at most so much")
     print(f"-ELBO {elbo.mean():.2f}, the sum: an upper bound of -ln p(x)")
     print(f"-ln p(x) {found['weighted'].mean():.2f} by {s.samples} codes of each")
     print(f"active units {(variance > ACTIVE).sum()} of {len(variance)}")
@@ -155,8 +155,8 @@ def sentences(split, block_size: int, most: int) -> list[list[int]]:
     most = min(most or len(rows), len(rows))
     chosen = (rows[i * len(rows) // most] for i in range(most))
     lines = (part.row(window[0], block_size)[1:].tolist() for part, window in chosen)
-    end = split.tokenizer.end_of_text  # which `padded` puts back: long ones are cut, to have it too
-    return [(ids[:-1] if ids[-1] == end else ids)[: block_size - 1] for ids in lines]
+    end = split.tokenizer.end_of_text  # which `padded` puts back; those that were cut have none
+    return [ids[:-1] for ids in lines if ids[-1] == end]
 
 
 def measured(

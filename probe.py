@@ -33,7 +33,11 @@ ITERATIONS = 1000
 
 def tell(s, run, here) -> None:
     """What `s` asks for (probe, nearest, map) of a model; `s` are the settings of evaluate.py."""
-    data = Dataset(s.data or run.trained_with.get("data", ""))
+    folder = s.data or run.trained_with.get("data")
+    if not folder:
+        raise ValueError(f"{s.out} was not trained here: name the data, --data=data/NAME")
+    named = s.tokenizer if s.data else s.tokenizer or run.trained_with.get("tokenizer", "")
+    data = Dataset(folder, named)
     run.make_ready(s, here)
     see = Sight(run.model.eval(), run.tokenizer)
     if s.probe:
@@ -205,6 +209,8 @@ def draw(s, see: Sight, data: Dataset) -> None:
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     if data.kind == "rows":
         rows = texts_of(s, see, data)[:POINTS]
+        if len(rows) < 3:
+            raise ValueError(f"a map needs 3 rows or more, and there are {len(rows)}")
         at, share = components(see(rows))
         answers = np.array([row.reference for row in rows])
         for label in sorted({*answers.tolist()})[:LABELS]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine import settings
-from engine.settings import NotNegative, Positive
+from engine.settings import Count, NotNegative, Positive
 
 HUMAN, MACHINE = "human", "machine"  # the labels
 
@@ -40,7 +40,7 @@ class Settings:
     keep: Literal["drawn", "best"] = "drawn"  # by exp(score), or that of the highest score
     temperature: NotNegative = 1.0  # of the samples
     slots: Positive = 32  # samples that are written side by side
-    seed: int = 1  # of all that is drawn
+    seed: Count = 1  # of all that is drawn
     out: str = "rows.jsonl"  # file to write
     device: settings.Device = "auto"  # of the writer: auto, cpu, mps, cuda
     dtype: settings.DType = "auto"  # of its matrix products
@@ -63,7 +63,9 @@ def main(argv: list[str]) -> None:
 
     model, tokenizer, state = load_weights(find(s.run))
     objectives.require_writer(state, s.run)
-    data = Dataset(s.data or state["settings"]["data"])
+    folder = s.data or state["settings"].get("data")
+    settings.require(folder, s, "data", "a folder of text: this model was not trained here")
+    data = Dataset(folder, "" if s.data else state["settings"].get("tokenizer", ""))
     data.require_tokenizer(tokenizer, s.run)
     if data.kind != "text":
         raise ValueError(f"{data.folder} holds rows, and what is continued is text: --data=TEXT")

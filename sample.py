@@ -89,7 +89,9 @@ def main(argv: list[str]) -> None:
     settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
     asked = s.prompt or s.prompt_file or talking or s.grid or not s.task
     settings.require(asked, s, "prompt", "a question for --task, or give --interactive")
-    texts = talking or s.prompt_file or s.beam > 1 or s.system
+    texts = talking or s.prompt_file or s.beam > 1 or s.system or s.stop
+    png = not s.grid or s.grid.endswith(".png")
+    settings.require(png, s, "grid", "a name that ends in .png")
     settings.require(not (s.grid and texts), s, "grid", "left out but with a --prompt of labels")
     prompt = s.prompt
     if s.prompt_file:
@@ -230,6 +232,7 @@ def draw(model, tokenizer, s: Settings) -> None:
     task = s.task or (known[0] if len(known) == 1 else "")
     columns = s.num_samples if s.num_samples > 1 else PICTURES
     labels = [label for label in (s.prompt or LABELS).split() for _ in range(columns)]
+    settings.require(labels, s, "prompt", "labels to draw, such as '3 7'")
     prompts = [tokenizer.encode_row([turn("user", label)], task, open=True) for label in labels]
     room = model.config.block_size + 1
     texts, options = [""] * len(labels), dict(top_k=s.top_k, top_p=s.top_p)
@@ -237,9 +240,8 @@ def draw(model, tokenizer, s: Settings) -> None:
     keys = [(s.seed, i) for i in range(len(labels))]
     for i, ids in answers(model, tokenizer, prompts, room, keys=keys, **options):
         texts[i] = tokenizer.decode(ids)
-    usual = max(
-        texts, key=lambda text: [*map(len, texts)].count(len(text))
-    )  # the length that most have
+    sizes = [len(text) for text in texts]
+    usual = max(texts, key=lambda text: sizes.count(len(text)))  # has the length that most have
     drawn = [pictures.pixels(text, *pictures.size(usual, s.width)) for text in texts]
     write_durably(Path(s.grid), pictures.png(pictures.grid(drawn, columns)))
     print(f"wrote {s.grid}: {len(drawn)} pictures")

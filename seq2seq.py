@@ -61,9 +61,10 @@ def ask(learner: Learner, tokenizer, rows: list[grading.Row], s) -> Result:
     markers, room = tokenizer.markers, learner.gpt.config.block_size
     references = [[*tokenizer.encode(row.reference), markers.end] for row in rows]
     longest = max(map(len, references))
-    most = min(s.max_tokens or longest + exam.LONGER, room // 2)
-    rooms = [min(len(ids), room // 2) for ids in references]
-    prompts, shorter = exam.prompts_of(learner.gpt, tokenizer, rows, "", 0.0, rooms)
+    most = min(s.max_tokens or longest + exam.LONGER, room)
+    wanted = [len(ids) for ids in references]
+    prompts, shorter = exam.prompts_of(learner.gpt, tokenizer, rows, "", 0.0, wanted)
+    rooms = [min(n, room + 1 - len(ids)) for n, ids in zip(wanted, prompts, strict=True)]
     if shorter:
         print(f"block_size={room}: of {len(rows):,} rows, {shorter:,} prompts lose their front")
     found: list[tuple] = [()] * len(rows)

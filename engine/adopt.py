@@ -38,11 +38,12 @@ def adopt(path: str, shape: GPTConfig, data: Dataset, say) -> tuple[GPT, int]:
 
 
 def adopt_heads(path: str, learner, say) -> None:
-    """Gives a new learner the heads of a checkpoint that has learned by the same objective."""
+    """Gives a new learner the heads of a checkpoint that has learned by the same objective, unless
+    they belong to what that run keeps, such as its labels."""
     found = find(path)
     state, _ = read_state(found)
     learned = objectives.name_of(state)
-    if learned == learner.objective.s.objective:
+    if learned == learner.objective.s.objective and not state.get("kept"):
         load_heads(found, learner)
     elif (found / "heads.safetensors").exists():
         say(f"the heads of {path}, which has learned by objective={learned}, are left behind")

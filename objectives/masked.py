@@ -88,8 +88,8 @@ def corrupt(tokens, askable, fraction: float, vocab_size: int, keys):
 
 def there(batch):
     """Which positions (B, T) hold a token, and are not filled up."""
-    if batch.mask is not None:
-        return np.ones(batch.tokens.shape, bool)  # rows: what fills up is a row of its own
+    if batch.mask is not None:  # rows: what fills up is a row of its own; a window of 0s is nothing
+        return np.broadcast_to(batch.tokens.any(axis=1, keepdims=True), batch.tokens.shape)
     known = batch.targets != IGNORE  # every token but the first is the target of the one before
     return np.concatenate([known[:, :1], known[:, :-1]], axis=1)
 

@@ -58,7 +58,8 @@ class Objective(masked.Objective):
 
     def prepare(self, batch, keys, learner):
         """As masked.py has it; then the tokens, which of them count, and numbers to draw by."""
-        inputs, (asked, _) = super().prepare(batch, keys, learner)
+        (shown, targets, _, *rest), (asked, _) = super().prepare(batch, keys, learner)
+        inputs = shown, targets, targets != IGNORE, *rest  # all that is asked for is hidden
         special = np.isin(batch.tokens, [*self.tokenizer.special.values()])
         counted = masked.there(batch) & ~special  # markers are never replaced: that is no question
         T = batch.tokens.shape[1]

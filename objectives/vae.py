@@ -5,13 +5,13 @@
     -ELBO = - ln p(x|z)  +  KL(q(z|x) || N(0, I))  >=  - ln p(x)           (arXiv:1312.6114)
             reconstruction   1/2 sum over d of mean^2 + variance - 1 - ln variance
 
-The code is 32 numbers. KL is what it tells of its sentence, in nats. Since codes are held near
+The code is 32 numbers. KL bounds what it tells of its sentence, in nats. Since codes are held near
 N(0, I), a code drawn from there is that of a new sentence, and between two codes lie sentences
 between theirs. But a decoder that predicts well without z saves the KL, and ignores it: the
 collapse (arXiv:1511.06349). Against it: z enters at each token and at the first position
 (arXiv:2004.04092); the KL counts beta, which rises from 0 to 1 again and again (arXiv:1903.10145);
-below `free_bits` a number costs what it costs at free_bits (arXiv:1606.04934); and some tokens are
-hidden from the decoder. val_loss is -ELBO without all that: the loss of a language model or more.
+below `free_bits` a number costs what it costs at free_bits, here in each sentence, so that it does
+not matter how a batch is cut (arXiv:1606.04934 has their mean); and some tokens are hidden. val_loss is -ELBO without all that: the loss of a language model or more.
 Texts need a sentence a line, `prepare.py FILE --lines=true`; config/vae.py is a recipe.
 """
 
@@ -97,7 +97,7 @@ class Objective(Base):
         return self.tokenizer.decode(inputs[0][i][inputs[1][i] != IGNORE].tolist())
 
     def loss(self, gpt, heads, tokens, targets, noise, hidden, beta):
-        z, kl = None, noise.new_zeros(len(noise), 1)
+        z, kl = None, noise.new_zeros(len(noise), 0)
         if self.own.latent:
             mean, logvar = posterior(gpt, heads, tokens, targets)
             z = mean + (logvar / 2).exp() * noise

@@ -1,6 +1,6 @@
 """Handwritten digits, to be drawn: the label asks, and the answer is the picture, pixel by pixel.
 
-    7      AAA4/qAAAAYv8/MAAA...     8 x 8 pixels in 17 greys, each a letter (engine/pictures.py)
+    7      AAc3/gAAAA33/3AAAA...     8 x 8 pixels in 17 greys, each a letter (engine/pictures.py)
 
 To a Transformer a picture is a text like any other: it learns which pixel comes next (image GPT,
 Chen et al. 2020). The 1,797 digits of 43 people (archive.ics.uci.edu/dataset/80) ship with
