@@ -10,9 +10,9 @@ N(0, I), a code drawn from there is that of a new sentence, and between two code
 between theirs. But a decoder that predicts well without z saves the KL, and ignores it: the
 collapse (arXiv:1511.06349). Against it: z enters at each token and at the first position
 (arXiv:2004.04092); the KL counts beta, which rises from 0 to 1 again and again (arXiv:1903.10145);
-below `free_bits` a number costs what it costs at free_bits, here in each sentence, so that it does
-not matter how a batch is cut (arXiv:1606.04934 has their mean); and some tokens are hidden. val_loss is -ELBO without all that: the loss of a language model or more.
-Texts need a sentence a line, `prepare.py FILE --lines=true`; config/vae.py is a recipe.
+below `free_bits` a number costs what it costs at free_bits, here in each sentence, however a batch
+is cut (arXiv:1606.04934 has their mean); and some tokens are hidden from the decoder. val_loss is
+-ELBO without all that. Texts need a sentence a line: prepare.py --lines=true, config/vae.py.
 """
 
 from dataclasses import dataclass, replace
