@@ -258,10 +258,11 @@ class Split:
                     return part, part.read(windows[number], block_size)
                 number -= len(windows)
 
-        nothing = parts[0][0], np.full(block_size + 1, IGNORE)
         for i in range(0, len(chosen), rows * world):
             some = chosen[i : i + rows * world]
             mine = [read(number) for number in some[rank::world]]
+            part, like = mine[0] if mine else read(some[0])
+            nothing = part, np.full_like(like, IGNORE)
             yield self.of(mine + [nothing] * (-(-len(some) // world) - len(mine)))
 
     def of(self, windows: list[tuple[Text | Rows, np.ndarray]]) -> Batch:

@@ -98,6 +98,8 @@ def main(argv: list[str]) -> int:
     settings.require(s.beam == 1 or not drawn, s, "beam", least)
     settings.require(s.generate != 1, s, "generate", "at least 2, to be compared with each other")
     settings.require(not s.label or Path(s.label).is_file(), s, "label", "a file of rows")
+    if s.pairs:
+        refuse(s, ("marker", "noise"), "changes what is asked, and --pairs writes what was asked")
     if s.label:
         refuse(s, ("limit", "task", "baseline", "exchange", "pairs"), "has no use with --label")
     here = start(s)
@@ -278,7 +280,8 @@ def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
 def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> int:
     """Prints what a model makes of running text, beside compressors, another run, and people."""
     if not objectives.find(run.objective).Objective.bits:
-        refuse(s, ("baseline", "generate"), f"is for what writes, and {s.out} does not")
+        of_text = f"is for a loss of text, unlike objective={run.objective}"
+        refuse(s, ("baseline", "generate"), f"{of_text}")
     tell_loss(s, run, data, here)
     if here.rank or not objectives.find(run.objective).Objective.bits:
         return 0

@@ -20,14 +20,21 @@ SLOTS = 256  # answers that are written side by side
 
 
 def written(
-    gpt: GPT, tokenizer, rows: list[list[int]], keys: list, max_tokens: int, temperature: float
+    gpt: GPT,
+    tokenizer,
+    rows: list[list[int]],
+    keys: list,
+    max_tokens: int,
+    temperature: float,
+    most: int = 0,
 ) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer for each of the rows (ids); that of row i is drawn from keys[i] alone."""
+    """Prompt and answer for each of the rows (ids); that of row i is drawn from keys[i] alone. At
+    most `most` are written side by side, if it is above 0."""
     begins = [len(row) - row[::-1].index(tokenizer.markers.assistant) for row in rows]
     prompts = [row[:begin] for row, begin in zip(rows, begins, strict=True)]
     found: list[list[int]] = [[] for _ in rows]
     options = dict(keys=keys, with_end=True, temperature=temperature)
-    slots = min(SLOTS, max(1, len(rows)))
+    slots = min(most or SLOTS, SLOTS, max(1, len(rows)))
     for i, ids in answers(gpt, tokenizer, prompts, max_tokens, slots=slots, **options):
         found[i] = ids
     return list(zip(prompts, found, strict=True))

@@ -70,6 +70,10 @@ def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner
     s = settings_of(state)
     s.model = gpt.config
     objective = objectives.find(s.objective).Objective(s, tokenizer)
+    facts = objective.facts()
+    for key, was in (state.get("objective") or {}).items():
+        if key != "name" and facts.get(key) != was:
+            raise ValueError(f"{path} was trained with another {key} than there is: bring it back")
     objective.kept(checkpoint.load_kept(path, state))  # heads may depend on it
     learner = Learner(gpt, objective)
     checkpoint.load_heads(path, learner)

@@ -352,7 +352,7 @@ class Run:
         """Tells what can be read of an update that was not made."""
         rows = self.s.batch_tokens // self.s.model.block_size
         self.here.say(
-            f"stopped at step {step}: {what}, so no update was made. Its batch is windows"
+            f"stopped at step {step}: {what}, so this update was not made. Its batch is windows"
             f" {(step - 1) * rows} to {step * rows - 1} (--show_batch={step} prints it); the last"
             f" saved step is {self.saved or 'none'}"
         )

@@ -166,8 +166,10 @@ def pair_of(row: dict) -> list[dict]:
             f"the {name} of a pair should end with a user's turn, to which chosen and rejected are"
             " answers: cut it there"
         )
-    said = {n: row[n][-1:] if last_role(row[n]) == "assistant" else row[n] for n in PAIR}
-    texts = {n: x[0].get("content") if isinstance(x, list) and x else x for n, x in said.items()}
+    for n in PAIR:
+        if isinstance(row[n], list) and last_role(row[n]) != "assistant":
+            raise ValueError(f"{n} should be a text, or messages that end with an assistant's")
+    texts = {n: row[n][-1].get("content") if isinstance(row[n], list) else row[n] for n in PAIR}
     return [*asked, *(dict(role="assistant", content=text_of(texts, n, n)) for n in PAIR)]
 
 

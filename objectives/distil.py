@@ -7,7 +7,7 @@ The data say which token came next, and nothing of those that might have come. A
 likely it finds each of all tokens, so one position teaches as much as many texts that go on
 differently. A temperature T above 1 raises what is unlikely, which tells most of how the teacher
 has understood the rest; the gradient of the KL then shrinks with 1/T^2, which T^2 makes up for.
-The teacher is frozen. It has to read the same tokens and, as the student, the past alone.
+The teacher is frozen. It has to read the same tokens, and to see as much of them as the student.
 
     python train.py config/small.py --objective=distil --teacher=out/large --n_embd=64
 

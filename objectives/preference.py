@@ -79,7 +79,7 @@ class Objective(Base):
         mask, and what the reference thinks of them."""
         markers = self.tokenizer.markers
         pairs = [pair_in(row, markers) for row in batch.tokens]
-        T = max(2, *(len(ids) for pair in pairs for ids, _ in pair)) - 1
+        T = max([2, *(len(ids) for pair in pairs for ids, _ in pair)]) - 1
         tokens = np.full((len(pairs), 2, T + 1), markers.end_of_text)
         targets = np.full((len(pairs), 2, T), IGNORE)
         for i, pair in enumerate(pairs):

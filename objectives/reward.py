@@ -69,8 +69,8 @@ class Objective(Base):
         for part in data.split("train").parts:
             self.checker(part.task)
 
-    def checker(self, task: str):
-        return tasks.checker(self.own.reward or task, self.named)
+    def checker(self, task: str):  # only what the user names is imported, and not what data name
+        return tasks.checker(self.own.reward or task, self.named and self.own.reward != "")
 
     def prepare(self, batch, keys, learner):
         """For evaluation: the reward of the likeliest answer to each row; nan if there is none."""
@@ -90,9 +90,10 @@ class Objective(Base):
         group, config = self.own.group, learner.gpt.config
         rows = [row for row in batch.tokens.tolist() for _ in range(group)]
         drawn = [(*key, i) for key in keys for i in range(group)]
-        texts, rewards = self.answered(learner.gpt, rows, drawn, self.own.temperature)
+        with learner.autocast():
+            texts, rewards = self.answered(learner.gpt, rows, drawn, self.own.temperature)
         self.told = {"reward": (float(rewards.sum()), len(rewards))}
-        # 2. without the groups that teach nothing, but for one: something has to be learned from
+        # 2. without the groups that teach nothing, but for one: there has to be something
         better = advantages(rewards.reshape(-1, group))
         teaches = better.any(axis=1)
         teaches[0] |= not teaches.any()
@@ -107,14 +108,14 @@ class Objective(Base):
         if self.own.inner > 1:
             old = log_p_old(learner, *asked, self.own.temperature, self.s.device_batch)
         count = sum(len(answer) for _, answer in texts)
-        better = better.ravel()[kept]
         for _ in range(self.own.inner):
-            inputs = (tokens, rewards[kept], targets, better, old, positions, mask)
+            inputs = (tokens, rewards[kept], targets, better.ravel()[kept], old, positions, mask)
             yield inputs, [count, len(kept)]
 
     def answered(self, gpt, rows: list, keys: list, temperature: float) -> tuple[list, np.ndarray]:
         """The ids of prompt and answer for each row, and what the answer is worth."""
-        texts = written(gpt, self.tokenizer, rows, keys, self.own.max_tokens, temperature)
+        most, slots = self.own.max_tokens, self.s.device_batch
+        texts = written(gpt, self.tokenizer, rows, keys, most, temperature, slots)
         worth = [self.worth(row, answer) for row, (_, answer) in zip(rows, texts, strict=True)]
         return texts, np.array(worth, np.float32)
 
@@ -122,7 +123,7 @@ class Objective(Base):
         task, turns = self.tokenizer.decode_row(row)
         prompt = "\n".join(turn["content"] for turn in turns[:-1])
         answer = self.tokenizer.decode([i for i in ids if i not in self.tokenizer.ends])
-        return float(self.checker(task)(prompt, answer, turns[-1]["content"]))
+        return tasks.worth(self.checker(task), prompt, answer, turns[-1]["content"])
 
     def loss(self, gpt, heads, tokens, rewards, *rest):
         if not rest:  # in evaluation

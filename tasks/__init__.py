@@ -10,6 +10,7 @@ the prompt where that is possible.
 
 import hashlib
 import importlib
+import math
 import random
 from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
@@ -39,9 +40,23 @@ def checker(name: str, imports: bool = False) -> Callable[[str, str, str], float
     if not imports:
         raise ValueError(f"reward={name!r} stands in a checkpoint, from which nothing is imported")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as e:
         raise ValueError(f"reward={name!r} cannot be imported ({e}): {wanted}") from e
+    if not callable(found):
+        raise ValueError(f"reward={name!r} is no function: {wanted}")
+    return found
+
+
+def worth(check: Callable, prompt: str, answer: str, reference: str) -> float:
+    """What `check` says that an answer is worth. Raises ValueError if that is no finite number."""
+    found = check(prompt, answer, reference)
+    try:
+        if math.isfinite(number := float(found)):
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"the reward of {answer[:60]!r} should be a number, and is {found!r:.60}")
 
 
 def groups(task: str, split: str, made: dict) -> dict[str, str]:

@@ -281,3 +281,16 @@ def test_its_mistakes_become_pairs(folder, tmp_path, capsys):
     assert len(pairs) == len(wrong) > 100
     prepare.main([str(file), f"--tokenizer={folder / 'run'}", f"--out={tmp_path / 'x'}"])
     assert Dataset(str(tmp_path / "x")).kind == "pairs"
+
+
+def test_a_process_that_has_no_pair_in_the_last_batch_goes_on(folder, made):
+    """In evaluation the last batch is filled up, so that all processes get equally many."""
+    learner, *_ = made
+    data = Dataset(str(folder / "pairs"), lines=True)
+    split, found = data.split("val"), []
+    assert len([*split.in_order(1, 32)]) % 4
+    for rank in range(4):
+        for batch in split.in_order(1, 32, rank, 4):
+            keys = [(0, 0)] * len(batch.tokens)
+            found += learner.objective.prepare(batch, keys, learner)[1][:1]
+    assert sum(found) == len([*split.in_order(1, 32)]) and 0 in found
