@@ -133,12 +133,11 @@ def main(argv: list[str]) -> None:
     at = np.cumsum([len(part) + 1 for part in parts])[:-1] - 1
     room = f"a text of at most {learner.gpt.config.block_size} tokens, not {len(ids)}"
     settings.require(len(ids) <= learner.gpt.config.block_size, s, "fill", room)
-    hidden = torch.zeros(1, len(ids), dtype=torch.bool)
-    hidden[0, at] = True
+    hidden = torch.isin(torch.arange(len(ids)), torch.from_numpy(at))[None]
     with torch.no_grad():
         x = states(learner.gpt, learner.heads["mask"][0], torch.tensor([ids]), hidden, None, None)
         p = learner.gpt.logits(x[0, at]).softmax(dim=-1)  # (masks, V)
-    best = p.topk(min(s.top, p.size(1)))
+        best = p.topk(min(s.top, p.size(1)))
     for number, some in enumerate(zip(*best, strict=True), start=1):
         guesses = (f"{tokenizer.decode([int(i)])!r} {q:.1%}" for q, i in zip(*some, strict=True))
         print(f"{MASK} {number}: {', '.join(guesses)}")
