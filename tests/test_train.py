@@ -118,7 +118,9 @@ def test_a_loss_that_is_not_finite_stops_with_evidence(train, capsys, monkeypatc
     monkeypatch.setattr("torch.nn.functional.cross_entropy", broken_loss)
     run = train("run", status=3)
     said = capsys.readouterr().out
-    assert "loss is nan" in said and "this update was not made" in said and "windows 32 to 39" in said
+    assert (
+        "loss is nan" in said and "this update was not made" in said and "windows 32 to 39" in said
+    )
     assert "step 4" in said
     assert weights(run, 4) == before and len(training(run)) == 4
 
