@@ -6,7 +6,6 @@ so that another run can begin with it; heads.safetensors has the rest.
 
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -89,12 +88,3 @@ def opened(run: str, name: str, which: str = "best") -> tuple[Learner, Tokenizer
     if learned != name:
         raise ValueError(f"{run} has learned by objective={learned}, and this needs {name}")
     return restored(path, gpt, tokenizer, state).eval(), tokenizer
-
-
-def plain(gpt: GPT, tokenizer: Tokenizer | None = None) -> Learner:
-    """A trunk as it is, to be evaluated as what predicts the next token."""
-    from train import Settings
-
-    cls = objectives.with_settings(Settings, "next_token")
-    s = settings.make(cls, asdict(gpt.config))
-    return Learner(gpt, objectives.find("next_token").Objective(s, tokenizer))

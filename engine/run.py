@@ -242,9 +242,9 @@ class Run:
         speed = (step - self.shown) * self.s.batch_tokens / max(self.busy, 1e-9)
         self.shown, self.busy = step, 0.0
         row = dict(step=step, loss=loss, lr=lr, grad_norm=known, tokens=tokens)
-        told = self.means_told()
-        self.record(**row, **told, tokens_per_second=round(speed, 1))
-        also = "".join(f"  {name} {value:.4f}" for name, value in told.items())
+        means = self.means_told()
+        self.record(**row, **means, tokens_per_second=round(speed, 1))
+        also = "".join(f"  {name} {value:.4f}" for name, value in means.items())
         left = int((self.s.steps - step) * self.s.batch_tokens / speed)
         self.here.say(
             f"step {step} of {self.s.steps}  loss {loss:.4f}{also}  lr {lr:.2e}"

@@ -1,6 +1,7 @@
 """What every objective promises: tests/test_<objective>.py calls these with its own settings."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,13 @@ from engine import machine, settings
 from engine.learner import Learner, total
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def plain(gpt) -> Learner:
+    """A trunk as it is, under the objective of predicting the next token."""
+    cls = objectives.with_settings(script.Settings, "next_token")
+    s = settings.make(cls, asdict(gpt.config))
+    return Learner(gpt, objectives.find("next_token").Objective(s, None))
 
 
 def make(data: Path, *argv: str):

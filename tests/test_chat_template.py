@@ -5,12 +5,12 @@ import random
 
 import pytest
 import torch
+from promises import plain
 from test_huggingface import KINDS, ours_of, tf
 
 import huggingface
 from engine import checkpoint, tokenizer_json
 from engine.chat_template import GUARD
-from engine.learner import plain
 from engine.run import NEW
 from generate import answers
 from model import GPT, GPTConfig

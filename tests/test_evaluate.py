@@ -7,13 +7,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from promises import plain
 
 import evaluate as script
 import scores
 from dataset import Dataset
 from engine import machine
 from engine.checkpoint import load_model
-from engine.learner import plain
 from evaluate import evaluate
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from promises import plain
 
 import evaluate
 import exam
@@ -18,7 +19,6 @@ import train
 from dataset import Dataset
 from engine import machine
 from engine.checkpoint import load_model
-from engine.learner import plain
 from engine.shards import ShardWriter, Strip
 from generate import answers
 from grading import Exam, Row
