@@ -17,7 +17,6 @@ import train as trainer
 from dataset import IGNORE, Dataset
 from engine import machine
 from engine.checkpoint import load_model
-from engine.learner import plain
 
 ARGV = ["--objective=distil", "--n_layer=1"]
 SMALL = ["--tokenizer=bytes", "--workers=1"]
@@ -124,7 +123,9 @@ def test_the_text_is_told_as_next_token_tells_it(train, data, teacher, capsys):
     row = [json.loads(line) for line in open(run / "metrics.jsonl")][-1]
     model, _ = load_model(str(run), "latest")
     found = evaluate.evaluate(
-        plain(model), Dataset(str(data)).split("val"), machine.pick("cpu", "float32", "false")
+        promises.plain(model),
+        Dataset(str(data)).split("val"),
+        machine.pick("cpu", "float32", "false"),
     )
     assert row["val_cross_entropy"] == pytest.approx(found["val_loss"], rel=1e-5)
     assert row["val_bpb"] == pytest.approx(found["val_bpb"], rel=1e-5)
