@@ -3,6 +3,8 @@
 Shapes: B texts, T new positions, S positions attended to, K key/value heads, D channels of a head.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ class KVCache:
 
     A forward pass calls `begin`, and each of its layers `append`; then it adds T to `lengths`.
     """
+
+    fixed = False  # whether all rows have to be computed, also those that hold nothing
 
     def __init__(
         self,
@@ -73,8 +77,25 @@ class KVCache:
         self.v = self.v[:, rows]
         self.lengths = self.lengths[rows]
 
+    def first(self, count: int) -> "KVCache":
+        """The first `count` rows alone: the same memory, so that what is appended there is here."""
+        if count == len(self.lengths):
+            return self
+        part = copy.copy(self)
+        part.k, part.v = self.k[:, :count], self.v[:, :count]
+        part.lengths = self.lengths[:count]
+        return part
+
+    def move(self, row: int, to: int) -> None:
+        """Copies the text in `row` to another row."""
+        end = int(self.lengths[row])
+        self.k[:, to, :, :end] = self.k[:, row, :, :end]
+        self.v[:, to, :, :end] = self.v[:, row, :, :end]
+        self.lengths[to] = self.lengths[row]
+
     def put(self, rows: list[int], other: "KVCache") -> None:
-        """Texts of another cache take the slots `rows`; the other slots stay as they are."""
+        """Texts of another cache, one for each of `rows` or one for all, take these slots; the
+        other slots stay as they are."""
         end = int(other.lengths.max())
         self.k[:, rows, :, :end] = other.k[:, :, :, :end]
         self.v[:, rows, :, :end] = other.v[:, :, :, :end]

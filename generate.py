@@ -154,46 +154,58 @@ class Answer:
 class Slots:
     """Answers that are written side by side, each in a row of one KV cache, its slot.
 
-    `writing` has the answer in each slot, or None; `logits` (B, V) are those of their next token.
+    `writing` are the answers in the first rows; `logits` (rows, V) those of their next token. Only
+    rows that are taken are computed, but if `exact`: then always all, so that nothing depends on
+    who stands beside.
     """
 
     def __init__(self, model: GPT, count: int, markers=None, exact: bool = False):
-        self.model, self.markers, self.exact = model, markers, exact
+        self.model, self.markers, self.count, self.exact = model, markers, count, exact
         self.cache = model.new_cache(count, whole=exact)
         self.logits = torch.zeros(count, model.config.vocab_size, device=self.cache.k.device)
-        self.writing: list[Answer | None] = [None] * count
+        self.writing: list[Answer] = []
 
-    def free(self) -> list[int]:
-        return [row for row, answer in enumerate(self.writing) if answer is None]
+    def free(self) -> int:
+        return self.count - len(self.writing)
 
     def admit(self, answers: list[Answer]) -> None:
         """Reads prompts into free slots: those of about one length together, up to PASS tokens."""
-        free = self.free()
         answers = sorted(answers, key=lambda answer: len(answer.prompt))
         while answers:
             longest = len(answers[-1].prompt)
             count = 1 if self.exact else max(1, PASS // longest)
             some = answers[-count:]
             del answers[-count:]
-            rows = [free.pop(0) for _ in some]
             fresh = self.model.new_cache(len(some), longest)
             new = prefill(self.model, [answer.prompt for answer in some], fresh, self.markers)
-            self.cache.put(rows, fresh)
-            self.logits = self.logits.index_copy(0, torch.tensor(rows, device=new.device), new)
-            for row, answer in zip(rows, some, strict=True):
-                self.writing[row] = answer
+            self.place(some, fresh, new)
 
-    def decode(self, token: Tensor) -> None:
-        """Appends a token to each answer, token (B,); in a free slot it is written over later."""
-        self.cache.lengths[self.free()] = 0
-        self.logits = decode_one_token(self.model, token, self.cache)
+    def place(self, answers: list[Answer], read: KVCache, logits: Tensor) -> None:
+        """Puts prompts that have been `read`, one for each of `answers` or one for all, into free
+        slots, with the `logits` (B, V) behind them."""
+        rows = [len(self.writing) + i for i in range(len(answers))]
+        self.cache.put(rows, read)
+        self.logits[rows] = logits
+        self.writing += answers
 
-    def close(self) -> None:
-        """Gives up the free slots: they cost as much time as the others."""
-        rows = [row for row, answer in enumerate(self.writing) if answer]
-        self.cache.take(rows)
-        self.logits = self.logits[rows]
-        self.writing = [self.writing[row] for row in rows]
+    def remove(self, row: int) -> None:
+        """Frees a slot: the answer in the last one that is taken moves into it."""
+        last = len(self.writing) - 1
+        if row != last:
+            self.cache.move(last, row)
+            self.logits[row] = self.logits[last]
+            self.writing[row] = self.writing[last]
+        self.cache.lengths[last] = 0
+        del self.writing[last]
+
+    def decode(self) -> None:
+        """The last token of each answer goes into the cache, for the logits behind it."""
+        taken = len(self.writing)
+        rows = self.count if self.exact or self.cache.fixed else taken
+        last = [answer.tokens[-1] for answer in self.writing] + [0] * (rows - taken)
+        token = torch.tensor(last, device=self.logits.device)  # (rows)
+        self.logits[:rows] = decode_one_token(self.model, token, self.cache.first(rows))
+        self.cache.lengths[taken:] = 0  # what a free slot was given will be written over
 
 
 def to_answer(
@@ -239,32 +251,28 @@ def answers(
     while True:
         # 1. the next prompts move in when a quarter of the slots is free, since together they are
         #    read faster
-        free = beside.free()
-        if 4 * len(free) >= len(beside.writing):
-            new = list(islice(waiting, len(free)))
-            beside.admit(new)
-            if not any(beside.writing):
+        if 4 * beside.free() >= slots:
+            beside.admit(list(islice(waiting, beside.free())))
+            if not beside.writing:
                 return
-            if len(new) < len(free) and not exact:  # nobody is waiting any more
-                beside.close()
 
         # 2. each gets a token
-        draws = [answer.draw.random() if answer else 0.0 for answer in beside.writing]
-        uniform = torch.tensor(draws, dtype=torch.float64)
-        token = pick(beside.logits.index_fill(-1, left_out, -math.inf), uniform, **options)  # (B,)
+        uniform = [answer.draw.random() for answer in beside.writing]
+        uniform = torch.tensor(uniform, dtype=torch.float64)
+        logits = beside.logits[: len(uniform)].index_fill(-1, left_out, -math.inf)
+        token = pick(logits, uniform, **options)  # (B,)
 
         # 3. those that have ended move out, the others go on
-        for row, (answer, new) in enumerate(zip(beside.writing, token.tolist(), strict=True)):
-            if answer is None:
-                continue
+        for row, new in reversed([*enumerate(token.tolist())]):
+            answer = beside.writing[row]
             ended = new in tokenizer.ends
             if with_end or not ended:
                 answer.tokens.append(new)
             if ended or len(answer.tokens) >= answer.most:
-                beside.writing[row] = None
+                beside.remove(row)
                 yield answer.number, answer.tokens
-        if any(beside.writing):
-            beside.decode(token)
+        if beside.writing:
+            beside.decode()
 
 
 def beam(

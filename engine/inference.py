@@ -112,6 +112,7 @@ class RecordedCache(KVCache):
     GPU nothing is recorded, and the result is the same.
     """
 
+    fixed = True
     recorded = None  # the buffers that the graph knows
     running = False  # whether a step is computed, or recorded, at this moment
 

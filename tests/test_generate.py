@@ -288,8 +288,7 @@ def logits_of(model: GPT, prompts, monkeypatch, **how) -> dict[tuple, torch.Tens
 
     def greedy(logits, uniform):
         for row, answer in enumerate(now[0].writing):
-            if answer:
-                seen[tuple(answer.prompt), tuple(answer.tokens)] = logits[row].clone()
+            seen[tuple(answer.prompt), tuple(answer.tokens)] = logits[row].clone()
         return logits.argmax(dim=-1)
 
     with monkeypatch.context() as patch:
