@@ -286,7 +286,7 @@ def show_result(model, data, s: Settings, run) -> None:
     run.stop.at_once = True  # all is saved
     objective = run.learner.objective
     run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
-    torch.use_deterministic_algorithms(False)  # picking a token has no such form on a GPU
+    torch.set_deterministic_debug_mode("default")  # picking a token has no such form on a GPU
     picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
     if not objective.generates:
         print(f"\nnext: {objective.instead.replace('RUN', s.out)}")

@@ -127,7 +127,7 @@ def test_killed_at_every_durable_operation(train, monkeypatch):
         assert left == {path.name for path in whole.iterdir()}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(data, tmp_path, kills, uninterrupted):
     rng = random.Random(kills)
     steps = []
@@ -184,7 +184,7 @@ def test_compiled_runs_resume_to_the_same_bits(train, monkeypatch):
     assert weights(parts) == weights(whole) and rows(parts) == rows(whole)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.soak)])
 def test_prepare_killed_at_random_moments(tmp_path, text_file, kills):
     def files(folder) -> dict:
         return {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -326,7 +326,7 @@ def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
 @pytest.mark.parametrize(
     "launcher, stops",
     [
-        pytest.param([], 2, id="one process"),
+        pytest.param([], 1, id="one process"),
         pytest.param([], 20, id="one process, often", marks=pytest.mark.soak),
         pytest.param(TORCHRUN, 1, id="two processes", marks=pytest.mark.slow),
         pytest.param(TORCHRUN, 20, id="two processes, often", marks=pytest.mark.soak),

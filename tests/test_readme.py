@@ -1,11 +1,12 @@
 """README's commands run as they stand there, with a few steps each; its files and tests exist."""
 
 import importlib.util
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -37,7 +38,7 @@ def place(tmp_path_factory, data):
 
 
 def small(command: str) -> str | None:
-    """The command with a few steps and this Python; None for what cannot run here."""
+    """The command with a few steps; None for what cannot run here."""
     if "venv" in command or "nproc_per_node=8" in command or not command:
         return None
     if "pytest" in command or "bench.py" in command:
@@ -46,7 +47,6 @@ def small(command: str) -> str | None:
         return None
     if "gpt2" in command or "hf/" in command:
         return None  # tests of its own
-    command = re.sub(r"^python ", f"{sys.executable} ", command)
     if " train.py" in command:
         given = {word.split("=")[0] for word in command.split()}
         command += " " + " ".join(a for a in SMALL if a.split("=")[0] not in given)
@@ -54,20 +54,33 @@ def small(command: str) -> str | None:
     if "sample.py" in command:
         command = re.sub(r"--max_tokens=\d+", "", command) + " --max_tokens=5"
         command = re.sub(r" < (\S+) (--.*)", r" \2 < \1", command)
-    # another task, since the library takes long to read
+    # other sources, since the library takes long to read
     command = command.replace(" modules ", " questions.csv --prompt=question --answer=answer ")
+    command = command.replace("prepare.py python ", "prepare.py my_text.txt ")
     return command.replace("--vocab_size=4096", "--vocab_size=300")
 
 
-def written_by(command: str) -> str:
-    """The file or folder that a command makes; empty if it makes none."""
-    out = re.search(r"--out=(\S+)", command)
-    config = re.search(r"train\.py config/(\w+)\.py", command)
-    return out[1] if out else f"out/{config[1]}" if config else ""
+FORKING = """
+import json, os, runpy, sys
+import torch._dynamo, train, evaluate, prepare, sample  # once for all commands
+for line in sys.stdin:
+    words, there, out = json.loads(line)
+    if not os.fork():
+        sys.stdin = open(there)
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        sys.argv = words[words[0] == "-m":]
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
 
 
 def test_every_command_of_the_readme_runs(place):
-    """Two at a time, each after those whose folders it names."""
+    """Each in a child of one process that has loaded torch already."""
     ran = [line for line in COMMANDS if small(line)]
     # shakespeare needs a network, and stands prepared already
     ran = [line for line in ran if " prepare.py shakespeare" not in line]
@@ -75,28 +88,25 @@ def test_every_command_of_the_readme_runs(place):
     assert {"prepare", "train", "sample", "plot"} <= scripts, ran
     if not importlib.util.find_spec("matplotlib"):
         ran = [line for line in ran if " plot.py" not in line]
-    started: dict[str, Future] = {}
-
-    def run(command: str, before: list[Future]) -> None:
-        for other in before:
-            other.result()
-        done = subprocess.run(
-            ["bash", "-c", small(command)],
-            cwd=place,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        mistake = "stpes" in command  # shown on purpose
-        assert done.returncode == (2 if mistake else 0), f"{command}\n{done.stderr}"
-
-    with ThreadPoolExecutor(2) as pool:
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        cwd=place,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(place)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
         for command in ran:
-            made = {word.split("=")[-1] for word in command.split()} | {written_by(command)}
-            before = [started[other] for other in started if written_by(other) in made]
-            started[command] = pool.submit(run, command, before)
-    for future in started.values():
-        future.result()
+            words, _, there = small(command).partition(" < ")
+            line = [shlex.split(words)[1:], there or os.devnull, str(place / "printed")]
+            process.stdin.write(json.dumps(line) + "\n")
+            process.stdin.flush()
+            status = process.stdout.readline().strip()
+            mistake = "stpes" in command  # shown on purpose
+            wanted = "2" if mistake else "0"
+            assert status == wanted, f"{command}\n{(place / 'printed').read_text()}"
+            (place / "printed").unlink()
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: all but plot.py ran")
 
 

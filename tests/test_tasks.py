@@ -68,7 +68,7 @@ def test_no_seed_shows_in_training_what_another_seed_tests(name):
     """Of sums the pair in either order, of numbers the number in any form, of facts the story."""
 
     def held(split: str, seed: int) -> set:
-        rows = tasks.find(name).rows(split, seed)
+        rows = islice(tasks.find(name).rows(split, seed), 3000)
         prompts = [texts(row)[0] for row in rows]
         if name == "numbers":
             return {numbers.read(prompt) for prompt in prompts}
