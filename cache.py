@@ -79,11 +79,13 @@ class KVCache:
 
     def first(self, count: int) -> "KVCache":
         """The first `count` rows alone: the same memory, so that what is appended there is here."""
-        if count == len(self.lengths):
-            return self
+        return self if count == len(self.lengths) else self.rows(0, count)
+
+    def rows(self, begin: int, end: int) -> "KVCache":
+        """Rows from `begin` to `end`, in the same memory."""
         part = copy.copy(self)
-        part.k, part.v = self.k[:, :count], self.v[:, :count]
-        part.lengths = self.lengths[:count]
+        part.k, part.v = self.k[:, begin:end], self.v[:, begin:end]
+        part.lengths = self.lengths[begin:end]
         return part
 
     def move(self, row: int, to: int) -> None:
