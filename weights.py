@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         file = s.passphrase_file
         passphrase = locked.read_passphrase(file) if file else ask(command)
         count = len(getattr(locked, command)(Path(name), passphrase))
-        print(f"{name} is {command}ed: {count} files of weights")
+        print(f"{name} is {command}ed (files of weights: {count})")
 
 
 def ask(command: str) -> str:

@@ -118,7 +118,7 @@ def key_of(folder: Path) -> Path | None:
     return next((key for key in found if key.exists()), None)
 
 
-@lru_cache  # scrypt takes a second, and 256 MB, so that nobody tries many
+@lru_cache  # scrypt takes a second, and 256 or 512 MB, so that nobody tries many
 def key_in(content: bytes, passphrase: str):
     """What a key.age holds. Raises ValueError."""
     settings.require_package("pyrage", True)

@@ -86,7 +86,7 @@ def test_locked_and_unlocked_all_is_as_it_was_to_the_byte(place, run, capsys):
     assert all(after[name] == before[name] for name in before.keys() - tensors)
     weights.main(["unlock", run, OPEN])
     assert contents(Path(run)) == before
-    assert f"{run} is unlocked: {len(tensors)} files" in capsys.readouterr().out
+    assert f"{run} is unlocked (files of weights: {len(tensors)})" in capsys.readouterr().out
 
 
 def windows(content: bytes) -> np.ndarray:
