@@ -28,7 +28,7 @@ import numpy as np
 import objectives
 import scores
 from dataset import IGNORE, Dataset, Split
-from engine import settings
+from engine import locked, settings
 from engine.settings import BelowOne, Count, NotNegative, Positive
 
 if TYPE_CHECKING:  # torch is imported where it is used, since mistakes are told before that
@@ -49,6 +49,7 @@ class Settings:
     checkpoint: str = "best"  # of a run: best (lowest validation loss), latest, or a step
     data: str = ""  # folder that prepare.py has written; by default that of the run
     tokenizer: str = ""  # vocabulary of a folder of public shards, which has no meta.json
+    passphrase_file: str = ""  # opens locked weights, in memory alone: a file with the passphrase
     split: Literal["train", "val", "test"] = "val"  # which part of the data
     baseline: str = ""  # another run: is it better or worse, or is no difference shown?
 
@@ -102,6 +103,7 @@ def main(argv: list[str]) -> int:
         refuse(s, ("marker", "noise"), "changes what is asked, and --pairs writes what was asked")
     if s.label:
         refuse(s, ("limit", "task", "baseline", "exchange", "pairs"), "has no use with --label")
+    locked.use(s.passphrase_file, *map(Path, filter(None, (s.out, s.baseline))))
     here = start(s)
     run = Opened(s.out, s.checkpoint)
     if s.probe or s.nearest or s.map:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import objectives
-from engine import settings
+from engine import locked, settings
 from engine.settings import Bound, Count, NotNegative
 
 Share = Annotated[float, Bound("above 0 and at most 1", lambda p: 0 < p <= 1)]
@@ -58,6 +58,7 @@ class Settings:
     task: str = ""  # the prompt is a question for this task; with chat, the whole conversation
     grid: str = ""  # draw pictures into this PNG: a row of them for each word of the prompt
     width: Count = 0  # of a picture in pixels; 0: it is square
+    passphrase_file: str = ""  # opens locked weights, in memory alone: a file with the passphrase
     quantize: Quantize = ""  # int8: weights of eight bits, on a CPU; faster, slightly higher loss
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of the weights and of matrix products
@@ -102,7 +103,9 @@ def main(argv: list[str]) -> None:
 
     from engine.checkpoint import find, load_weights
 
-    model, tokenizer, state = load_weights(find(s.run, s.checkpoint))
+    path = find(s.run, s.checkpoint)
+    locked.use(s.passphrase_file, path)
+    model, tokenizer, state = load_weights(path)
     objectives.require_writer(state, s.run)
 
     from engine import inference, machine

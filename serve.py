@@ -115,7 +115,7 @@ class Server:
     """The app, the engine, and the way to the end: one object, so that tests can have it."""
 
     def __init__(self, s: Settings, keys: list[str]):
-        from engine import inference, machine
+        from engine import inference, locked, machine
         from engine.batching import Engine
         from engine.checkpoint import find, load_weights
         from engine.protocol import Served
@@ -124,6 +124,7 @@ class Server:
         self.s = s
         self.words = WordFilter(s.filter) if s.filter else None
         self.folder = find(s.run, s.checkpoint)
+        locked.use(s.passphrase_file, self.folder)
         model, tokenizer, state = load_weights(self.folder)
         objectives.require_writer(state, s.run)
         c = model.config

@@ -9,6 +9,7 @@ A checkpoint is written beside its final name, flushed to disk and then renamed,
 stands on half of one. The manifest holds size and sha256 of every other file and is written last.
 A run of lora.py has one base.safetensors, the frozen weights, and in each checkpoint instead of
 all weights an adapter.safetensors, which is small; state.json knows the sha256 of the base.
+Of files of tensors that are locked, as weights.py does it, there is <file>.age: engine/locked.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
-from engine import files
+from engine import files, locked
 from engine.files import sha256_of, verify
 from engine.metrics import best_row
 from engine.settings import Setting, convert, settings_of
@@ -106,6 +107,7 @@ def newest(run: Path) -> tuple[int, int]:
     if there are none but unsound ones.
     """
     for path in checkpoints(run):
+        locked.names(path)  # refused: they are whole
         try:
             return int(path.name[5:]), verify(path, NEEDED)
         except ValueError as e:
@@ -180,40 +182,60 @@ def load_weights(path: Path, merge: bool = True) -> tuple[GPT, Tokenizer, dict]:
     An adapter becomes part of the weights; without `merge` it stays apart, and learns on. Raises
     ValueError if anything is damaged, or if model.py makes another model of its shape.
     """
+    skip = ["optimizer.safetensors", *locked.names(path)]
     with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(verify, path, NEEDED, skip=["optimizer.safetensors"])
+        verified = pool.submit(verify, path, NEEDED, skip)
         import torch  # meanwhile
-        from safetensors.torch import load_file
 
         import lora
         from model import GPT
     verified.result()
     state, config = read_state(path)
     adapted = state.get("lora")
-    file = base_of(path, adapted) if adapted else path / "model.safetensors"
+    file = path.parent / BASE if adapted else path / "model.safetensors"
+    weights = load_tensors(file, adapted["base"] if adapted else "")
     with named(file):
-        # the header is compared with the size of the file before anything is allocated, and the
-        # model has shapes only, until it is given the weights of the file
-        weights = load_file(file)
+        # the model has shapes only, until it is given the weights of the file
         with torch.device("meta"):
             model = GPT(config)
         model.load_state_dict(weights, assign=True)
     if adapted:
         file = path / "adapter.safetensors"
+        weights = load_tensors(file)
         with named(file):
-            lora.restore(model, adapted, load_file(file))
+            lora.restore(model, adapted, weights)
     if adapted and merge:
         lora.merge(model)
     return model, Tokenizer.load(path), state
 
 
+def load_tensors(file: Path, sha256: str = "") -> dict[str, Tensor]:
+    """Those of a file with this sha256; by default it is one of a checkpoint that is verified.
+
+    A locked one is decrypted into memory alone, and verified now. Raises ValueError.
+    """
+    from safetensors.torch import load, load_file
+
+    if locked.key_of(file.parent):
+        manifest = file.parent / "manifest.json"
+        with named(manifest):
+            sha256 = sha256 or json.loads(manifest.read_bytes())[file.name]["sha256"]
+        content = locked.read(file, sha256)
+        with named(file):
+            return load(content)
+    if sha256 and not (file.exists() and sha256_of(file) == sha256):
+        raise ValueError(f"{file} is missing, or not what belongs here (sha256): bring it back")
+    with named(file):
+        # the header is compared with the size of the file before anything is allocated
+        return load_file(file)
+
+
 def load_heads(path: Path, learner: Learner) -> None:
     """Gives a learner the heads of a checkpoint folder that is verified."""
-    from safetensors.torch import load_file
-
     file = path / "heads.safetensors"
+    heads = load_tensors(file) if file.exists() or locked.of(file).exists() else {}
     with named(file):
-        learner.heads.load_state_dict(load_file(file) if file.exists() else {})
+        learner.heads.load_state_dict(heads)
 
 
 def save_kept(run: Path, tensors: dict[str, Tensor]) -> str | None:
@@ -229,34 +251,20 @@ def save_kept(run: Path, tensors: dict[str, Tensor]) -> str | None:
 
 def load_kept(path: Path, state: dict) -> dict[str, Tensor]:
     """What the objective of a checkpoint keeps for its run. Raises ValueError."""
-    from safetensors.torch import load_file
-
-    if not state.get("kept"):
-        return {}
-    file = path.parent / KEPT
-    if not file.exists() or sha256_of(file) != state["kept"]:
-        raise ValueError(f"{file} is missing, or not that of {path} (sha256): bring it back")
-    with named(file):
-        return load_file(file)
+    return load_tensors(path.parent / KEPT, state["kept"]) if state.get("kept") else {}
 
 
-def base_of(path: Path, adapted: dict) -> Path:
-    """The frozen weights that the adapter of a checkpoint belongs to. Raises ValueError."""
-    base = path.parent / BASE
-    if not base.exists():
-        raise ValueError(f"{base} is missing, to which {path} is a change: bring it back")
-    if sha256_of(base) != adapted["base"]:
-        raise ValueError(f"{base} is not what {path} is a change to (sha256): bring it back")
-    return base
-
-
-def load_model(path: str, checkpoint: str = "best", device: str = "cpu") -> tuple[GPT, Tokenizer]:
+def load_model(
+    path: str, checkpoint: str = "best", device: str = "cpu", passphrase_file: str = ""
+) -> tuple[GPT, Tokenizer]:
     """An eval-mode model and its tokenizer, from a run or a checkpoint folder.
 
     `checkpoint` is "best" (lowest validation loss), "latest", "step-00000400" or "400".
     Raises ValueError if there is none or if it is damaged.
     """
-    model, tokenizer, _ = load_weights(find(path, checkpoint))
+    found = find(path, checkpoint)
+    locked.use(passphrase_file, found)
+    model, tokenizer, _ = load_weights(found)
     return model.to(device).eval(), tokenizer
 
 
