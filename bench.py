@@ -3,6 +3,7 @@
     train     training steps of GPT-2's smallest shape, beside transformers (if installed)
     decode    text from that shape, one sequence and eight, beside transformers and CTranslate2
     answers   1,000 answers at once and one by one, and training on rows and on running text
+    serve     serve.py with eight clients at once and one, their waiting, beside the same peers
     prepare   the whole of prepare.py with GPT-2's vocabulary, beside tiktoken's own batch call
 
 Every figure comes from a process of its own. The variants take turns for `rounds` rounds, and the
@@ -14,6 +15,7 @@ to be had here (a library, a number type that the hardware would emulate) is lef
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +38,7 @@ GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
 
 @dataclass
 class Settings:
-    what: str = "train"  # train, decode, answers or prepare
+    what: str = "train"  # train, decode, answers, serve or prepare
     rounds: Positive = 3  # times that each variant runs, in a process of its own
     calls: Positive = 6  # in each of them, what is measured is done so often
     shape: Literal["gpt2", "modern"] = "gpt2"  # train, decode: ours; modern is train.py's default
@@ -48,7 +50,7 @@ class Settings:
     rows: Positive = 4  # train: sequences in a step
     length: Positive = 256  # train: tokens of a sequence
     fast: bool = True  # train, decode: false measures model.py itself
-    tokens: Positive = 64  # decode: tokens to generate
+    tokens: Positive = 64  # decode, serve: tokens to generate
     answers: Positive = 1000  # answers: how many; the shape is that of config/small.py
     tokenizer: str = "gpt2"  # prepare: the vocabulary
     only: str = ""  # run this variant alone, in this process, and print its figures as JSON
@@ -198,9 +200,9 @@ def decode_transformers(s: Settings, dtype: str) -> dict:
     return figure(s.tokens / timed(s.calls, run), "tokens/s")
 
 
-def decode_ctranslate2(s: Settings, dtype: str) -> dict:
-    run = peers.ctranslate2_decoder(dimensions(s), s.tokens, dtype)
-    return figure(s.tokens / timed(s.calls, run), "tokens/s")
+def decode_ctranslate2(s: Settings, dtype: str, samples: int = 1) -> dict:
+    run = peers.ctranslate2_decoder(dimensions(s), s.tokens, dtype, samples)
+    return figure(samples * s.tokens / timed(s.calls, run), "tokens/s")
 
 
 # --- answers: the model of config/small.py, with the markers of rows
@@ -243,6 +245,38 @@ def answer(s: Settings, slots: int) -> dict:
     start = time.perf_counter()
     write(prompts)
     return figure(s.answers / (time.perf_counter() - start), "answers/s")
+
+
+# --- serve
+
+CLIENTS = 8
+PROMPT = 32  # tokens
+
+
+def serve(s: Settings, clients: int, shape: dict | None = None, dtype: str = "auto") -> dict:
+    """`clients` that ask one request after another of serve.py: tokens in a second, and how long
+    they wait for the first and between two."""
+    import asyncio
+    import multiprocessing
+    import threading
+
+    import serve as script
+    from engine import load
+    from tokenizer import bytes_tokenizer
+
+    s = replace(s, **(shape or {}))
+    tokenizer = bytes_tokenizer()
+    tokenizer.vocab_size = s.vocab_size  # what the ids mean does not matter
+    tokenizer.decode_bytes = lambda ids: b"".join(b"%d " % i for i in ids)
+    options = script.Settings("model", slots=CLIENTS, dtype=dtype, fast=s.fast)
+    server = script.Server(options, our_model(s), tokenizer, ROOT)
+    listener = socket.create_server(("127.0.0.1", 0))
+    where = listener.getsockname()
+    threading.Thread(target=lambda: asyncio.run(server.run(listener)), daemon=True).start()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # no lock in common with the server
+        pool.apply(load.run, (*where, clients, clients, PROMPT, 4))  # a warm-up
+        found = pool.apply(load.run, (*where, clients, s.calls * clients, PROMPT, s.tokens))
+    return figure(found["speed"], "tokens/s", load.words(found))
 
 
 # --- prepare
@@ -303,6 +337,17 @@ VARIANTS = {
         "32 at once": partial(answer, slots=32),
         "training, running text": partial(learn, of_rows=False),
         "training, rows": partial(learn, of_rows=True),
+    },
+    "serve": {
+        "one client": partial(serve, clients=1),
+        "eight clients": partial(serve, clients=CLIENTS),
+        "transformers, one by one": partial(decode_transformers, dtype="float32"),
+        "CTranslate2, one by one": partial(decode_ctranslate2, dtype="float32"),
+        "CTranslate2, a batch of eight": partial(
+            decode_ctranslate2, dtype="float32", samples=CLIENTS
+        ),
+        "small, one client": partial(serve, clients=1, shape=SMALL),
+        "small, eight clients": partial(serve, clients=CLIENTS, shape=SMALL),
     },
     "prepare": {"ours": encode, "tiktoken": encode_tiktoken},
 }

@@ -39,8 +39,10 @@ def transformers_decoder(shape: dict, tokens: int, here) -> Callable[[], None]:
     return lambda: model.generate(prompt, **options)
 
 
-def ctranslate2_decoder(shape: dict, tokens: int, dtype: str) -> Callable[[], None]:
-    """The same with CTranslate2, on a CPU, its weights in `dtype`: float32 or int8."""
+def ctranslate2_decoder(
+    shape: dict, tokens: int, dtype: str, samples: int = 1
+) -> Callable[[], None]:
+    """The same with CTranslate2, on a CPU, for a batch, its weights in `dtype`: float32 or int8."""
     import ctranslate2
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -57,7 +59,7 @@ def ctranslate2_decoder(shape: dict, tokens: int, dtype: str) -> Callable[[], No
         converter.convert(f"{folder}/ct2", quantization=dtype)
         generator = ctranslate2.Generator(f"{folder}/ct2", "cpu", intra_threads=CORES)
     options = dict(max_length=tokens, min_length=tokens, sampling_topk=1)
-    return lambda: generator.generate_batch([["t1"]], **options)
+    return lambda: generator.generate_batch([["t1"]] * samples, **options)
 
 
 def tiktoken_encode(text: str, name: str) -> int:

@@ -103,38 +103,46 @@ def main(argv: list[str]) -> int:
     return asyncio.run(serve(s, keys, listener))
 
 
+def load(s: Settings) -> tuple:
+    """Model, tokenizer and folder of the checkpoint that is asked for. Raises ValueError."""
+    from engine import locked
+    from engine.checkpoint import find, load_weights
+
+    folder = find(s.run, s.checkpoint)
+    locked.use(s.passphrase_file, folder)
+    model, tokenizer, state = load_weights(folder)
+    objectives.require_writer(state, s.run)
+    return model, tokenizer, folder
+
+
 async def serve(s: Settings, keys: list[str], listener: socket.socket) -> int:
     """Serves until a signal, the second of which does not wait."""
-    server, loop = Server(s, keys), asyncio.get_running_loop()
+    server, loop = Server(s, *load(s), keys), asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: loop.call_soon_threadsafe(server.end))
     return await server.run(listener)
 
 
 class Server:
-    """The app, the engine, and the way to the end: one object, so that tests can have it."""
+    """The app, the engine, and the way to the end: one object, so that tests can have it.
 
-    def __init__(self, s: Settings, keys: list[str]):
-        from engine import inference, locked, machine
+    `model` and `tokenizer` come from the checkpoint in `folder`; `keys` are digests.
+    """
+
+    def __init__(self, s: Settings, model, tokenizer, folder: Path, keys=()):
+        from engine import inference, machine
         from engine.batching import Engine
-        from engine.checkpoint import find, load_weights
         from engine.protocol import Served
         from engine.wordfilter import WordFilter
 
-        self.s = s
+        self.s, self.folder = s, folder
         self.words = WordFilter(s.filter) if s.filter else None
-        self.folder = find(s.run, s.checkpoint)
-        locked.use(s.passphrase_file, self.folder)
-        model, tokenizer, state = load_weights(self.folder)
-        objectives.require_writer(state, s.run)
-        c = model.config
+        c, name = model.config, s.name or Path(s.run).resolve().name
         here = machine.pick(s.device, s.dtype, "false", rows=s.slots)
         model = model.eval().to(here.device, here.dtype)
         machine.use_threads(s.threads, here, model, s.slots)
-        name = s.name or Path(s.run).resolve().name
-        print(f"machine: {here.why}")
         size = f"{model.num_parameters():,} parameters, {s.slots} slots of {c.block_size} tokens"
-        print(f"{name}: {size}")
+        print(f"machine: {here.why}\n{name}: {size}")
         model = inference.ready(model, s.quantize, s.slots, parts=s.fast)
         self.served = Served(name, tokenizer, c.block_size, s.slots)
         self.engine = Engine(model, tokenizer, s.slots, s.queue, s.chunk, exact=not s.fast)

@@ -70,7 +70,7 @@ class Running:
 
     def __init__(self, run, keys=(), **settings):
         s = serve.Settings(str(run), port=0, device="cpu", threads="1", **settings)
-        self.server = serve.Server(s, list(keys))
+        self.server = serve.Server(s, *serve.load(s), list(keys))
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
