@@ -18,6 +18,7 @@ from typing import NamedTuple
 from engine.prepared import SPLITS
 from engine.sources import PIECE
 from engine.tables import Row
+from engine.wordfilter import Gate, WordFilter
 
 ENTRY = struct.Struct("<Q16s16s16sBQ")  # of the index: a document, with the number of its split
 INSIDE = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
@@ -168,6 +169,20 @@ def clean(pieces: Iterable[str], report: Counter, progress: Callable) -> Iterato
         report["bytes read"] += len(piece.encode(errors="replace"))
         progress(report["bytes read"])
         yield piece
+
+
+class Listed(Exception):
+    """A document has a word of the list, and is left out."""
+
+
+def without(words: WordFilter, how: str, pieces: Iterable[str], report: Counter) -> Iterator[str]:
+    """A text with the words of a list masked, or ("drop") Listed at its end, if it has one."""
+    gate = Gate(words, "mask" if how == "mask" else "stop")
+    yield from map(gate.feed, pieces)
+    yield gate.end()
+    if gate.hit and how == "drop":
+        raise Listed
+    report["words masked"] += len(gate.masked)
 
 
 def draw(digest: bytes, seed: int) -> float:
