@@ -12,6 +12,7 @@ import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,11 +179,12 @@ class Listed(Exception):
 def without(words: WordFilter, how: str, pieces: Iterable[str], report: Counter) -> Iterator[str]:
     """A text with the words of a list masked, or ("drop") Listed at its end, if it has one."""
     gate = Gate(words, "mask" if how == "mask" else "stop")
-    yield from map(gate.feed, pieces)
-    yield gate.end()
+    for piece in chain(map(gate.feed, pieces), map(Gate.end, [gate])):
+        yield piece
+        report["words masked"] += len(gate.masked)
+        gate.masked.clear()
     if gate.hit and how == "drop":
         raise Listed
-    report["words masked"] += len(gate.masked)
 
 
 def draw(digest: bytes, seed: int) -> float:

@@ -1,121 +1,20 @@
 """A list of words that must not come in or go out: WordFilter finds them, Gate holds them back.
 
-Text is compared in a normal form, a string of symbols that know where they came from:
-
-    NFKD, lower case     Ｂad, 𝐛𝐚𝐝, ⓑⓐⓓ, bád → bad         compatible forms, without accents
-    nothing invisible    b\\u200bad → bad                    joiners, directions, control characters
-    spaces and dashes    very-bad, very   bad → very bad    one space for any run of them
-
-and a symbol may be read as one that looks like it (Unicode's UTS 39), or a digit as a letter: b4d.
 Words of alphabets count where they stand alone ("ass" is not in "class"), those of scripts that are
-written without spaces anywhere. docs/filter.md has what is caught, and what is not.
+written without spaces anywhere; both as engine/normal_form.py has them, so that Bäd is bad.
+docs/filter.md has what is caught, and what is not.
 """
 
 import hashlib
 import re
-import unicodedata
 from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 
-# letters that look like a Latin one, in lower case, also where only the capitals look alike (B, В)
-ALIKE = dict(
-    a="аαɑᴀ", b="вьβʙɓƅ", c="сϲᴄ", d="ԁɗđᴅ", e="еεɛҽᴇ", f="ƒғꜰϝ", g="ɡցɢԍɠ", h="һнηʜհħ", i="іιıɪɩӏ",
-    j="јϳᴊȷ", k="кκᴋƙқ", l="ӏłʟɫǀ", m="мμᴍɱ", n="ոηνɴŋƞ", o="оοσօᴏøө", p="рρᴘƥ", q="ԛզɋ", r="гʀɾ",
-    s="ѕꜱʂ", t="тτᴛŧƭ", u="υսᴜʋ", v="νѵᴠ", w="ԝωᴡѡɯ", x="хχҳ", y="уγυүұʏƴ", z="ᴢƶʐζ",
-)  # fmt: skip
-SIGNS = dict(a="4@", b="8", c="¢", e="3€", i="1!|", l="1|", o="0", s="5$", t="7")
-READ_AS: dict[str, set[str]] = defaultdict(set)  # what else a symbol may stand for
-for latin, others in ALIKE.items():
-    number = ord(latin) - ord("a")
-    for other in others + chr(0x1F150 + number) + chr(0x1F170 + number):  # white on black
-        READ_AS[other].add(latin)
-        READ_AS[latin].add(other)
-    for sign in SIGNS.get(latin, ""):
-        READ_AS[sign].add(latin)
+from engine.normal_form import READ_AS, SIGN, is_mark, joined, normal, spelled
 
-SPACES = "._·•~\u2800"  # as good as a space or dash between words, and between letters spelled out
-NOTHING = "\u0640\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f"  # letters that fill a gap
 STAR = "*"  # what masks are made of; no space, so that they spell nothing
-# Southeast Asia, Tibet, China, Japan and Korea: words stand without a space between them, or
-# (Korean) with endings that are written to them
-UNSPACED = re.compile(
-    "[\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u2e80-\ua4cf\ua960-\ua97f"
-    "\ua9e0-\ua9ff\uaa60-\uaadf\uac00-\ud7ff\uf900-\ufaff\U00016fe0-\U0001b2ff\U00020000-\U0003ffff]"
-)
 MOST = 100_000  # steps of the automaton that are remembered, about 10 MB
-
-
-# --- the normal form
-
-
-@lru_cache(1 << 16)
-def fold(character: str) -> str:
-    """The symbols of one character, whatever stands beside it."""
-    lower = unicodedata.normalize("NFKD", character).casefold()
-    symbols = ""
-    for symbol in unicodedata.normalize("NFKD", lower):
-        kind = unicodedata.category(symbol)
-        if symbol.isspace() or kind in ("Zs", "Pd") or symbol in SPACES:
-            symbols += " "
-        elif kind not in ("Cf", "Cc") and symbol not in NOTHING:
-            symbols += symbol
-    return symbols
-
-
-@lru_cache(1 << 16)
-def is_mark(symbol: str) -> bool:
-    return unicodedata.category(symbol)[0] == "M"
-
-
-def stays(mark: str, last: str) -> bool:
-    """Whether it is behind a symbol of its block of 256; to 8, Europe to Arabic, none does."""
-    return last != "" and ord(last) >> 8 == ord(mark) >> 8 > 8
-
-
-def normal(text: str) -> tuple[str, list[int]]:
-    """The symbols of a text, and for each the place of the character that it came from.
-
-    Accents are left out, but not the vowels of India and Southeast Asia and the sound marks of
-    kana, without which words are other words: such a mark stays behind a letter of its own block.
-    """
-    symbols, places, last = [], [], ""
-    for place, character in enumerate(text):
-        for symbol in fold(character):
-            if symbol == " " == last:
-                continue
-            if symbol > "\u02ff" and is_mark(symbol) and not stays(symbol, last):
-                continue
-            symbols.append(symbol)
-            places.append(place)
-            last = symbol
-    return "".join(symbols), places
-
-
-def leans(symbol: str) -> bool:
-    """Whether it is part of the character before it: a mark, or a Korean vowel or final."""
-    return is_mark(symbol) or "\u1160" <= symbol <= "\u11ff"
-
-
-@lru_cache(1 << 16)
-def joined(before: str, after: str) -> bool:
-    """Whether two neighbours belong together, so that no entry begins or ends between them."""
-    words = ((s.isalnum() or is_mark(s)) and not UNSPACED.match(s) for s in (before, after))
-    return leans(after) or all(words)
-
-
-def spelled(form: str) -> str:
-    """b a d: an entry of three letters or more, or of two characters in scripts without spaces."""
-    letters: list[str] = []
-    for symbol in form.replace(" ", ""):
-        if letters and leans(symbol):
-            letters[-1] += symbol
-        else:
-            letters.append(symbol)
-    enough = len(letters) > 2 or UNSPACED.match(letters[-1])
-    return " ".join(letters) if enough and not form.isdigit() else form
 
 
 # --- the list
@@ -128,6 +27,19 @@ class Node(dict):
         self.depth = depth
         self.entry = ""  # as the list has it, if one ends here
         self.form = ""  # the same in normal form
+        self.spelled = False  # b a d
+        self.before: set[bool] = set()  # of which it is a beginning: words, spelled ones
+
+    def is_in(self, written: str) -> bool:
+        """Whether its entry is: 4ss is a word, but 455 a number, and n-i-1 does not spell nil."""
+        if self.spelled:
+            return SIGN.isdisjoint(written)
+        return self.entry != "" and (written == self.form or not written.isdigit())
+
+    def may_be_in(self, written: str) -> bool:
+        """Whether its entry is, or one that begins with it may come to be."""
+        longer = False in self.before or (True in self.before and SIGN.isdisjoint(written))
+        return longer or self.is_in(written)
 
 
 class State(dict):
@@ -144,7 +56,7 @@ class State(dict):
         self.ended = [node for node in self.nodes if node.entry]
 
     def __missing__(self, symbol: str) -> "State":
-        letters = {symbol, *READ_AS.get(symbol, ())}
+        letters = (symbol, *sorted(READ_AS.get(symbol, ())))
         nodes = (*self.nodes, self.words.trie)
         state = self.words.state([node[s] for node in nodes for s in letters if s in node])
         self[symbol] = state
@@ -181,13 +93,18 @@ class WordFilter:
         if not forms:
             raise ValueError(f"{self.name} has no entry: write one a line")
         self.trie = Node(0)
-        for form, entry in ({spelled(form): forms[form] for form in forms} | forms).items():
-            node = self.trie
-            for symbol in form:
-                node = node.setdefault(symbol, Node(node.depth + 1))
-            node.entry, node.form = entry, form
+        self.add({spelled(form): entry for form, entry in forms.items()}, True)
+        self.add(forms, False)
         self.states: dict[frozenset[int], State] = {}
         self.remembered = 0
+
+    def add(self, forms: dict[str, str], spelled: bool) -> None:
+        for form, entry in forms.items():
+            node = self.trie
+            for symbol in form:
+                node.before.add(spelled)
+                node = node.setdefault(symbol, Node(node.depth + 1))
+            node.entry, node.form, node.spelled = entry, form, spelled
 
     def state(self, nodes: list[Node]) -> State:
         """The state of some nodes. Of too many, all are forgotten."""
@@ -239,22 +156,18 @@ class WordFilter:
             state = state[symbol]
             for node in state.ended:  # the longest first
                 start = i - node.depth
-                own = start >= len(before) and spells(symbols[start:i], node.form)
+                own = start >= len(before) and node.is_in(symbols[start:i])
                 if own and parted(start) and parted(i):
                     found.append((places[start], places[i], node.entry))
-        begun = [len(symbols) - node.depth for node in state.nodes] if more else []
-        begun = [places[i] for i in begun if i >= len(before) and parted(i)]
-        certain = min(begun, default=len(text))
+        certain = len(text)
+        for node in state.nodes if more else ():
+            start = len(symbols) - node.depth
+            if start >= len(before) and parted(start) and node.may_be_in(symbols[start:]):
+                certain = min(certain, places[start])
         left = last = bisect_left(places, certain, hi=len(symbols))
         while last > 1 and is_mark(symbols[last - 1]):  # a mark says nothing without its letter
             last -= 1
         return found, certain, symbols[max(0, last - 1) : left]
-
-
-def spells(written: str, form: str) -> bool:
-    """Whether signs may be letters: 4ss is a word, but 455 a number, and n-i-1 is not nil."""
-    letters, alone = written.replace(" ", ""), set(form[1::2]) == {" "}
-    return written == form or (letters.isalpha() if alone else not letters.isdigit())
 
 
 # --- while text is being written
@@ -274,7 +187,8 @@ class Gate:
         self.hit, self.done = "", False
         self.seen = len(before)
         self.left = 0  # characters that have left, those of `before` included
-        self.masked: list[tuple[int, int]] = []  # of those, and of what waits
+        self.masked: list[tuple[int, int]] = []  # from where to where, of those
+        self.reaching: list[tuple[int, int]] = []  # likewise, into what waits
         self.symbols = self.waiting = ""  # the last that left, in normal form; what has not
         self.feed(before)
 
@@ -301,13 +215,16 @@ class Gate:
         if found and self.action == "stop":
             certain, self.done = found[0][0], True
             found = []
-        self.masked += [(self.left + start, self.left + end) for start, end, _ in found]
+        leaving = [hit for hit in found if hit[0] < certain]  # the others are found once more
+        new = [(self.left + start, self.left + end) for start, end, _ in leaving]
         characters = list(text)
-        for start, end in self.masked:
-            start, end = max(0, start - self.left), max(0, end - self.left)
+        for start, end in self.reaching + new:
+            start, end = max(0, start - self.left), end - self.left
             characters[start:end] = STAR * (end - start)
         unseen = max(0, self.seen - self.left)
         self.left += certain
+        self.masked += new
+        self.reaching = [(start, end) for start, end in self.reaching + new if end > self.left]
         self.waiting = text[certain:]
         return "".join(characters[unseen:certain])
 
