@@ -79,13 +79,6 @@ def test_places_are_those_of_the_text_as_it_was():
     assert WORDS.mask("x bad", "#") == "x ###"
 
 
-def test_the_normal_form_of_a_symbol_is_itself():
-    """So what has left can be remembered in normal form, and is the same when it is read again."""
-    for character in map(chr, range(0x20000)):
-        symbols = normal_form.fold(character)
-        assert all(normal_form.fold(symbol) == symbol for symbol in symbols), hex(ord(character))
-
-
 def test_a_part_of_a_character_is_no_word():
     words = WordFilter(["2x", "株式"])
     assert words.clean("½x") and words.clean("㍿") and not words.clean("2x 株式")
@@ -171,6 +164,15 @@ def test_a_word_at_the_very_end_waits_and_nothing_else():
         assert Gate(WORDS).feed(text) == text.removesuffix(waits)
     gate = Gate(WORDS)
     assert [gate.feed(c) for c in "so badly"] == ["s", "o", " ", "", "", "", "badl", "y"]
+
+
+def test_a_long_gap_costs_no_more_than_a_short_one():
+    """What waits is looked through again with each token: it has to be short in normal form."""
+    gate, pieces = Gate(WORDS, "mask"), ["b", *[" \n" * 9] * 500, *["\u200b\u0301"] * 500, "ad"]
+    for piece in pieces:
+        assert (gate.feed(piece) == "") == (piece != "ad")
+        assert len(gate.symbols) < 4
+    assert gate.end() == "" and gate.released == sum(map(len, pieces))
 
 
 def test_a_prompt_is_what_a_word_may_begin_in():
