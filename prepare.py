@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import regex
@@ -42,8 +43,9 @@ from engine.prepared import SPLITS, AlreadyPrepared, made_like, print_table
 from engine.settings import BelowOne, Count
 from engine.shards import ShardWriter, Strip
 from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
-from engine.spool import Document, Spool, chunks, clean, draw, read_chunk
+from engine.spool import Document, Listed, Spool, chunks, clean, draw, read_chunk, without
 from engine.tables import Reading, Row
+from engine.wordfilter import WordFilter
 from robust import mistyped_prompt
 from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, find_tokenizer
 
@@ -60,6 +62,8 @@ class Settings:
     test: BelowOne = 0.05  # fraction of the text for the test split
     reading: Reading = field(default_factory=Reading)
     skip_bad: bool = False  # leave out documents that cannot be read
+    filter: str = ""  # a list of words, one a line: documents that have one are left out
+    filtered: Literal["drop", "mask"] = "drop"  # or are kept, with asterisks in its place
     noise: BelowOne = 0.0  # rows to learn from come twice, once with this share of letters mistyped
     bpe_bytes: int = 32_000_000  # bpe learns from at most this much text, spread over the split
     seed: Count = 0  # of the hash that splits
@@ -82,6 +86,8 @@ def prepare(s: Settings) -> None:
     least = "at least 257: the bytes and end-of-text"
     settings.require(s.vocab_size >= 257, s, "vocab_size", least)
     settings.require(s.bpe_bytes >= PIECE, s, "bpe_bytes", f"at least {PIECE}")
+    settings.require(s.filter or s.filtered == "drop", s, "filtered", "given with --filter")
+    words = WordFilter(s.filter) if s.filter else None
     s.reading.encoding = encodings.find(s.reading.encoding)
     # known at once, and so are mistakes in it; bpe is learned below
     tokenizer = None if s.tokenizer == "bpe" else find_tokenizer(s.tokenizer)
@@ -92,8 +98,9 @@ def prepare(s: Settings) -> None:
     sources = [parse(word, s.reading) for word in s.source]
     free = ("out", "workers", "overwrite")  # settings that do not change the result
     wanted = {k: v for k, v in settings.flat(s).items() if k not in free}
+    wanted["filter_sha256"] = words.sha256 if words else ""
     meta = dict(settings=json.loads(json.dumps(wanted)))  # as read back: tuples are lists
-    defaults = json.loads(json.dumps(settings.flat(Settings())))
+    defaults = json.loads(json.dumps(settings.flat(Settings()))) | {"filter_sha256": ""}
     began, report = time.monotonic(), Counter()
     try:
         found = made_like(out, meta, defaults, s.overwrite)
@@ -104,8 +111,11 @@ def prepare(s: Settings) -> None:
             require(word, source.name, tasks.NAMES)
         with atomic_folder(out, replace=s.overwrite) as folder:
             with Spool(folder) as spool:
-                read(s, sources, spool, report)
+                read(s, sources, words, spool, report)
                 meta["text"] = spool.describe()
+                if words:
+                    counted = ("filtered", "masked", "words masked")
+                    meta["filter"] = {what: report[what] for what in counted}
                 for_rows = "0 for running text, which has no prompts"
                 settings.require(spool.kind != "text" or not s.noise, s, "noise", for_rows)
                 if tokenizer and spool.kind != "text":
@@ -130,14 +140,21 @@ def prepare(s: Settings) -> None:
 # --- 1. read
 
 
-def read(s: Settings, sources: list[Source], spool: Spool, report: Counter) -> None:
+def read(s: Settings, sources: list[Source], words, spool: Spool, report: Counter) -> None:
     """Puts the cleaned documents of all sources into the spool, and what happened into `report`."""
     bad = Complaints()
     with Progress("reading") as progress:
+
+        def tidy(pieces: Iterable[str]) -> Iterator[str]:
+            cleaned = clean(pieces, report, progress)
+            return without(words, s.filtered, cleaned, report) if words else cleaned
+
         for source in sources:
             for part, document in documents_of(source, s):
                 with bad.noted():
-                    report[take(document, part, spool, report, progress)] += 1
+                    before = report["words masked"]
+                    report[take(document, part, spool, tidy)] += 1
+                    report["masked"] += report["words masked"] > before
                     source.reading.require_kind(spool.kind, source.name)
     if bad.count and not s.skip_bad:
         raise ValueError(f"{bad}; --skip_bad leaves out what cannot be read")
@@ -160,16 +177,19 @@ def documents_of(source: Source, s: Settings) -> Iterator[tuple[str, Iterable[st
 # --- 2. clean
 
 
-def take(document: Iterable[str] | Row, part: str, spool: Spool, report: Counter, progress) -> str:
-    """Puts a document into the spool, cleaned; returns what became of it.
+def take(document: Iterable[str] | Row, part: str, spool: Spool, tidy: Callable) -> str:
+    """Puts a document into the spool, each of its texts cleaned by `tidy`; returns its fate.
 
     An é is one character or an e with an accent behind it. In Unicode's form NFC (Annex 15) it is
     the former always: else one word would be two, with different tokens and half the examples each.
     """
-    if not isinstance(document, Row):
-        return spool.add(clean(document, report, progress), part)
-    for message in document.messages:
-        message["content"] = "".join(clean([message["content"]], report, progress))
+    try:
+        if not isinstance(document, Row):
+            return spool.add(tidy(document), part)
+        for message in document.messages:
+            message["content"] = "".join(tidy([message["content"]]))
+    except Listed:
+        return "filtered"
     if not document.sure or not document.tells():
         return "empty" if document.sure else "unsure"
     return spool.add([document.content()], part, document)

@@ -16,11 +16,13 @@ if __name__ == "__main__":  # before all else: a Ctrl-C while Python loads thing
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Annotated
+from functools import lru_cache
+from typing import Annotated, Literal
 
 import objectives
 from engine import locked, settings
 from engine.settings import Bound, Count, NotNegative
+from engine.wordfilter import Gate, WordFilter
 
 Share = Annotated[float, Bound("above 0 and at most 1", lambda p: 0 < p <= 1)]
 Penalty = Annotated[float, Bound("above 0; 1 is off", lambda x: x > 0)]
@@ -51,6 +53,8 @@ class Settings:
     beam: Samples = 1  # width of a beam search for the likeliest text, which is no sample; 1 is off
     length_penalty: NotNegative = 0.6  # of beam search: higher makes longer answers win
     stop: Stops = ()  # end a sample before this text; may be given several times
+    filter: str = ""  # a list of words: prompts that have one are refused, samples end before it
+    filtered: Literal["stop", "mask"] = "stop"  # or go on, with asterisks in its place
     seed: int = 1  # same seed, same text
     interactive: bool = False  # ask for one prompt after another
     chat: bool = False  # ask for one turn of a conversation after another
@@ -90,16 +94,18 @@ def main(argv: list[str]) -> None:
     settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
     asked = s.prompt or s.prompt_file or talking or s.grid or not s.task
     settings.require(asked, s, "prompt", "a question for --task, or give --interactive")
-    texts = talking or s.prompt_file or s.beam > 1 or s.system or s.stop
+    texts = talking or s.prompt_file or s.beam > 1 or s.system or s.stop or s.filter
     png = not s.grid or s.grid.endswith(".png")
     settings.require(png, s, "grid", "a name that ends in .png")
     settings.require(not (s.grid and texts), s, "grid", "left out but with a --prompt of labels")
+    settings.require(s.filter or s.filtered == "stop", s, "filtered", "given with --filter")
     prompt = s.prompt
     if s.prompt_file:
         file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")
         prompt = file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
     if s.task:
         prompt = prompt.removesuffix("\n")  # of the file, and not of the question
+    require_clean(prompt, s)
 
     from engine.checkpoint import find, load_weights
 
@@ -124,6 +130,19 @@ def main(argv: list[str]) -> None:
     else:
         echo = "" if s.task else prompt
         write_samples(model, tokenizer, [turn("user", prompt)], s, echo)
+
+
+@lru_cache
+def listed(filter: str) -> WordFilter | None:
+    """The words of the list that --filter names."""
+    return WordFilter(filter) if filter else None
+
+
+def require_clean(prompt: str, s: Settings) -> None:
+    """Raises ValueError if a word of --filter stands in what the model is to read."""
+    if words := listed(s.filter):
+        words.require_clean(s.system, "the system's message")
+        words.require_clean(prompt, "the prompt")
 
 
 def turn(role: str, content: str) -> dict:
@@ -197,25 +216,29 @@ def write_samples(model, tokenizer, turns: list[dict], s: Settings, echo: str = 
         )
     count = 1 if s.beam > 1 else s.num_samples
     streams = [TextStream(tokenizer, s.stop) for _ in range(count)]
+    before = "" if s.chat or s.task else turns[-1]["content"]  # of which a word may go on
+    gates = [Gate(listed(s.filter), s.filtered, before) for _ in range(count)]
     texts = [""] * count
     alone = count == 1
     if alone:
         print(echo, end="", flush=True)
     for new in steps:
-        for i, stream in enumerate(streams):
-            text = stream.feed(new[i])
+        for i, (stream, gate) in enumerate(zip(streams, gates, strict=True)):
+            text = gate.feed(stream.feed(new[i]))
             texts[i] += text
             if alone:
                 print(text, end="", flush=True)
-        if all(stream.done for stream in streams):
+        if all(stream.done or gate.done for stream, gate in zip(streams, gates, strict=True)):
             break
-    for i, stream in enumerate(streams):
-        rest = stream.end()
+    for i, (stream, gate) in enumerate(zip(streams, gates, strict=True)):
+        rest = gate.feed(stream.end()) + gate.end()
         texts[i] += rest
         print(rest if alone else f"--- sample {i + 1} of {count}\n{echo}{texts[i]}")
-    for i, stream in enumerate(streams, start=1):
-        if stream.stopped_by:
-            who = "" if alone else f"sample {i} "
+    for i, (stream, gate) in enumerate(zip(streams, gates, strict=True), start=1):
+        who = "" if alone else f"sample {i} "
+        if gate.hit and s.filtered == "stop":
+            print(f"({who}stopped before {gate.hit!r}, of {s.filter})", file=sys.stderr)
+        elif stream.stopped_by:
             print(f"({who}stopped before {stream.stopped_by!r})", file=sys.stderr)
     return texts[0]
 
@@ -264,6 +287,7 @@ def converse(model, tokenizer, s: Settings) -> None:
             elif line.startswith("/"):
                 s = changed(s, line)
             else:
+                require_clean(line, s)
                 turns = [*said, turn("user", line)]
                 answer = write_samples(model, tokenizer, turns, s)
                 if s.chat:

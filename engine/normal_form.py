@@ -63,13 +63,14 @@ def stays(mark: str, last: str) -> bool:
     return last != "" and ord(last) >> 8 == ord(mark) >> 8 > 8
 
 
-def normal(text: str) -> tuple[str, list[int]]:
+def normal(text: str, last: str = "") -> tuple[str, list[int]]:
     """The symbols of a text, and for each the place of the character that it came from.
 
-    Accents are left out, but not the vowels of India and Southeast Asia and the sound marks of
-    kana, without which words are other words: such a mark stays behind a letter of its own block.
+    `last` is the symbol before the text. Accents are left out, but not the vowels of India and
+    Southeast Asia and the sound marks of kana, without which words are other words: such a mark
+    stays behind a letter of its own block.
     """
-    symbols, places, last = [], [], ""
+    symbols, places = [], []
     for place, character in enumerate(text):
         for symbol in fold(character):
             if symbol == " " == last:

@@ -75,8 +75,9 @@ class Folder:
     def command(self, *more: str) -> str:
         """The command that prepares it, with some settings that are different."""
         kept = ("val", "test", "pattern", "field", "encoding", "answer", "task", "group", "seed")
-        made = {name: self.made.get(name) for name in kept} | {
-            "above": self.made.get("above") or ""
+        made = {name: self.made.get(name) for name in (*kept, "filter")} | {
+            "filtered": self.made.get("filtered") if self.made.get("filter") else "",
+            "above": self.made.get("above") or "",
         }
         words = ["TEXT" if source == "-" else str(source) for source in self.made["source"]]
         words += [f"--prompt={column}" for column in self.made.get("prompt", ())]
@@ -144,7 +145,7 @@ def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
     def counts(kinds: tuple[str, ...], of: str = "") -> str:
         return ", ".join(f"{report[kind]:,} {kind}{of}" for kind in kinds if report[kind])
 
-    left_out = ("empty", "repeated", "unreadable", "unsure")
+    left_out = ("empty", "repeated", "unreadable", "unsure", "filtered")
     documents = meta["text"]["documents"] + sum(report[kind] for kind in left_out)
     print(f"read     {documents:,} {what}, {report['bytes read']:,} bytes")
     print(f"removed  {counts(left_out, f' {what}') or f'no {what}'}")
@@ -153,7 +154,7 @@ def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
             print(f"         {report[name, other]:,} {what} of {name}: {other} asks the same")
     if report["asked in test"]:
         print(f"kept     {report['asked in test']:,} {what} of test that were asked elsewhere, too")
-    cleaned = ("control characters removed", "pieces brought to NFC")
+    cleaned = ("control characters removed", "pieces brought to NFC", "words masked")
     print(f"cleaned  {counts(cleaned) or 'nothing'}")
     size, ratio = ("", f"tokens/{what[:-1]}") if rows else ("bytes", "bytes/token")
     print(f"\n{'split':8} {what:>10} {size:>14} {'tokens':>14} {ratio:>12}")

@@ -12,12 +12,14 @@ import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from engine.prepared import SPLITS
 from engine.sources import PIECE
 from engine.tables import Row
+from engine.wordfilter import Gate, WordFilter
 
 ENTRY = struct.Struct("<Q16s16s16sBQ")  # of the index: a document, with the number of its split
 INSIDE = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
@@ -168,6 +170,21 @@ def clean(pieces: Iterable[str], report: Counter, progress: Callable) -> Iterato
         report["bytes read"] += len(piece.encode(errors="replace"))
         progress(report["bytes read"])
         yield piece
+
+
+class Listed(Exception):
+    """A document has a word of the list, and is left out."""
+
+
+def without(words: WordFilter, how: str, pieces: Iterable[str], report: Counter) -> Iterator[str]:
+    """A text with the words of a list masked, or ("drop") Listed at its end, if it has one."""
+    gate = Gate(words, "mask" if how == "mask" else "stop")
+    for piece in chain(map(gate.feed, pieces), map(Gate.end, [gate])):
+        yield piece
+        report["words masked"] += len(gate.masked)
+        gate.masked.clear()
+    if gate.hit and how == "drop":
+        raise Listed
 
 
 def draw(digest: bytes, seed: int) -> float:

@@ -1,8 +1,7 @@
 """A list of words that must not come in or go out: WordFilter finds them, Gate holds them back.
 
 Words of alphabets count where they stand alone ("ass" is not in "class"), those of scripts that are
-written without spaces anywhere; both in the form
-of engine/normal_form.py, in which BÁ\u200bD is bad.
+written without spaces anywhere; both as engine/normal_form.py has them, so that Bäd is bad.
 docs/filter.md has what is caught, and what is not.
 """
 
@@ -12,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
 
-from engine.normal_form import READ_AS, SIGN, is_mark, joined, normal, spelled
+from engine.normal_form import READ_AS, SIGN, joined, normal, spelled
 
 STAR = "*"  # what masks are made of; no space, so that they spell nothing
 MOST = 100_000  # steps of the automaton that are remembered, about 10 MB
@@ -57,7 +56,7 @@ class State(dict):
         self.ended = [node for node in self.nodes if node.entry]
 
     def __missing__(self, symbol: str) -> "State":
-        letters = {symbol, *READ_AS.get(symbol, ())}
+        letters = (symbol, *sorted(READ_AS.get(symbol, ())))
         nodes = (*self.nodes, self.words.trie)
         state = self.words.state([node[s] for node in nodes for s in letters if s in node])
         self[symbol] = state
@@ -120,7 +119,8 @@ class WordFilter:
 
         Accents and invisible characters behind the last letter belong to it.
         """
-        return self.search(text)[0]
+        symbols, places = normal(text)
+        return self.search(symbols, [*places, len(text)])[0]
 
     def clean(self, text: str) -> bool:
         return not self.find(text)
@@ -136,14 +136,12 @@ class WordFilter:
         for _, _, entry in self.find(text):
             raise ValueError(f"{what} has {entry!r} in it, which {self.name} lists: leave it out")
 
-    def search(self, text: str, before: str = "", more: bool = False):
-        """What `find` gives, how much of `text` is certain, and the `before` of what comes then.
+    def search(self, symbols: str, places: list[int], first: int = 0, more: bool = False):
+        """What `find` gives for a normal form, and up to which place its text is certain.
 
-        `before` are symbols that came before the text. If `more` comes behind it, what may yet
-        become an entry is not certain, and a word at the very end waits for what follows it.
+        `places` end with that behind the text. Entries begin at symbol `first` or later. If `more`
+        comes, what may yet become an entry is not certain, and a word at the end waits for it.
         """
-        symbols, places = normal(before + text)
-        places = [place - len(before) for place in places] + [len(text)]
 
         def parted(i: int) -> bool:
             """Whether an entry may begin at symbol i, or end before it."""
@@ -157,18 +155,16 @@ class WordFilter:
             state = state[symbol]
             for node in state.ended:  # the longest first
                 start = i - node.depth
-                own = start >= len(before) and node.is_in(symbols[start:i])
+                own = start >= first and node.is_in(symbols[start:i])
                 if own and parted(start) and parted(i):
                     found.append((places[start], places[i], node.entry))
-        certain = len(text)
-        for node in state.nodes if more else ():
-            start = len(symbols) - node.depth
-            if start >= len(before) and parted(start) and node.may_be_in(symbols[start:]):
-                certain = min(certain, places[start])
-        left = last = bisect_left(places, certain, hi=len(symbols))
-        while last > 1 and is_mark(symbols[last - 1]):  # a mark says nothing without its letter
-            last -= 1
-        return found, certain, symbols[max(0, last - 1) : left]
+        begun = [(len(symbols) - node.depth, node) for node in state.nodes if more]
+        waiting = (
+            places[start]
+            for start, node in begun
+            if start >= first and parted(start) and node.may_be_in(symbols[start:])
+        )
+        return found, min(waiting, default=places[-1])
 
 
 # --- while text is being written
@@ -188,8 +184,11 @@ class Gate:
         self.hit, self.done = "", False
         self.seen = len(before)
         self.left = 0  # characters that have left, those of `before` included
-        self.masked: list[tuple[int, int]] = []  # of those, and of what waits
-        self.symbols = self.waiting = ""  # the last that left, in normal form; what has not
+        self.masked: list[tuple[int, int]] = []  # from where to where, of those
+        self.reaching: list[tuple[int, int]] = []  # likewise, into what waits
+        self.waiting = ""  # the rest
+        self.symbols, self.places = "", []  # its normal form, and the last symbol before it,
+        self.first = 0  # if there is one
         self.feed(before)
 
     @property
@@ -206,24 +205,40 @@ class Gate:
         """What of the text may leave now."""
         if self.done:
             return ""
-        text = self.waiting + text
-        found, certain = [], len(text)
+        # 1. look for entries in what waits, of which a long gap is one symbol, and what comes
+        self.waiting += text
+        total = self.left + len(self.waiting)
+        found, certain = [], total
         if self.words:
-            found, certain, self.symbols = self.words.search(text, self.symbols, more)
+            symbols, places = normal(text, self.symbols[-1:])
+            self.symbols += symbols
+            self.places += [total - len(text) + place for place in places]
+            places = [*self.places, total]
+            found, certain = self.words.search(self.symbols, places, self.first, more)
+
+        # 2. stop before the first, or mask them
         self.hit = self.hit or (found[0][2] if found else "")
         self.done = not more
         if found and self.action == "stop":
             certain, self.done = found[0][0], True
             found = []
-        self.masked += [(self.left + start, self.left + end) for start, end, _ in found]
-        characters = list(text)
-        for start, end in self.masked:
-            start, end = max(0, start - self.left), max(0, end - self.left)
+        new = [(start, end) for start, end, _ in found if start < certain]  # others are met again
+        characters = list(self.waiting[: certain - self.left])
+        for start, end in self.reaching + new:
+            start, end = max(0, start - self.left), min(end, certain) - self.left
             characters[start:end] = STAR * (end - start)
+
+        # 3. let go
         unseen = max(0, self.seen - self.left)
-        self.left += certain
-        self.waiting = text[certain:]
-        return "".join(characters[unseen:certain])
+        self.waiting = self.waiting[certain - self.left :]
+        self.left = certain
+        self.masked += new
+        self.reaching = [(start, end) for start, end in self.reaching + new if end > certain]
+        gone = bisect_left(self.places, certain)
+        self.first = min(1, gone)
+        self.symbols = self.symbols[gone - self.first :]
+        self.places = self.places[gone - self.first :]
+        return "".join(characters[unseen:])
 
     def end(self) -> str:
         """What still waits, when no more text comes."""
