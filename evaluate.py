@@ -81,6 +81,9 @@ class Settings:
     nearest: str = ""  # a text: which of the split is nearest to it?
     map: settings.Picture = ""  # picture to write of the rows, or of the embeddings of tokens
 
+    # of what should not have been learned: see canaries.py
+    canaries: bool = False  # which planted secrets, and how much of the text, are known by heart?
+
     # machine
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of matrix products
@@ -111,6 +114,13 @@ def main(argv: list[str]) -> int:
 
         if here.rank == 0:
             probe.tell(s, run, replace(here, world=1))
+        return 0
+    if s.canaries:
+        import canaries
+
+        objectives.require_writer(run.state, s.out)
+        if here.rank == 0:
+            canaries.tell(s, run, replace(here, world=1))
         return 0
     if s.label:
         objectives.require_writer(run.state, s.out)

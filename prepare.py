@@ -29,18 +29,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import regex
 
+import canaries
 import tasks
 from bpe import bpe_tokenizer
 from engine import encodings, settings, tables
 from engine.files import atomic_folder, write_json
 from engine.pipeline import Progress, clean_up_when_told_to_end, processes
 from engine.prepared import SPLITS, AlreadyPrepared, made_like, print_table
-from engine.settings import BelowOne, Count
+from engine.settings import BelowOne, Bound, Count
 from engine.shards import ShardWriter, Strip
 from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
 from engine.spool import Document, Listed, Spool, chunks, clean, draw, read_chunk, without
@@ -50,6 +51,7 @@ from robust import mistyped_prompt
 from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, find_tokenizer
 
 PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
+Secrets = Annotated[int, Bound("from 0 to 1000", range(1001).__contains__)]
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Settings:
     filter: str = ""  # a list of words, one a line: documents that have one are left out
     filtered: Literal["drop", "mask"] = "drop"  # or are kept, with asterisks in its place
     noise: BelowOne = 0.0  # rows to learn from come twice, once with this share of letters mistyped
+    canaries: Secrets = 0  # secrets to plant 0, 1, 4, 16 and 64 times in train: see canaries.py
     bpe_bytes: int = 32_000_000  # bpe learns from at most this much text, spread over the split
     seed: Count = 0  # of the hash that splits
     workers: Count = 0  # processes; 0 means one for each core
@@ -118,6 +121,8 @@ def prepare(s: Settings) -> None:
                     meta["filter"] = {what: report[what] for what in counted}
                 for_rows = "0 for running text, which has no prompts"
                 settings.require(spool.kind != "text" or not s.noise, s, "noise", for_rows)
+                for_text = "0 for rows: a secret is a line of running text"
+                settings.require(spool.kind == "text" or not s.canaries, s, "canaries", for_text)
                 if tokenizer and spool.kind != "text":
                     tokenizer = tokenizer.extended(spool.tasks)
                 if tokenizer:  # the run of that name may have been trained anew
@@ -346,7 +351,13 @@ def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
             writer = ShardWriter(spool.folder, name, tokenizer.vocab_size)
             of_rows = partial(encode_rows, noise=s.noise if name == "train" else 0.0)
             of_kind = encode_chunk if spool.kind == "text" else of_rows
-            for tokens in each_chunk(f"encoding {name}", of_kind, path):
+            parts = each_chunk(f"encoding {name}", of_kind, path)
+            if s.canaries and name == "train":
+                secrets = canaries.draw(s.canaries, s.seed)
+                parts = canaries.planted(parts, path.stat().st_size, secrets, tokenizer, s.seed)
+                write_json(spool.folder / canaries.FILE, [c._asdict() for c in secrets])
+                spool.written[name]["bytes"] += sum(c.times * len(c.line) for c in secrets)
+            for tokens in parts:
                 writer.write(tokens)
             writer.close()
             path.unlink()

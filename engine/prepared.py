@@ -75,10 +75,9 @@ class Folder:
     def command(self, *more: str) -> str:
         """The command that prepares it, with some settings that are different."""
         kept = ("val", "test", "pattern", "field", "encoding", "answer", "task", "group", "seed")
-        made = {name: self.made.get(name) for name in (*kept, "filter")} | {
-            "filtered": self.made.get("filtered") if self.made.get("filter") else "",
-            "above": self.made.get("above") or "",
-        }
+        made = {name: self.made.get(name) for name in (*kept, "filter")}
+        made |= {name: self.made.get(name) or "" for name in ("above", "canaries")}
+        made["filtered"] = self.made.get("filtered") if made["filter"] else ""
         words = ["TEXT" if source == "-" else str(source) for source in self.made["source"]]
         words += [f"--prompt={column}" for column in self.made.get("prompt", ())]
         words += [f"--{name}={value}" for name, value in made.items() if value not in ("", None)]
