@@ -191,7 +191,7 @@ def start(here: Machine, deterministic: bool) -> None:
     """Makes equal runs give equal bits (always on a CPU), and connects the processes."""
     if deterministic or here.device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        # what use_deterministic_algorithms(True) does, less loading torch's compiler: a second or two
+        # as use_deterministic_algorithms(True), which would load torch's compiler: a second or two
         torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any
     if here.device.type == "cuda":

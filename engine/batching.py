@@ -1,0 +1,313 @@
+"""Requests that are answered side by side: they come and go between two tokens.
+
+    submit ──▶ waiting ──▶ reading ──▶ a slot for each answer ──▶ a token a step ──▶ request.tell
+
+One thread has the model. A step of it reads a bounded piece of the prompts that wait, so that
+nobody else waits long, and gives each answer its next token (continuous batching: Orca, OSDI 2022).
+"""
+
+import math
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.prometheus import Histogram
+from engine.transcript import Piece, Transcript
+from generate import Answer, Slots, prefill
+from model import GPT
+from pick import pick
+
+
+class Full(Exception):
+    """Too much is waiting already."""
+
+
+@dataclass
+class Request:
+    """A prompt, and `n` answers to it, numbered from `first`.
+
+    `tell` gets every Piece of them, or an Exception, in the engine's thread. Whoever does not
+    listen any more sets `gone`.
+    """
+
+    prompt: list[int]
+    n: int
+    most: int  # tokens of an answer
+    seed: int
+    options: dict  # of `pick`
+    transcript: Callable[[], Transcript]
+    tell: Callable
+    first: int = 0
+    alternatives: int | None = None  # to each token; None: no log-probabilities at all
+    of_prompt: bool = False  # log-probabilities of the prompt's tokens, too
+    deadline: float = math.inf  # of time.monotonic()
+    gone: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+    def choices(self, limit: int) -> list["Choice"]:
+        """Its answers. Number i has the random numbers that sample i of sample.py has."""
+        most = min(self.most, limit + 1 - len(self.prompt))
+        return [
+            Choice(i, self.prompt, most, random.Random(f"{self.seed} {i}"), request=self)
+            for i in range(self.first, self.first + self.n)
+        ]
+
+
+@dataclass
+class Choice(Answer):
+    """An answer that is being written, to a request."""
+
+    request: Request | None = None
+    last: float = 0.0  # when its last token came
+
+    def __post_init__(self):
+        self.transcript = self.request.transcript()
+
+
+class Reading:
+    """Prompts of `requests` that are being read, into a cache of their own."""
+
+    def __init__(self, model: GPT, requests: list[Request]):
+        self.model, self.requests = model, requests
+        self.cache = model.new_cache(len(requests), max(len(r.prompt) for r in requests))
+        self.read = 0  # tokens, if it is one prompt
+        self.scores: list[tuple] = [(requests[0].prompt[0], None, [])]  # the first has no ln p
+
+    def go_on(self, markers, chunk: int) -> Tensor | None:
+        """Reads up to `chunk` tokens, more only of prompts that see themselves whole; in the end
+        the logits of what comes behind each prompt, (B, V)."""
+        request = self.requests[0]
+        prompt = request.prompt
+        causal = self.model.config.mask == "causal" or markers.assistant not in prompt
+        if len(self.requests) > 1 or not causal:
+            return prefill(self.model, [r.prompt for r in self.requests], self.cache, markers)
+        piece = prompt[self.read : self.read + chunk]
+        tokens = torch.tensor([piece], device=self.cache.k.device)
+        x = self.model.trunk(tokens, cache=self.cache)  # (1, T, C)
+        if request.of_prompt:
+            following = prompt[self.read + 1 : self.read + 1 + len(piece)]
+            logits = self.model.logits(x[0, : len(following)])  # (T, V)
+            self.scores += scored(logits, following, request.alternatives)
+        self.read += len(piece)
+        return self.model.logits(x[:, -1]) if self.read == len(prompt) else None
+
+
+class Engine(threading.Thread):
+    """The thread that has the model, with `count` slots; up to `queue` answers wait for one.
+
+    `exact`: nothing depends on who stands beside, see `Slots`.
+    """
+
+    def __init__(self, model: GPT, tokenizer, count=8, queue=64, chunk=128, exact=False):
+        super().__init__(name="engine", daemon=True)
+        self.model, self.tokenizer, self.queue, self.chunk = model, tokenizer, queue, chunk
+        self.slots = Slots(model, count, tokenizer.markers, exact)
+        device = self.slots.logits.device
+        self.unused = torch.tensor(tokenizer.unused, dtype=torch.long, device=device)
+        self.changed = threading.Condition()  # guards what other threads touch: the next three
+        self.waiting: deque[Request] = deque()
+        self.jobs: deque[tuple[Future, Callable]] = deque()
+        self.running = True
+        self.reading: Reading | None = None
+        self.counts = Counter()
+        self.first, self.between, self.whole = Histogram(), Histogram(), Histogram()
+
+    # --- for other threads
+
+    def submit(self, requests: list[Request]) -> None:
+        """Takes all of them, or raises Full."""
+        with self.changed:
+            if self.number_waiting() + sum(request.n for request in requests) > self.queue:
+                raise Full
+            self.waiting.extend(requests)
+            self.changed.notify()
+
+    def ask(self, function: Callable) -> Future:
+        """What `function(model)` returns, found between two tokens. Raises Full."""
+        future = Future()
+        with self.changed:
+            if len(self.jobs) >= self.slots.count:
+                raise Full
+            self.jobs.append((future, function))
+            self.changed.notify()
+        return future
+
+    def stop(self) -> None:
+        """Ends the thread behind its step."""
+        with self.changed:
+            self.running = False
+            self.changed.notify()
+
+    def number_waiting(self) -> int:
+        return sum(request.n for request in [*self.waiting])
+
+    def number_running(self) -> int:
+        reading = self.reading
+        return len(self.slots.writing) + sum(r.n for r in (reading.requests if reading else []))
+
+    def used(self) -> float:
+        """The share of the KV cache that holds something."""
+        cache = self.slots.cache
+        return int(cache.lengths.sum()) / (len(cache.lengths) * cache.k.size(3))
+
+    # --- the thread
+
+    def run(self) -> None:
+        while True:
+            with self.changed:
+                busy = self.waiting or self.jobs or self.number_running()
+                if self.running and not busy:
+                    self.changed.wait()
+                if not self.running:
+                    return
+            try:
+                self.step()
+            except Exception as e:  # of the model: those who are being answered are told
+                self.fail(e)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        self.dismiss()
+        self.do_a_job()
+        self.read()
+        if self.slots.writing:
+            self.give_tokens()
+        if self.slots.writing:
+            self.slots.decode()
+
+    def dismiss(self) -> None:
+        """Whoever is gone, or late, loses the place in the line, or the slot."""
+        now, reading = time.monotonic(), self.reading
+        active = [choice.request for choice in self.slots.writing]
+        active += reading.requests if reading else []
+        with self.changed:
+            for request in [*self.waiting, *active]:
+                if now > request.deadline and not request.gone:
+                    request.gone = True
+                    request.tell(TimeoutError())
+            self.waiting = deque(request for request in self.waiting if not request.gone)
+        if reading and all(request.gone for request in reading.requests):
+            self.reading = None
+        for row in reversed(range(len(self.slots.writing))):
+            if self.slots.writing[row].request.gone:
+                self.slots.remove(row)
+                self.counts["abort"] += 1
+
+    def do_a_job(self) -> None:
+        if not self.jobs:
+            return
+        future, function = self.jobs.popleft()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(self.model))
+            except Exception as e:
+                future.set_exception(e)
+
+    def read(self) -> None:
+        """A piece of the prompts whose turn it is; what has been read gets its slots."""
+        self.reading = self.reading or self.next_reading()
+        if not self.reading:
+            return
+        logits = self.reading.go_on(self.tokenizer.markers, self.chunk)
+        if logits is None:
+            return
+        reading, self.reading = self.reading, None
+        for i, request in enumerate(reading.requests):
+            self.counts["prompt"] += len(request.prompt)
+            choices = request.choices(self.model.config.block_size)
+            for choice in choices:
+                if request.of_prompt:
+                    request.tell(Piece(choice.number, scores=reading.scores, of_prompt=True))
+                if choice.most < 1:  # the prompt alone was wanted
+                    self.finish(choice, Piece(choice.number, finish="length"))
+            choices = [choice for choice in choices if choice.most > 0]
+            if choices:
+                self.slots.place(choices, reading.cache.rows(i, i + 1), logits[i : i + 1])
+
+    def next_reading(self) -> Reading | None:
+        """The first that waits, if it has room, and those behind it that fit the same pass."""
+        some, free = [], self.slots.free()
+        with self.changed:
+            while self.waiting and self.waiting[0].n <= free:
+                both = [*some, self.waiting[0]]
+                alone = self.slots.exact or any(request.of_prompt for request in both)
+                longest = max(len(request.prompt) for request in both)
+                if some and (alone or longest * len(both) > self.chunk):
+                    break
+                some = both
+                free -= self.waiting.popleft().n
+        return Reading(self.model, some) if some else None
+
+    def give_tokens(self) -> None:
+        """Each answer gets its next token; those that have ended leave their slots."""
+        writing = self.slots.writing
+        logits = self.slots.logits[: len(writing)].index_fill(-1, self.unused, -math.inf)  # (B, V)
+        uniform = torch.tensor([choice.draw.random() for choice in writing], dtype=torch.float64)
+        alike: dict[tuple, list[int]] = {}  # rows that choose in the same way
+        for row, choice in enumerate(writing):
+            alike.setdefault((*choice.request.options.items(),), []).append(row)
+        tokens = [0] * len(writing)
+        for options, rows in alike.items():
+            chosen = pick(logits[rows], uniform[rows], **dict(options)).tolist()
+            for row, token in zip(rows, chosen, strict=True):
+                tokens[row] = token
+        now = time.monotonic()
+        for row in reversed(range(len(tokens))):
+            choice, token = writing[row], tokens[row]
+            request = choice.request
+            score = None
+            if request.alternatives is not None:
+                [score] = scored(logits[row : row + 1], [token], request.alternatives)
+            if choice.tokens:
+                self.between.add(now - choice.last)
+            else:
+                self.first.add(now - request.began)
+            choice.last = now
+            choice.tokens.append(token)
+            self.counts["generation"] += 1
+            text, scores = choice.transcript.feed(token, score)
+            finish = choice.transcript.finish
+            if not finish and len(choice.tokens) >= choice.most:
+                finish = "length"
+            if finish:
+                rest, more = choice.transcript.end()
+                finish = choice.transcript.finish or finish
+                text, scores = text + rest, scores + more
+                self.slots.remove(row)
+            piece = Piece(choice.number, text, [token], scores, finish=finish)
+            if finish:
+                self.finish(choice, piece)
+            else:
+                request.tell(piece)
+
+    def finish(self, choice: Choice, piece: Piece) -> None:
+        self.counts[piece.finish] += 1
+        self.whole.add(time.monotonic() - choice.request.began)
+        choice.request.tell(piece)
+
+    def fail(self, e: Exception) -> None:
+        requests = [choice.request for choice in self.slots.writing]
+        requests += self.reading.requests if self.reading else []
+        for request in requests:
+            if not request.gone:
+                request.gone = True
+                request.tell(e)
+        self.reading = None
+        self.slots.writing.clear()
+        self.slots.cache.lengths.zero_()
+
+
+def scored(logits: Tensor, tokens: list[int], alternatives: int) -> list[tuple]:
+    """(id, ln p, the likeliest [(id, ln p)]) of each of `tokens`, by its row of logits (T, V)."""
+    ln_p = logits.float().log_softmax(dim=-1)
+    found = ln_p.gather(-1, torch.tensor(tokens, device=ln_p.device)[:, None])[:, 0].tolist()
+    best, ids = (x.tolist() for x in ln_p.topk(min(alternatives, ln_p.size(-1)), dim=-1))
+    pairs = ([*zip(i, p, strict=True)] for i, p in zip(ids, best, strict=True))
+    return [*zip(tokens, found, pairs, strict=True)]

@@ -1,0 +1,143 @@
+"""Who may come in: hosts, origins, keys, the size of a body, and connections that say nothing.
+
+A page in somebody's browser can send requests to 127.0.0.1, too: directly, which its Origin tells,
+or under a name of its own that leads there (DNS rebinding), which the Host tells. Keys are drawn at
+random and kept as sha256: whoever reads the file has no key.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from engine.protocol import Refusal
+
+BODY = 1_000_000  # bytes
+SLOW = 10  # seconds for the head of a request, or for its body
+HOST = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+OPEN = ("/", "/health")  # paths that need no key
+
+
+def new_key(file: str) -> str:
+    """Draws a key and appends its digest to `file`."""
+    key = f"sk-{secrets.token_urlsafe(32)}"
+    path = Path(file)
+    before = path.read_text() if path.exists() else ""
+    path.touch(mode=0o600)
+    path.write_text(before + digest(key) + "\n")
+    return key
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def read_keys(file: str) -> list[str]:
+    """The digests in `file`. Raises ValueError for a line that is none."""
+    found = []
+    for i, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
+        line = line.split("#")[0].strip()
+        if line and not re.fullmatch("[0-9a-f]{64}", line):
+            raise ValueError(
+                f"{file}, line {i}: not the sha256 of a key: `serve.py --key_file={file} --new_key`"
+                " makes a key and appends its own"
+            )
+        found += [line] if line else []
+    if not found:
+        raise ValueError(f"{file} has no keys: `serve.py --key_file={file} --new_key` makes one")
+    return found
+
+
+class Guard:
+    """Refuses before anything is read. `hosts` are names it answers to; none: any."""
+
+    def __init__(self, app, keys: Iterable[str], hosts: Iterable[str]):
+        self.app, self.keys, self.hosts = app, [*keys], {*hosts}
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http":
+            try:
+                self.admit(scope)
+            except Refusal as e:
+                from starlette.responses import JSONResponse
+
+                more = {"WWW-Authenticate": "Bearer"} if e.status == 401 else {}
+                more["Connection"] = "close"  # its body has not been read
+                return await JSONResponse(e.body, e.status, more)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def admit(self, scope) -> None:
+        """Raises Refusal."""
+        headers = [(name, value.decode("latin-1")) for name, value in scope["headers"]]
+        values = dict(headers)
+        hosts = [value for name, value in headers if name == b"host"]
+        host = HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if not host or (self.hosts and host[1].lower() not in self.hosts):
+            raise Refusal("this host is not served here: add it by --hosts", code="host")
+        origin = values.get(b"origin")
+        if origin is not None and origin.split("://")[-1].lower() != hosts[0].lower():
+            raise Refusal("pages of other origins may not ask", code="origin", status=403)
+        if scope["method"] == "POST":
+            kind = values.get(b"content-type", "").split(";")[0].strip().lower()
+            if kind != "application/json":
+                raise Refusal("Content-Type has to be application/json", status=415)
+            size = values.get(b"content-length", "0")
+            if not size.isdecimal() or int(size) > BODY:
+                raise Refusal(f"a body may have up to {BODY:,} bytes", status=413)
+        if self.keys and scope["path"] not in OPEN:
+            scheme, _, key = values.get(b"authorization", "").partition(" ")
+            given = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()
+            known = [hmac.compare_digest(given, one) for one in self.keys]  # all, whatever is found
+            if scheme.lower() != "bearer" or not any(known):
+                raise Refusal(
+                    "a key is needed, as in Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    status=401,
+                )
+
+
+async def body_of(request) -> bytes:
+    """The body of a request, which may come in chunks. Raises Refusal."""
+
+    async def collect() -> bytes:
+        found = bytearray()
+        async for chunk in request.stream():
+            found += chunk
+            if len(found) > BODY:
+                raise Refusal(f"a body may have up to {BODY:,} bytes", status=413)
+        return bytes(found)
+
+    try:
+        return await asyncio.wait_for(collect(), SLOW)
+    except asyncio.TimeoutError as e:
+        raise Refusal(f"the body did not come within {SLOW} seconds", status=408) from e
+
+
+class ImpatientProtocol(H11Protocol):
+    """HTTP whose connections end if the head of a request does not come."""
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self.wait_for_head()
+
+    def wait_for_head(self) -> None:
+        self.hurry = self.loop.call_later(SLOW, self.give_up)
+
+    def give_up(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # nobody is being answered
+            self.transport.close()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.hurry.cancel()
+        self.wait_for_head()
+
+    def connection_lost(self, exc) -> None:
+        self.hurry.cancel()
+        super().connection_lost(exc)

@@ -1,0 +1,54 @@
+"""What a server counts, as text for Prometheus, under the names that vLLM gives the same things."""
+
+from bisect import bisect_left
+
+SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # upper bounds
+
+
+class Histogram:
+    """How many values lay up to each bound, and their sum."""
+
+    def __init__(self, bounds: tuple = SECONDS):
+        self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def lines(self, name: str, labels: str) -> list[str]:
+        found, below = [], 0
+        for bound, count in zip((*self.bounds, "+Inf"), self.counts, strict=True):
+            below += count
+            found.append(f'{name}_bucket{{{labels},le="{bound}"}} {below}')
+        return [*found, f"{name}_sum{{{labels}}} {self.total}", f"{name}_count{{{labels}}} {below}"]
+
+
+def text(engine, model: str) -> str:
+    """All figures of `engine`, of a server that calls its model so."""
+    labels = f'model_name="{model}"'
+    gauges = dict(
+        num_requests_running=engine.number_running(),
+        num_requests_waiting=engine.number_waiting(),
+        kv_cache_usage_perc=engine.used(),
+    )
+    counters = dict(
+        prompt_tokens=engine.counts["prompt"],
+        generation_tokens=engine.counts["generation"],
+    )
+    histograms = dict(
+        time_to_first_token_seconds=engine.first,
+        inter_token_latency_seconds=engine.between,
+        e2e_request_latency_seconds=engine.whole,
+    )
+    lines = []
+    for name, value in gauges.items():
+        lines += [f"# TYPE vllm:{name} gauge", f"vllm:{name}{{{labels}}} {value}"]
+    for name, value in counters.items():
+        lines += [f"# TYPE vllm:{name}_total counter", f"vllm:{name}_total{{{labels}}} {value}"]
+    lines.append("# TYPE vllm:request_success_total counter")
+    for reason in ("stop", "length", "content_filter", "abort"):
+        more = f'{labels},finished_reason="{reason}"'
+        lines.append(f"vllm:request_success_total{{{more}}} {engine.counts[reason]}")
+    for name, histogram in histograms.items():
+        lines += [f"# TYPE vllm:{name} histogram", *histogram.lines(f"vllm:{name}", labels)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,429 @@
+"""What OpenAI's clients send and expect: requests checked by one table, answers in its shapes.
+
+A field that changes the answer is obeyed or refused by name; one that does not is ignored. Every
+mistake of a client is a `Refusal` with a status of 4xx, since clients send again what met a 5xx.
+Source: platform.openai.com/docs/api-reference, and vLLM for top_k, return_token_ids and
+continue_final_message.
+"""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from engine.transcript import Piece
+from tokenizer import ROLES, Tokenizer
+
+LEAST = -9999.0  # stands for ln 0, which JSON has not
+STOPS, STOP_LENGTH = 4, 200
+ALTERNATIVES = 20
+DEFAULT_TOKENS = 16  # of a completion; of a chat what the context has left
+MOST_TOKENS = 1 << 20  # that may be asked for; the context bounds what is given
+
+# what would change the answer, and is not to be had: the values that change nothing
+NEUTRAL = dict(
+    audio=(None,),
+    best_of=(None, 1),
+    frequency_penalty=(None, 0),
+    function_call=(None, "none", "auto"),
+    functions=(None, []),
+    guided_json=(None,),
+    logit_bias=(None, {}),
+    min_p=(None, 0),
+    min_tokens=(None, 0),
+    modalities=(None, ["text"]),
+    prediction=(None,),
+    presence_penalty=(None, 0),
+    repetition_penalty=(None, 1),
+    response_format=(None, {"type": "text"}),
+    suffix=(None, ""),
+    tool_choice=(None, "none", "auto"),
+    tools=(None, []),
+)
+
+
+class Refusal(Exception):
+    """What a client has to change: one sentence, the field, a code, and the status of HTTP."""
+
+    def __init__(self, message: str, param: str | None = None, code: str = "", status: int = 400):
+        super().__init__(message)
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded_error"}
+        kinds |= {500: "server_error", 403: "permission_error"}
+        kind = kinds.get(status, "invalid_request_error")
+        error = dict(message=message, type=kind, param=param, code=code or None)
+        self.status, self.body = status, {"error": error}
+
+
+def read(body: bytes) -> dict:
+    """The object of a request. Raises Refusal for what is no JSON, as NaN is none."""
+
+    def no_number(word: str):
+        raise ValueError(f"{word} is no number of JSON")
+
+    try:
+        found = json.loads(body.decode("utf-8"), parse_constant=no_number)
+    except (ValueError, RecursionError) as e:
+        reason = "nested too deeply" if isinstance(e, RecursionError) else e
+        raise Refusal(f"the body is no JSON in UTF-8: {reason}") from e
+    if not isinstance(found, dict):
+        raise Refusal('the body has to be a JSON object, as in {"prompt": "def "}')
+    return found
+
+
+def number(body: dict, name: str, kind: type, default, least: float, most: float):
+    """A field of one number. A bool is none, nor is 1.5 a whole one."""
+    value = body.get(name)
+    if value is None:
+        return default
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    sound = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (sound and (kind is float or whole) and least <= value <= most):
+        what = "a whole number" if kind is int else "a number"
+        raise Refusal(f"{name}={value!r:.60} should be {what} from {least} to {most}", name)
+    return kind(value)
+
+
+def flag(body: dict, name: str, default: bool = False) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise Refusal(f"{name}={value!r:.60} should be true or false", name)
+    return default if value is None else value
+
+
+def text(value, name: str) -> str:
+    """A string, or parts of type text joined. Raises Refusal; also for half a surrogate pair."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        kinds = {part.get("type") for part in value if isinstance(part.get("type"), str)}
+        if kinds == {"text"} and all(isinstance(part.get("text"), str) for part in value):
+            value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise Refusal(f"{name} should be text, or parts of type text: {value!r:.60}", name)
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise Refusal(f"{name} holds half a surrogate pair, which is no text", name) from e
+    return value
+
+
+@dataclass
+class Served:
+    """What is served: the names of the model, its vocabulary, and its limits."""
+
+    name: str
+    tokenizer: Tokenizer
+    context: int
+    slots: int
+    prefix: bool = False  # prompts see themselves whole
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self):
+        vocabulary = self.tokenizer.encoding._mergeable_ranks
+        self.longest = max(map(len, vocabulary))  # bytes of a token
+
+    def models(self) -> dict[str, str]:
+        """Name to task: of a model that knows tasks, `name:task` asks for one."""
+        tasks = self.tokenizer.tasks() if self.tokenizer.markers else {}
+        return {self.name: ""} | {f"{self.name}:{task}": task for task in tasks}
+
+    def list(self) -> dict:
+        about = dict(object="model", created=self.created, owned_by="nutshell")
+        about["max_model_len"] = self.context
+        return dict(object="list", data=[dict(id=name) | about for name in self.models()])
+
+
+@dataclass
+class Ask:
+    """A checked request, of a chat or of completions."""
+
+    chat: bool
+    model: str
+    prompts: list[list[int]]
+    echo: list[str]  # in front of each answer
+    n: int
+    most: int
+    seed: int | None
+    stop: tuple[str, ...]
+    options: dict
+    alternatives: int | None
+    of_prompt: bool
+    stream: bool
+    usage: bool
+    ids: bool
+    number: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def check(body: dict, chat: bool, served: Served, clean: Callable[[str], str]) -> Ask:
+    """A request to the model that is `served`. `clean` gives back a text, or raises Refusal.
+
+    Raises Refusal, which names the field, for what cannot be given.
+    """
+    model = body.get("model", served.name)
+    if not isinstance(model, str) or model not in served.models():
+        there = ", ".join(served.models())
+        raise Refusal(
+            f"there is no model {model!r:.80}: choose {there}", "model", "model_not_found", 404
+        )
+    for name, values in NEUTRAL.items():
+        value = body.get(name)
+        if isinstance(value, bool) or value not in values:
+            raise Refusal(f"{name} is not supported: leave it out", name, "unsupported_parameter")
+    most = number(body, "max_tokens", int, None, 0, MOST_TOKENS)
+    most = number(body, "max_completion_tokens", int, most, 0, MOST_TOKENS)
+    options = dict(temperature=number(body, "temperature", float, 1.0, 0, 2))
+    options["top_p"] = number(body, "top_p", float, 1.0, 0, 1)
+    options["top_k"] = max(
+        0, number(body, "top_k", int, 0, -1, MOST_TOKENS)
+    )  # -1 is off, as in vLLM
+    n = number(body, "n", int, 1, 1, served.slots)
+    echo = not chat and flag(body, "echo")
+    alternatives = wanted(body, chat)
+    prompts = [conversation(body, model, served, clean)] if chat else plain(body, served, clean)
+    if len(prompts) * n > served.slots:
+        raise Refusal(f"{len(prompts)} prompts with n={n} exceed the {served.slots} slots", "n")
+    for prompt in prompts:
+        if len(prompt) > served.context:
+            too_long(served, "messages" if chat else "prompt", f"{len(prompt)} tokens")
+    stream = flag(body, "stream")
+    more = body.get("stream_options") or {}
+    if not isinstance(more, dict) or (more and not stream):
+        raise Refusal("stream_options should be an object, beside stream=true", "stream_options")
+    return Ask(
+        chat=chat,
+        model=model,
+        prompts=prompts,
+        echo=[served.tokenizer.decode(p) if echo else "" for p in prompts],
+        n=n,
+        most=most if most is not None else served.context if chat else DEFAULT_TOKENS,
+        seed=number(body, "seed", int, None, -(2**63), 2**64 - 1),
+        stop=stops(body),
+        options=options,
+        alternatives=alternatives,
+        of_prompt=echo and alternatives is not None,
+        stream=stream,
+        usage=flag(more, "include_usage"),
+        ids=flag(body, "return_token_ids"),
+    )
+
+
+def too_long(served: Served, name: str, size: str):
+    message = f"{name} has {size}, and the context of the model {served.context} tokens"
+    raise Refusal(message, name, "context_length_exceeded")
+
+
+def wanted(body: dict, chat: bool) -> int | None:
+    """How many alternatives to each token; None for no log-probabilities."""
+    if not chat:
+        return number(body, "logprobs", int, None, 0, ALTERNATIVES)
+    top = number(body, "top_logprobs", int, None, 0, ALTERNATIVES)
+    if flag(body, "logprobs"):
+        return top or 0
+    if top:
+        raise Refusal("top_logprobs needs logprobs=true beside it", "top_logprobs")
+    return None
+
+
+def stops(body: dict) -> tuple[str, ...]:
+    value = body.get("stop")
+    value = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or len(value) > STOPS:
+        raise Refusal(f"stop should be text, or up to {STOPS} of them", "stop")
+    for stop in value:
+        if not isinstance(stop, str) or not 0 < len(text(stop, "stop")) <= STOP_LENGTH:
+            raise Refusal(f"stop should have from 1 to {STOP_LENGTH} characters", "stop")
+    return tuple(value)
+
+
+def plain(body: dict, served: Served, clean) -> list[list[int]]:
+    """Prompts of completions: text, ids, or a list of either."""
+    value = body.get("prompt")
+    if not isinstance(value, (str, list)) or value == []:
+        raise Refusal("prompt should be text, token ids, or a list of either", "prompt")
+    one = isinstance(value, str) or (
+        isinstance(value, list) and not isinstance(value[0], (str, list))
+    )
+    found = []
+    for prompt in [value] if one else value:
+        if len(found) == served.slots:
+            raise Refusal(f"more prompts than the {served.slots} slots", "prompt")
+        if isinstance(prompt, list):
+            check_ids(prompt, served)
+            clean(served.tokenizer.decode(prompt))
+            found.append(prompt)
+        else:
+            prompt = clean(text(prompt, "prompt"))
+            require_fit(served, "prompt", prompt)
+            found.append(served.tokenizer.encode_prompt(prompt))
+    return found
+
+
+def check_ids(ids: list, served: Served) -> None:
+    tokenizer = served.tokenizer
+    refused = {*tokenizer.special.values()} | {*tokenizer.unused}
+    if len(ids) > served.context:
+        too_long(served, "prompt", f"{len(ids)} tokens")
+    for i in ids:
+        sound = isinstance(i, int) and not isinstance(i, bool) and 0 <= i < tokenizer.vocab_size
+        if not sound or (i in refused and i not in tokenizer.begin):
+            raise Refusal(f"prompt holds {i!r:.40}, which is the id of no text", "prompt")
+    if not ids:
+        raise Refusal("prompt should have a token at least", "prompt")
+
+
+def require_fit(served: Served, name: str, said: str) -> None:
+    """Refuses what is too long in any case, before it is encoded."""
+    if len(said.encode()) > served.context * served.longest:
+        too_long(served, name, f"{len(said):,} characters")
+
+
+def conversation(body: dict, model: str, served: Served, clean) -> list[int]:
+    """The ids of a chat, open for an answer, or, with continue_final_message, in its middle."""
+    tokenizer, messages = served.tokenizer, body.get("messages")
+    if not tokenizer.markers:
+        raise Refusal(
+            f"{served.name} has not learned conversations: use /v1/completions, or train on rows",
+            "messages",
+            "model_not_supported",
+        )
+    if not isinstance(messages, list) or not messages:
+        raise Refusal("messages should be a list of turns, each with role and content", "messages")
+    turns = []
+    for turn in messages:
+        role = turn.get("role") if isinstance(turn, dict) else None
+        role = "system" if role == "developer" else role
+        if not isinstance(role, str) or role not in ROLES:
+            raise Refusal(f"a turn should have one of the roles {', '.join(ROLES)}", "messages")
+        turns.append(dict(role=role, content=clean(text(turn.get("content"), "messages"))))
+    require_fit(served, "messages", "".join(turn["content"] for turn in turns))
+    go_on = flag(body, "continue_final_message")
+    if go_on == flag(body, "add_generation_prompt", not go_on):
+        raise Refusal("continue_final_message needs add_generation_prompt=false", "messages")
+    if go_on != (turns[-1]["role"] == "assistant"):
+        last = "the assistant" if go_on else "somebody else than the assistant"
+        raise Refusal(f"the last of messages should be said by {last}", "messages")
+    begun = turns.pop()["content"] if go_on else ""
+    task = served.models()[model]
+    return tokenizer.encode_row(turns, task, open=True) + tokenizer.encode(begun)
+
+
+# --- answers
+
+
+class Answers:
+    """Pieces of all choices to the bodies that clients expect."""
+
+    def __init__(self, ask: Ask, tokenizer: Tokenizer):
+        self.ask, self.tokenizer = ask, tokenizer
+        count = len(ask.prompts) * ask.n
+        self.texts = [ask.echo[i // ask.n] for i in range(count)]
+        self.ids: list[list] = [[] for _ in range(count)]
+        self.scores: list[list] = [[] for _ in range(count)]
+        self.finish: list[str | None] = [None] * count
+        self.offset = [0] * count  # characters of what the log-probabilities told
+        self.tokens = 0
+        self.begun: set[int] = set()
+
+    def add(self, piece: Piece) -> None:
+        self.tokens += len(piece.ids)
+        self.texts[piece.index] += piece.text
+        self.ids[piece.index] += piece.ids
+        self.scores[piece.index] += piece.scores
+        self.finish[piece.index] = piece.finish or None
+
+    def done(self) -> bool:
+        return all(self.finish)
+
+    def usage(self) -> dict:
+        asked = sum(map(len, self.ask.prompts))
+        total = asked + self.tokens
+        return dict(prompt_tokens=asked, completion_tokens=self.tokens, total_tokens=total)
+
+    def head(self, kind: str) -> dict:
+        ask = self.ask
+        number = ("chatcmpl-" if ask.chat else "cmpl-") + ask.number
+        return dict(id=number, object=kind, created=ask.created, model=ask.model)
+
+    def whole(self) -> dict:
+        """The body of an answer that is not streamed."""
+        choices = []
+        for i, said in enumerate(self.texts):
+            choice = dict(index=i, finish_reason=self.finish[i])
+            choice["logprobs"] = self.logprobs(i, self.scores[i])
+            if self.ask.chat:
+                choice["message"] = dict(role="assistant", content=said, refusal=None)
+            else:
+                choice["text"] = said
+            if self.ask.ids:
+                choice["token_ids"] = self.ids[i]
+            choices.append(choice)
+        kind = "chat.completion" if self.ask.chat else "text_completion"
+        return self.head(kind) | dict(choices=choices, usage=self.usage())
+
+    def chunks(self, piece: Piece) -> Iterable[dict]:
+        """What a piece adds to a stream; in front of a choice's first, its role or echo."""
+        i, chat = piece.index, self.ask.chat
+        first = i not in self.begun
+        self.begun.add(i)
+        if first and chat:
+            yield self.chunk(i, dict(delta=dict(role="assistant", content="")))
+        said = (self.texts[i] if first else "") + piece.text  # an echo
+        self.add(piece)
+        if said or piece.scores or piece.finish or (self.ask.ids and piece.ids):
+            shown = (
+                dict(delta=dict(content=said) if said or not piece.finish else {})
+                if chat
+                else dict(text=said)
+            )
+            shown["logprobs"] = self.logprobs(i, piece.scores)
+            if self.ask.ids:
+                shown["token_ids"] = piece.ids
+            if piece.finish and chat and said:  # the last delta is empty
+                yield self.chunk(i, shown)
+                shown = dict(delta={}, logprobs=None)
+            yield self.chunk(i, shown, piece.finish or None)
+
+    def chunk(self, i: int, shown: dict, finish: str | None = None) -> dict:
+        kind = "chat.completion.chunk" if self.ask.chat else "text_completion"
+        choice = dict(index=i, logprobs=None, finish_reason=finish) | shown
+        return (
+            self.head(kind) | dict(choices=[choice]) | ({"usage": None} if self.ask.usage else {})
+        )
+
+    def last(self) -> dict:
+        """The chunk behind all others, if the client wants to know what was used."""
+        kind = "chat.completion.chunk" if self.ask.chat else "text_completion"
+        return self.head(kind) | dict(choices=[], usage=self.usage())
+
+    def logprobs(self, i: int, scores: list[tuple]) -> dict | None:
+        if self.ask.alternatives is None:
+            return None
+        if self.ask.chat:
+            return dict(content=[self.item(*score) for score in scores], refusal=None)
+        words = [self.word(token) for token, _, _ in scores]
+        offsets = []
+        for word in words:
+            offsets.append(self.offset[i])
+            self.offset[i] += len(word)
+        found = [None if p is None else finite(p) for _, p, _ in scores]
+        top = [{self.word(i): finite(p) for i, p in best} for _, _, best in scores]
+        return dict(tokens=words, token_logprobs=found, top_logprobs=top, text_offset=offsets)
+
+    def item(self, token: int, ln_p: float, best: list[tuple]) -> dict:
+        return self.entry(token, ln_p) | dict(top_logprobs=[self.entry(*pair) for pair in best])
+
+    def entry(self, token: int, ln_p: float) -> dict:
+        raw = [*self.tokenizer.decode_bytes([token])]
+        return dict(token=self.word(token), logprob=finite(ln_p), bytes=raw)
+
+    def word(self, token: int) -> str:
+        raw = self.tokenizer.decode_bytes([token])
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:  # a piece of a character, written as OpenAI writes it
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def finite(ln_p: float) -> float:
+    return ln_p if math.isfinite(ln_p) else LEAST
