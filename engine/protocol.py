@@ -357,6 +357,8 @@ class Answers:
                 choice["text"] = said
             if self.ask.ids:
                 choice["token_ids"] = self.ids[i]
+                if not self.ask.chat:
+                    choice["prompt_token_ids"] = self.ask.prompts[i // self.ask.n]
             choices.append(choice)
         kind = "chat.completion" if self.ask.chat else "text_completion"
         return self.head(kind) | dict(choices=choices, usage=self.usage())
@@ -379,6 +381,8 @@ class Answers:
             shown["logprobs"] = self.logprobs(i, piece.scores)
             if self.ask.ids:
                 shown["token_ids"] = piece.ids
+                if first and not chat:
+                    shown["prompt_token_ids"] = self.ask.prompts[i // self.ask.n]
             if piece.finish and chat and said:  # the last delta is empty
                 yield self.chunk(i, shown)
                 shown = dict(delta={}, logprobs=None)

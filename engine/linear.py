@@ -1,0 +1,163 @@
+"""Linear layers that a CPU computes faster: other layouts of the same weights, and which is best.
+
+For one row, x W^T is a reading of W, and how fast it is read depends on the layout, on the
+processor, on the type, and on the shape. So for each shape the candidates are tried (`Fastest`).
+docs/speed.md has figures.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.machine import fast_bfloat16
+
+FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
+WORTH_IT = 1 << 18  # weights of a layer for which a choice pays
+TRIES = 3
+CACHE = 1 << 26  # bytes that drive the weights out of the caches of a processor
+
+
+class Fastest:
+    """Makes of a matrix and a bias a layer for one row, of the form that is fastest here for that
+    shape. `chosen` has the name of the form for each shape."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.forms = forms(dtype)
+        self.chosen: dict[tuple, str] = {}
+        self.other = None  # what is read in between
+
+    def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        shape = tuple(weight.shape)
+        if shape not in self.chosen:
+            worth = weight.numel() >= WORTH_IT and len(self.forms) > 1
+            times = {n: self.seconds(f, weight) if worth else 0 for n, f in self.forms.items()}
+            self.chosen[shape] = min(times, key=times.get)
+        return self.forms[self.chosen[shape]](weight, bias)
+
+    def seconds(self, form: Callable, weight: Tensor) -> float:
+        """The shortest time in which a layer of that form reads its weights from memory."""
+        if self.other is None:
+            self.other = torch.ones(CACHE // 8, dtype=torch.int64)
+        layer, x, times = form(weight, None), weight.new_ones(1, 1, weight.size(1)), []
+        for _ in range(1 + TRIES):
+            self.other.sum()
+            start = time.perf_counter()
+            layer(x)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+
+def forms(dtype: torch.dtype) -> dict[str, Callable]:
+    """The candidates by name, that for small layers first."""
+    streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in (256, 128)}
+    if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
+        return streamed  # products would be emulated
+    found = {"plain": PlainLinear, "transposed": TransposedLinear} | streamed
+    return found | ({"packed": PackedLinear} if packable(dtype) else {})
+
+
+def packable(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there, and this processor has what it needs for the type."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+class PlainLinear(nn.Module):
+    """x W^T + b, as torch computes it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.matrix = weight.detach()
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix, self.bias)
+
+
+class TransposedLinear(nn.Module):
+    """x W^T + b, with W^T as a matrix of its own."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.matrix = weight.detach().mT.contiguous()
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.matrix
+        return y if self.bias is None else y + self.bias
+
+
+class StreamedLinear(nn.Module):
+    """x W^T + b for one row x, at the speed of memory; with `quantize`, W has eight bits, and up to
+    FEW rows are read that way.
+
+    The product is a sum of the rows of W^T, weighted by x: what recommendation systems call an
+    embedding bag. torch has one that reads rows in sequence as fast as memory gives them, and one
+    for rows of eight bits with a scale and an offset each. W^T is cut into blocks of columns, a bag
+    for each, so that the cores share the work.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str = "", width: int = 128):
+        super().__init__()
+        self.outputs, self.inputs = weight.shape
+        self.width, self.few = width, FEW if quantize else 1
+        self.eight_bits = bool(quantize)
+        self.blocks = -(-self.outputs // self.width)
+        whole = F.pad(weight.detach(), (0, 0, 0, -self.outputs % self.width))
+        rows = whole.view(self.blocks, self.width, self.inputs).mT.reshape(-1, self.width)
+        if quantize:
+            rows = torch.ops.quantized.embedding_bag_byte_prepack(rows.float())
+        index = torch.arange(len(rows), dtype=torch.int32)
+        self.rows, self.index = rows, index.view(self.blocks, 1, self.inputs)
+        self.begins = torch.arange(self.blocks * self.few, dtype=torch.int32) * self.inputs
+        self.bias = None if bias is None else bias.detach()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights in the usual layout, (outputs, inputs)."""
+        rows = self.rows
+        if self.eight_bits:
+            rows = torch.ops.quantized.embedding_bag_byte_unpack(rows)
+        return rows.view(self.blocks, self.inputs, self.width).mT.flatten(0, 1)[: self.outputs]
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.numel() // self.inputs
+        if n > self.few:
+            if x.dtype == torch.bfloat16 and not fast_bfloat16():  # emulated, it would take minutes
+                y = F.linear(x.float(), self.weight.float()).to(x.dtype)
+                return y if self.bias is None else y + self.bias
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        # a block for all rows of x before the next: it is in the cache from the second row on
+        index = self.index.expand(-1, n, -1).reshape(-1)
+        factors = x.reshape(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)
+        begins = self.begins[: self.blocks * n]
+        if self.eight_bits:
+            bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+            y = bag(self.rows, index, begins, per_sample_weights=factors.float())
+        else:
+            y = torch.embedding_bag(self.rows, index, begins, False, 0, False, factors)[0]
+        y = y.view(self.blocks, n, self.width).transpose(0, 1).reshape(n, -1)[:, : self.outputs]
+        y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
+        return y if self.bias is None else y + self.bias
+
+
+class PackedLinear(nn.Module):
+    """x W^T + b for several rows, with W in the layout that oneDNN likes best, once and for all.
+
+    torch's compiler uses the same two operations for constant weights on a CPU.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
