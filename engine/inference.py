@@ -11,15 +11,11 @@ docs/speed.md has the figures.
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import fast
-from engine.machine import fast_bfloat16
+from engine.linear import Fastest, PackedLinear, PlainLinear, StreamedLinear, packable
 from model import GPT, KVCache
-
-FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
-WIDTH = {"": 256, "int8": 128}  # columns of a block: wider reads faster, narrower is more exact
 
 
 @torch.no_grad()
@@ -38,8 +34,10 @@ def ready(model: GPT, quantize: str = "", rows: int = 1, parts: bool = True) -> 
         names = fast.agreeing(model.config, like.device, like.dtype, training=False)
         fast.install(model, names)
         model.__class__ = FastGPT
-    if quantize or (on_cpu and rows == 1 and streams(like.dtype)):
+    if quantize:
         kind = partial(StreamedLinear, quantize=quantize)
+    elif on_cpu and rows == 1:
+        kind = Fastest(like.dtype)
     elif on_cpu and rows > 1 and packable(like.dtype):
         kind = PackedLinear
     else:
@@ -173,98 +171,3 @@ class RecordedCache(KVCache):
         self.k[:, :, :, :end] = self.k[:, rows, :, :end]
         self.v[:, :, :, :end] = self.v[:, rows, :, :end]
         self.lengths = self.lengths[rows]
-
-
-def streams(dtype: torch.dtype) -> bool:
-    """Whether StreamedLinear reads weights faster than torch's own product does, as measured."""
-    return dtype != torch.float32 or bool(torch.cpu.get_capabilities().get("avx512_f"))
-
-
-def packable(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there, and this processor has what it needs for the type."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
-
-
-class PlainLinear(nn.Module):
-    """x W^T + b, as torch computes it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.matrix = weight.detach()
-        self.bias = None if bias is None else bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix, self.bias)
-
-
-class StreamedLinear(nn.Module):
-    """x W^T + b for one row x, at the speed of memory; with `quantize`, W has eight bits, and up to
-    FEW rows are read that way.
-
-    The product is a sum of the rows of W^T, weighted by x: what recommendation systems call an
-    embedding bag. torch has one that reads rows in sequence as fast as memory gives them, and one
-    for rows of eight bits with a scale and an offset each. W^T is cut into blocks of columns, a bag
-    for each, so that the cores share the work.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str = ""):
-        super().__init__()
-        self.outputs, self.inputs = weight.shape
-        self.width, self.few = WIDTH[quantize], FEW if quantize else 1
-        self.eight_bits = bool(quantize)
-        self.blocks = -(-self.outputs // self.width)
-        whole = F.pad(weight.detach(), (0, 0, 0, -self.outputs % self.width))
-        rows = whole.view(self.blocks, self.width, self.inputs).mT.reshape(-1, self.width)
-        if quantize:
-            rows = torch.ops.quantized.embedding_bag_byte_prepack(rows.float())
-        index = torch.arange(len(rows), dtype=torch.int32)
-        self.rows, self.index = rows, index.view(self.blocks, 1, self.inputs)
-        self.begins = torch.arange(self.blocks * self.few, dtype=torch.int32) * self.inputs
-        self.bias = None if bias is None else bias.detach()
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights in the usual layout, (outputs, inputs)."""
-        rows = self.rows
-        if self.eight_bits:
-            rows = torch.ops.quantized.embedding_bag_byte_unpack(rows)
-        return rows.view(self.blocks, self.inputs, self.width).mT.flatten(0, 1)[: self.outputs]
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = x.numel() // self.inputs
-        if n > self.few:
-            if x.dtype == torch.bfloat16 and not fast_bfloat16():  # emulated, it would take minutes
-                y = F.linear(x.float(), self.weight.float()).to(x.dtype)
-                return y if self.bias is None else y + self.bias
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
-        # a block for all rows of x before the next: it is in the cache from the second row on
-        index = self.index.expand(-1, n, -1).reshape(-1)
-        factors = x.reshape(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)
-        begins = self.begins[: self.blocks * n]
-        if self.eight_bits:
-            bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-            y = bag(self.rows, index, begins, per_sample_weights=factors.float())
-        else:
-            y = torch.embedding_bag(self.rows, index, begins, False, 0, False, factors)[0]
-        y = y.view(self.blocks, n, self.width).transpose(0, 1).reshape(n, -1)[:, : self.outputs]
-        y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
-        return y if self.bias is None else y + self.bias
-
-
-class PackedLinear(nn.Module):
-    """x W^T + b for several rows, with W in the layout that oneDNN likes best, once and for all.
-
-    torch's compiler uses the same two operations for constant weights on a CPU.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-        self.bias = None if bias is None else bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")

@@ -56,8 +56,10 @@ def forms(dtype: torch.dtype) -> dict[str, Callable]:
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in (256, 128)}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
         return streamed  # products would be emulated
-    found = {"plain": PlainLinear, "transposed": TransposedLinear} | streamed
-    return found | ({"packed": PackedLinear} if packable(dtype) else {})
+    found = {"plain": PlainLinear, "transposed": TransposedLinear}
+    found |= {"packed": PackedLinear} if packable(dtype) else {}
+    wide = torch.cpu.get_capabilities().get("avx512_f")
+    return streamed | found if wide else found | streamed
 
 
 def packable(dtype: torch.dtype) -> bool:

@@ -8,22 +8,25 @@ from test_model import SHAPES, make, tokens
 from torch import nn
 
 from engine import fast, inference
-from engine.inference import (
+from engine.inference import RecordedCache, ready
+from engine.linear import (
     FEW,
+    Fastest,
     PackedLinear,
     PlainLinear,
-    RecordedCache,
     StreamedLinear,
+    TransposedLinear,
+    forms,
     packable,
-    ready,
-    streams,
 )
 from generate import answers, beam, generate
 from model import Attention
 
 KINDS = {
     "plain": PlainLinear,
+    "transposed": TransposedLinear,
     "streamed": StreamedLinear,
+    "wide blocks": lambda weight, bias: StreamedLinear(weight, bias, width=256),
     "packed": PackedLinear,
     "int8": lambda weight, bias: StreamedLinear(weight, bias, "int8"),
 }
@@ -50,6 +53,20 @@ def test_every_layer_equals_a_plain_one(kind, dtype, outputs, inputs, bias):
             assert error < (0.01 if kind == "int8" else rounding)
 
 
+def test_the_fastest_form_of_each_shape_is_found_once_and_taken(monkeypatch):
+    small, large = torch.randn(8, 4), torch.randn(512, 513)
+    choose, tried = Fastest(torch.float32), []
+    times = iter([4.0, 1.0, 3.0, 2.0, 5.0])
+    choose.forms = {n: choose.forms[n] for n in ("plain", "transposed", "blocks of 256")}
+    assert 0 < choose.seconds(PlainLinear, large) < 1
+    monkeypatch.setattr(choose, "seconds", lambda form, w: tried.append(form) or next(times))
+    assert type(choose(small, None)) is PlainLinear and not tried
+    assert type(choose(large, None)) is TransposedLinear
+    assert type(choose(large + 1, None)) is TransposedLinear
+    assert len(tried) == len(choose.forms)
+    assert choose.chosen == {(8, 4): "plain", (512, 513): "transposed"}
+
+
 def test_eight_bits_keep_the_weights_to_a_255th_of_their_range():
     weight = torch.randn(300, 70, generator=torch.Generator().manual_seed(0))
     layer = StreamedLinear(weight, None, "int8")
@@ -65,9 +82,9 @@ def test_a_ready_model_writes_the_same_text(shape, rows, parts):
     model = make(shape)
     plain = list(generate(model, [1, 2, 3], 60, temperature=0, num_samples=rows))
     model = ready(model, rows=rows, parts=parts)
-    kind = StreamedLinear if streams(torch.float32) else PlainLinear
-    if rows > 1:
-        kind = PackedLinear if packable(torch.float32) else PlainLinear
+    kind = next(iter(forms(torch.float32).values())) if rows == 1 else PlainLinear
+    kind = PackedLinear if rows > 1 and packable(torch.float32) else kind
+    kind = getattr(kind, "func", kind)
     if parts:
         assert not any(isinstance(m, nn.Linear) for m in model.modules())
         assert isinstance(model.head.layer, kind)
@@ -86,8 +103,7 @@ def test_a_ready_model_obeys_an_edited_book(monkeypatch):
     plain = list(generate(model, [1, 2, 3], 20, temperature=0))
     model = ready(model)
     assert not any(isinstance(m, fast.FastAttention) for m in model.modules())
-    kind = StreamedLinear if streams(torch.float32) else PlainLinear
-    assert isinstance(model.blocks[0].attn.wq, kind)
+    assert not isinstance(model.blocks[0].attn.wq, nn.Linear)
     assert list(generate(model, [1, 2, 3], 20, temperature=0)) == plain
 
 

@@ -116,9 +116,9 @@ def test_generating_takes_the_faster_number_type(monkeypatch, able, rows, dtype)
 
 
 def test_a_prompt_is_not_read_in_emulated_bfloat16(monkeypatch):
-    from engine import inference
+    from engine import linear as layers
 
-    layer = inference.StreamedLinear(
+    layer = layers.StreamedLinear(
         torch.randn(8, 4).bfloat16(), torch.randn(8).bfloat16(), quantize=""
     )
     x = torch.randn(3, 4).bfloat16()
@@ -128,7 +128,7 @@ def test_a_prompt_is_not_read_in_emulated_bfloat16(monkeypatch):
     monkeypatch.setattr(
         "torch.nn.functional.linear", lambda x, *a: seen.append(x.dtype) or linear(x, *a)
     )
-    monkeypatch.setattr(inference, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(layers, "fast_bfloat16", lambda: False)
     assert torch.allclose(layer(x).float(), expected.float(), atol=0.05)
     assert seen == [torch.float32]
 
