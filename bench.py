@@ -15,7 +15,6 @@ to be had here (a library, a number type that the hardware would emulate) is lef
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -262,17 +261,17 @@ def serve(s: Settings, clients: int, shape: dict | None = None, dtype: str = "au
 
     import serve as script
     from engine import load
+    from engine.server import Server
     from tokenizer import bytes_tokenizer
 
     s = replace(s, **(shape or {}))
     tokenizer = bytes_tokenizer()
     tokenizer.vocab_size = s.vocab_size  # what the ids mean does not matter
     tokenizer.decode_bytes = lambda ids: b"".join(b"%d " % i for i in ids)
-    options = script.Settings("model", slots=CLIENTS, dtype=dtype, fast=s.fast)
-    server = script.Server(options, our_model(s), tokenizer, ROOT)
-    listener = socket.create_server(("127.0.0.1", 0))
+    options = script.Settings("model", port=0, slots=CLIENTS, dtype=dtype, fast=s.fast)
+    server, listener = Server(options, our_model(s), tokenizer, ROOT), script.bound(options)
     where = listener.getsockname()
-    threading.Thread(target=lambda: asyncio.run(server.run(listener)), daemon=True).start()
+    threading.Thread(target=lambda: asyncio.run(server.serve(listener)), daemon=True).start()
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # no lock in common with the server
         pool.apply(load.run, (*where, clients, clients, PROMPT, 4))  # a warm-up
         found = pool.apply(load.run, (*where, clients, s.calls * clients, PROMPT, s.tokens))

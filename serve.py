@@ -4,10 +4,10 @@
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.completions.create(model="small", prompt="def ", max_tokens=50)
 
-    HTTP ── engine/guard.py ── engine/protocol.py ── engine/batching.py ── generate.py
-            who may come in     what may be asked     side by side          the model
+    guard.py ── server.py ── protocol.py ── batching.py    all in engine/
+    who may     begin, end,   what may       answers side
+    come in     streams       be asked       by side
 
-The event loop talks to clients and never waits for the model, which has a thread of its own.
 docs/serve.md has what is promised, what it is not for, and figures.
 """
 
@@ -16,27 +16,14 @@ from engine import console
 if __name__ == "__main__":
     console.leave_quietly()
 
-import asyncio
-import contextlib
-import json
-import random
-import signal
+import os
 import socket
-import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import objectives
 from engine import settings
 from engine.settings import AboveZero, Bound, NotNegative, Positive
-
-PING = 15  # seconds after which a stream says that it is alive
-RETRY = {"Retry-After": "2"}
-STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-PAGE = Path(__file__).parent / "engine" / "page.html"
 
 Port = Annotated[int, Bound("from 0 to 65535; 0 is any that is free", lambda p: 0 <= p <= 65535)]
 Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
@@ -95,335 +82,22 @@ def main(argv: list[str]) -> int:
     keys = guard.read_keys(s.key_file) if s.key_file else []
     if not here and not s.certificate:
         print("note: without --certificate (or a proxy with TLS) keys and texts travel in clear")
+    listener = bound(s)
+    from engine import server
+
+    return server.run(s, keys, listener)
+
+
+def bound(s: Settings) -> socket.socket:
+    """A socket with the address; nobody is let in before the model is there. Raises ValueError."""
     try:
-        family = socket.AF_INET6 if ":" in s.host else socket.AF_INET
-        listener = socket.create_server((s.host, s.port), family=family)
+        listener = socket.socket(socket.AF_INET6 if ":" in s.host else socket.AF_INET)
+        if os.name == "posix":  # one that has just ended does not keep the address
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((s.host, s.port))
     except OSError as e:
         raise ValueError(f"{s.host}:{s.port} cannot be listened on ({e.strerror})") from e
-    return asyncio.run(serve(s, keys, listener))
-
-
-def load(s: Settings) -> tuple:
-    """Model, tokenizer and folder of the checkpoint that is asked for. Raises ValueError."""
-    from engine import locked
-    from engine.checkpoint import find, load_weights
-
-    folder = find(s.run, s.checkpoint)
-    locked.use(s.passphrase_file, folder)
-    model, tokenizer, state = load_weights(folder)
-    objectives.require_writer(state, s.run)
-    return model, tokenizer, folder
-
-
-async def serve(s: Settings, keys: list[str], listener: socket.socket) -> int:
-    """Serves until a signal, the second of which does not wait."""
-    server, loop = Server(s, *load(s), keys), asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: loop.call_soon_threadsafe(server.end))
-    return await server.run(listener)
-
-
-class Server:
-    """The app, the engine, and the way to the end: one object, so that tests can have it.
-
-    `model` and `tokenizer` come from the checkpoint in `folder`; `keys` are digests.
-    """
-
-    def __init__(self, s: Settings, model, tokenizer, folder: Path, keys=()):
-        from engine import inference, machine
-        from engine.batching import Engine
-        from engine.protocol import Served
-        from engine.wordfilter import WordFilter
-
-        self.s, self.folder = s, folder
-        self.words = WordFilter(s.filter) if s.filter else None
-        c, name = model.config, s.name or Path(s.run).resolve().name
-        here = machine.pick(s.device, s.dtype, "false", rows=s.slots)
-        model = model.eval().to(here.device, here.dtype)
-        machine.use_threads(s.threads, here, model, s.slots)
-        size = f"{model.num_parameters():,} parameters, {s.slots} slots of {c.block_size} tokens"
-        print(f"machine: {here.why}\n{name}: {size}")
-        model = inference.ready(model, s.quantize, s.slots, parts=s.fast)
-        self.served = Served(name, tokenizer, c.block_size, s.slots)
-        self.engine = Engine(model, tokenizer, s.slots, s.queue, s.chunk, exact=not s.fast)
-        self.draining: asyncio.Future | None = None
-        self.asked = 0  # requests that are being answered
-        self.app = self.routes(keys)
-
-    def routes(self, keys: list[str]):
-        from starlette.applications import Starlette
-        from starlette.responses import JSONResponse
-        from starlette.routing import Route
-
-        from engine import inspection
-        from engine.guard import LOOPBACK, Guard
-        from engine.protocol import Refusal
-
-        async def refused(request, e):
-            return JSONResponse(e.body, e.status, RETRY if e.status in (429, 503) else None)
-
-        async def other(request, e):  # of starlette: no such path, no such method
-            message = f"{request.method} {request.url.path[:80]!r} is not served here"
-            return JSONResponse(Refusal(message, status=e.status_code).body, e.status_code)
-
-        routes = [
-            Route("/", self.page),
-            Route("/health", self.health),
-            Route("/metrics", self.metrics),
-            Route("/v1/models", self.models),
-            Route("/v1/completions", partial(self.answer, chat=False), methods=["POST"]),
-            Route("/v1/chat/completions", partial(self.answer, chat=True), methods=["POST"]),
-            *inspection.routes(self),
-        ]
-        handlers = {Refusal: refused, 404: other, 405: other}
-        app = Starlette(routes=routes, exception_handlers=handlers)
-        loopback = self.s.host in LOOPBACK
-        hosts = {name.lower() for name in self.s.hosts}
-        hosts |= {*LOOPBACK, self.s.host} if loopback or hosts else set()
-        return Guard(app, keys, hosts)
-
-    # --- small answers
-
-    async def page(self, request):
-        from starlette.responses import HTMLResponse
-
-        from engine import inspection
-
-        page = PAGE.read_text(encoding="utf-8")
-        return HTMLResponse(page, headers=inspection.page_headers(page))
-
-    async def health(self, request):
-        from starlette.responses import JSONResponse
-
-        state, status = ("draining", 503) if self.draining else ("ok", 200)
-        if not self.engine.is_alive():
-            state, status = "the engine has ended", 503
-        return JSONResponse({"status": state}, status)
-
-    async def metrics(self, request):
-        from starlette.responses import PlainTextResponse
-
-        from engine import prometheus
-
-        return PlainTextResponse(prometheus.text(self.engine, self.served.name))
-
-    async def models(self, request):
-        from starlette.responses import JSONResponse
-
-        return JSONResponse(self.served.list())
-
-    # --- text
-
-    def clean(self, text: str) -> str:
-        """A text of a client. Raises Refusal if it has a word of the filter."""
-        from engine.protocol import Refusal
-
-        if self.words and not self.words.clean(text):
-            raise Refusal("the text has a word that is not wanted here", code="content_filter")
-        return text
-
-    async def checked(self, request, check):
-        """What `check` makes of the body of a request. Raises Refusal."""
-        from engine import guard, protocol
-
-        if self.draining:
-            raise protocol.Refusal("the server is about to end", status=503)
-        body = protocol.read(await guard.body_of(request))
-        # long texts take a while to be encoded
-        return await asyncio.get_running_loop().run_in_executor(None, check, body)
-
-    async def answer(self, request, chat: bool):
-        """/v1/completions and /v1/chat/completions."""
-        from starlette.responses import JSONResponse, StreamingResponse
-
-        from engine import protocol
-
-        check = partial(protocol.check, chat=chat, served=self.served, clean=self.clean)
-        ask = await self.checked(request, check)
-        pieces = self.begin(ask)
-        answers = protocol.Answers(ask, self.served.tokenizer)
-        if ask.stream:
-            stream = self.stream(answers, pieces)
-            return StreamingResponse(stream, media_type="text/event-stream", headers=STREAM)
-        body = await self.unless_gone(request, self.collect(answers, pieces))
-        return JSONResponse(body)
-
-    def begin(self, ask) -> AsyncIterator:
-        """Hands a request to the engine; its pieces, as they come. Raises Refusal if it is busy."""
-        from engine.batching import Full, Request
-        from engine.protocol import Refusal
-        from engine.transcript import Transcript
-        from engine.wordfilter import Gate
-
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-
-        def tell(piece) -> None:  # in the engine's thread
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(queue.put_nowait, piece)
-
-        tokenizer = self.served.tokenizer
-
-        def transcript(prompt: list[int]) -> Transcript:
-            before = tokenizer.decode(prompt) if self.words and not ask.chat else ""
-            return Transcript(tokenizer, ask.stop, Gate(self.words, self.s.filtered, before))
-
-        seed = random.getrandbits(63) if ask.seed is None else ask.seed
-        requests = [
-            Request(
-                prompt,
-                ask.n,
-                ask.most,
-                seed,
-                ask.options,
-                partial(transcript, prompt),
-                tell,
-                first=i * ask.n,
-                alternatives=ask.alternatives,
-                of_prompt=ask.of_prompt,
-                deadline=time.monotonic() + self.s.timeout,
-            )
-            for i, prompt in enumerate(ask.prompts)
-        ]
-        try:
-            self.engine.submit(requests)
-        except Full as e:
-            message = f"{self.s.queue} answers are waiting already: come back later"
-            raise Refusal(message, code="queue_full", status=429) from e
-        return self.pieces(requests, queue)
-
-    async def pieces(self, requests: list, queue: asyncio.Queue) -> AsyncIterator:
-        """Pieces of `requests`, and None whenever none has come for a while. However it ends, the
-        engine knows that nobody listens any more."""
-        from engine.protocol import Refusal
-
-        left = sum(request.n for request in requests)
-        self.asked += 1
-        try:
-            while left:
-                try:
-                    piece = await asyncio.wait_for(queue.get(), PING)
-                except asyncio.TimeoutError:
-                    piece = None
-                if isinstance(piece, TimeoutError) and self.draining:
-                    raise Refusal("the server ends before the answer does", status=503)
-                if isinstance(piece, TimeoutError):
-                    late = f"the answer was not ready after {self.s.timeout:g} seconds"
-                    raise Refusal(late, code="timeout", status=408)
-                if isinstance(piece, Exception):
-                    raise Refusal(f"the model failed: {piece}", status=500)
-                left -= bool(piece and piece.finish)
-                yield piece
-        finally:
-            self.asked -= 1
-            for request in requests:
-                request.gone = True
-
-    def ask(self, function):
-        """`Engine.ask`. Raises Refusal if it is busy."""
-        from engine.batching import Full
-        from engine.protocol import Refusal
-
-        try:
-            return self.engine.ask(function)
-        except Full as e:
-            raise Refusal("too many are asking: come back later", status=429) from e
-
-    async def collect(self, answers, pieces) -> dict:
-        async with contextlib.aclosing(pieces):
-            async for piece in pieces:
-                if piece:
-                    answers.add(piece)
-        return answers.whole()
-
-    async def stream(self, answers, pieces) -> AsyncIterator[str]:
-        """Server-sent events."""
-        from engine.protocol import Refusal
-
-        try:
-            async with contextlib.aclosing(pieces):
-                async for piece in pieces:
-                    if piece is None:
-                        yield ": still here\n\n"
-                        continue
-                    for chunk in answers.chunks(piece):
-                        yield event(chunk)
-            if answers.ask.usage:
-                yield event(answers.last())
-            yield "data: [DONE]\n\n"
-        except Refusal as e:  # the status has been sent
-            yield event(e.body)
-
-    async def unless_gone(self, request, work):
-        """What `work` returns; it is cancelled when the client hangs up."""
-
-        async def hung_up() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        both = [asyncio.ensure_future(work), asyncio.ensure_future(hung_up())]
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if both[0].done():
-                return both[0].result()
-            return None  # nobody reads it
-        finally:
-            for one in both:
-                one.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
-
-    # --- begin and end
-
-    async def run(self, listener: socket.socket) -> int:
-        import uvicorn
-
-        from engine.guard import ImpatientProtocol
-
-        s = self.s
-        config = uvicorn.Config(
-            self.app,
-            http=ImpatientProtocol,
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=s.connections,
-            timeout_graceful_shutdown=2,
-            ssl_certfile=s.certificate or None,
-            ssl_keyfile=s.certificate_key or None,
-        )
-        self.http = uvicorn.Server(config)
-        self.http.capture_signals = contextlib.nullcontext  # its own would stop listening at once
-        self.engine.start()
-        scheme, address = "https" if s.certificate else "http", listener.getsockname()
-        host = f"[{s.host}]" if ":" in s.host else s.host
-        print(f"serving on {scheme}://{host}:{address[1]} (Ctrl-C ends)")
-        await self.http.serve([listener])
-        self.engine.stop()
-        self.engine.join()
-        return 0
-
-    def end(self) -> None:
-        """Refuses new requests, and ends when the running ones have, or after `drain` seconds; at
-        once if it is asked for again."""
-        if self.draining:
-            self.http.should_exit = self.http.force_exit = True
-        self.draining = asyncio.ensure_future(self.drain())
-
-    async def drain(self) -> None:
-        print(f"draining: {self.asked} requests have {self.s.drain:g} seconds to end")
-        late = time.monotonic() + self.s.drain
-        while self.asked and time.monotonic() < late:
-            await asyncio.sleep(0.05)
-        self.engine.cut_off()
-        while self.asked and time.monotonic() < late + 2:  # they are told
-            await asyncio.sleep(0.05)
-        self.http.should_exit = True
-
-
-def event(body: dict) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return listener
 
 
 if __name__ == "__main__":

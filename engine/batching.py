@@ -10,10 +10,11 @@ import math
 import random
 import threading
 import time
+import traceback
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from engine.prometheus import Histogram
 from engine.transcript import Piece, Transcript
 from generate import Answer, Slots, prefill
-from model import GPT
+from model import GPT, KVCache
 from pick import pick
 
 
@@ -39,13 +40,13 @@ class Request:
 
     prompt: list[int]
     n: int
-    most: int  # tokens of an answer
+    max_tokens: int  # of an answer
     seed: int
     options: dict  # of `pick`
     transcript: Callable[[], Transcript]
     tell: Callable
     first: int = 0
-    alternatives: int | None = None  # to each token; None: no log-probabilities at all
+    top_logprobs: int | None = None  # alternatives to each token; None: no log-probabilities
     of_prompt: bool = False  # log-probabilities of the prompt's tokens, too
     deadline: float = math.inf  # of time.monotonic()
     gone: bool = False
@@ -53,7 +54,7 @@ class Request:
 
     def choices(self, limit: int) -> list["Choice"]:
         """Its answers. Number i has the random numbers that sample i of sample.py has."""
-        most = min(self.most, limit + 1 - len(self.prompt))
+        most = min(self.max_tokens, limit + 1 - len(self.prompt))
         return [
             Choice(i, self.prompt, most, random.Random(f"{self.seed} {i}"), request=self)
             for i in range(self.first, self.first + self.n)
@@ -71,22 +72,24 @@ class Choice(Answer):
         self.transcript = self.request.transcript()
 
 
-class Reading:
+class Prefill:
     """Prompts of `requests` that are being read, into a cache of their own."""
 
     def __init__(self, model: GPT, requests: list[Request]):
         self.model, self.requests = model, requests
-        self.cache = model.new_cache(len(requests), max(len(r.prompt) for r in requests))
+        self.cache: KVCache | None = None
         self.read = 0  # tokens, if it is one prompt
         self.scores: list[tuple] = [(requests[0].prompt[0], None, [])]  # the first has no ln p
 
-    def go_on(self, markers, chunk: int) -> Tensor | None:
+    def go_on(self, markers, chunk: int, unused: Tensor) -> Tensor | None:
         """Reads up to `chunk` tokens, more only of prompts that see themselves whole; in the end
         the logits of what comes behind each prompt, (B, V)."""
         request = self.requests[0]
         prompt = request.prompt
-        causal = self.model.config.mask == "causal" or markers.assistant not in prompt
-        if len(self.requests) > 1 or not causal:
+        if self.cache is None:
+            longest = max(len(request.prompt) for request in self.requests)
+            self.cache = self.model.new_cache(len(self.requests), longest)
+        if len(self.requests) > 1 or sees_itself_whole(self.model, prompt, markers):
             return prefill(self.model, [r.prompt for r in self.requests], self.cache, markers)
         piece = prompt[self.read : self.read + chunk]
         tokens = torch.tensor([piece], device=self.cache.k.device)
@@ -94,9 +97,14 @@ class Reading:
         if request.of_prompt:
             following = prompt[self.read + 1 : self.read + 1 + len(piece)]
             logits = self.model.logits(x[0, : len(following)])  # (T, V)
-            self.scores += scored(logits, following, request.alternatives)
+            logits = logits.index_fill(-1, unused, -math.inf)
+            self.scores += scored(logits, following, request.top_logprobs)
         self.read += len(piece)
         return self.model.logits(x[:, -1]) if self.read == len(prompt) else None
+
+
+def sees_itself_whole(model: GPT, prompt: list[int], markers) -> bool:
+    return model.config.mask != "causal" and markers is not None and markers.assistant in prompt
 
 
 class Engine(threading.Thread):
@@ -113,9 +121,9 @@ class Engine(threading.Thread):
         self.unused = torch.tensor(tokenizer.unused, dtype=torch.long, device=device)
         self.changed = threading.Condition()  # guards what other threads touch: the next three
         self.waiting: deque[Request] = deque()
-        self.jobs: deque[tuple[Future, Callable]] = deque()
+        self.jobs: deque[tuple[Future, Generator]] = deque()
         self.running, self.end = True, math.inf
-        self.reading: Reading | None = None
+        self.prefill: Prefill | None = None
         self.counts = Counter()
         self.first, self.between, self.whole = Histogram(), Histogram(), Histogram()
 
@@ -124,18 +132,19 @@ class Engine(threading.Thread):
     def submit(self, requests: list[Request]) -> None:
         """Takes all of them, or raises Full."""
         with self.changed:
-            if self.number_waiting() + sum(request.n for request in requests) > self.queue:
+            more = sum(request.n for request in requests)
+            if self.waiting and self.number_waiting() + more > self.queue:
                 raise Full
             self.waiting.extend(requests)
             self.changed.notify()
 
-    def ask(self, function: Callable) -> Future:
-        """What `function(model)` returns, found between two tokens. Raises Full."""
+    def ask(self, job: Generator) -> Future:
+        """What `job` returns, which goes on by one step between two tokens. Raises Full."""
         future = Future()
         with self.changed:
             if len(self.jobs) >= self.slots.count:
                 raise Full
-            self.jobs.append((future, function))
+            self.jobs.append((future, job))
             self.changed.notify()
         return future
 
@@ -153,8 +162,8 @@ class Engine(threading.Thread):
         return sum(request.n for request in [*self.waiting])
 
     def number_running(self) -> int:
-        reading = self.reading
-        return len(self.slots.writing) + sum(r.n for r in (reading.requests if reading else []))
+        prefill = self.prefill
+        return len(self.slots.writing) + sum(r.n for r in (prefill.requests if prefill else []))
 
     def used(self) -> float:
         """The share of the KV cache that holds something."""
@@ -188,57 +197,64 @@ class Engine(threading.Thread):
 
     def active(self) -> list[Request]:
         """Those whose prompt is being read, or has been."""
-        reading = self.reading.requests if self.reading else []
-        return [*reading, *(choice.request for choice in self.slots.writing)]
+        prefill = self.prefill.requests if self.prefill else []
+        return [*prefill, *(choice.request for choice in self.slots.writing)]
 
     def dismiss(self) -> None:
         """Whoever is gone, or late, loses the place in the line, or the slot."""
-        now, reading = time.monotonic(), self.reading
+        now, prefill = time.monotonic(), self.prefill
         with self.changed:
             for request in [*self.waiting, *self.active()]:
                 if now > min(request.deadline, self.end) and not request.gone:
                     request.gone = True
                     request.tell(TimeoutError())
             self.waiting = deque(request for request in self.waiting if not request.gone)
-        if reading and all(request.gone for request in reading.requests):
-            self.reading = None
+        if prefill and all(request.gone for request in prefill.requests):
+            self.prefill = None
         for row in reversed(range(len(self.slots.writing))):
             if self.slots.writing[row].request.gone:
                 self.slots.remove(row)
                 self.counts["abort"] += 1
 
     def do_a_job(self) -> None:
+        """A step of the first job."""
         if not self.jobs:
             return
-        future, function = self.jobs.popleft()
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function(self.model))
-            except Exception as e:
+        future, job = self.jobs[0]
+        try:
+            if not future.cancelled():
+                return next(job)
+        except StopIteration as e:
+            if future.set_running_or_notify_cancel():
+                future.set_result(e.value)
+        except Exception as e:
+            if future.set_running_or_notify_cancel():
                 future.set_exception(e)
+        self.jobs.popleft()
 
     def read(self) -> None:
         """A piece of the prompts whose turn it is; what has been read gets its slots."""
-        self.reading = self.reading or self.next_reading()
-        if not self.reading:
+        self.prefill = self.prefill or self.next_prefill()
+        if not self.prefill:
             return
-        logits = self.reading.go_on(self.tokenizer.markers, self.chunk)
+        logits = self.prefill.go_on(self.tokenizer.markers, self.chunk, self.unused)
         if logits is None:
             return
-        reading, self.reading = self.reading, None
-        for i, request in enumerate(reading.requests):
+        for i, request in enumerate(self.prefill.requests):
             self.counts["prompt"] += len(request.prompt)
             choices = request.choices(self.model.config.block_size)
             for choice in choices:
                 if request.of_prompt:
-                    request.tell(Piece(choice.number, scores=reading.scores, of_prompt=True))
+                    piece = choice.transcript.of_prompt(self.prefill.scores)
+                    request.tell(replace(piece, index=choice.number))
                 if choice.most < 1:  # the prompt alone was wanted
                     self.finish(choice, Piece(choice.number, finish="length"))
             choices = [choice for choice in choices if choice.most > 0]
             if choices:
-                self.slots.place(choices, reading.cache.rows(i, i + 1), logits[i : i + 1])
+                self.slots.place(choices, self.prefill.cache.rows(i, i + 1), logits[i : i + 1])
+        self.prefill = None
 
-    def next_reading(self) -> Reading | None:
+    def next_prefill(self) -> Prefill | None:
         """The first that waits, if it has room, and those behind it that fit the same pass."""
         some, free = [], self.slots.free()
         with self.changed:
@@ -250,7 +266,7 @@ class Engine(threading.Thread):
                     break
                 some = both
                 free -= self.waiting.popleft().n
-        return Reading(self.model, some) if some else None
+        return Prefill(self.model, some) if some else None
 
     def give_tokens(self) -> None:
         """Each answer gets its next token; those that have ended leave their slots."""
@@ -270,8 +286,8 @@ class Engine(threading.Thread):
             choice, token = writing[row], tokens[row]
             request = choice.request
             score = None
-            if request.alternatives is not None:
-                [score] = scored(logits[row : row + 1], [token], request.alternatives)
+            if request.top_logprobs is not None:
+                [score] = scored(logits[row : row + 1], [token], request.top_logprobs)
             if choice.tokens:
                 self.between.add(now - choice.last)
             else:
@@ -279,16 +295,18 @@ class Engine(threading.Thread):
             choice.last = now
             choice.tokens.append(token)
             self.counts["generation"] += 1
-            text, scores = choice.transcript.feed(token, score)
+            piece = choice.transcript.feed(token, score)
             finish = choice.transcript.finish
             if not finish and len(choice.tokens) >= choice.most:
                 finish = "length"
             if finish:
-                rest, more = choice.transcript.end()
-                finish = choice.transcript.finish or finish
-                text, scores = text + rest, scores + more
+                rest = choice.transcript.end()
+                piece.text += rest.text
+                piece.ids += rest.ids
+                piece.scores += rest.scores
+                piece.finish = choice.transcript.finish or finish
                 self.slots.remove(row)
-            piece = Piece(choice.number, text, [token], scores, finish=finish)
+            piece.index = choice.number
             if finish:
                 self.finish(choice, piece)
             else:
@@ -300,11 +318,13 @@ class Engine(threading.Thread):
         choice.request.tell(piece)
 
     def fail(self, e: Exception) -> None:
+        """Whoever is being answered is told; the log has the reason."""
+        traceback.print_exception(e)
         for request in self.active():
             if not request.gone:
                 request.gone = True
                 request.tell(e)
-        self.reading = None
+        self.prefill = None
         self.slots.writing.clear()
         self.slots.cache.lengths.zero_()
 

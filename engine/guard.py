@@ -13,12 +13,15 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.protocol import Refusal
 
 BODY = 1_000_000  # bytes
 SLOW = 10  # seconds for the head of a request, or for its body
+UNREAD = 60  # seconds that an answer may wait to be read
 HOST = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 OPEN = ("/", "/health")  # paths that need no key
@@ -28,9 +31,11 @@ def new_key(file: str) -> str:
     """Draws a key and appends its digest to `file`."""
     key = f"sk-{secrets.token_urlsafe(32)}"
     path = Path(file)
-    before = path.read_text() if path.exists() else ""
     path.touch(mode=0o600)
-    path.write_text(before + digest(key) + "\n")
+    with open(path, "ab+") as there:
+        there.seek(max(0, there.seek(0, 2) - 1))
+        joint = b"" if there.read() in (b"", b"\n") else b"\n"
+        there.write(joint + digest(key).encode() + b"\n")
     return key
 
 
@@ -54,6 +59,14 @@ def read_keys(file: str) -> list[str]:
     return found
 
 
+def names(host: str, more: Iterable[str]) -> set[str]:
+    """The names under which clients may call a server at `host`; none: any, since it needs keys."""
+    more = {name.lower() for name in more}
+    if host not in LOOPBACK and not more:
+        return set()
+    return {*LOOPBACK, f"[{host}]" if ":" in host else host.lower(), *more}
+
+
 class Guard:
     """Refuses before anything is read. `hosts` are names it answers to; none: any."""
 
@@ -65,8 +78,6 @@ class Guard:
             try:
                 self.admit(scope)
             except Refusal as e:
-                from starlette.responses import JSONResponse
-
                 more = {"WWW-Authenticate": "Bearer"} if e.status == 401 else {}
                 more["Connection"] = "close"  # its body has not been read
                 return await JSONResponse(e.body, e.status, more)(scope, receive, send)
@@ -115,12 +126,16 @@ async def body_of(request) -> bytes:
 
     try:
         return await asyncio.wait_for(collect(), SLOW)
+    except ClientDisconnect as e:
+        raise Refusal("the client hung up") from e  # which nobody reads
     except asyncio.TimeoutError as e:
         raise Refusal(f"the body did not come within {SLOW} seconds", status=408) from e
 
 
 class ImpatientProtocol(H11Protocol):
-    """HTTP whose connections end if the head of a request does not come."""
+    """HTTP whose connections end if no request comes, or if an answer is not read."""
+
+    stuck = None
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -138,6 +153,17 @@ class ImpatientProtocol(H11Protocol):
         self.hurry.cancel()
         self.wait_for_head()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stuck = self.loop.call_later(UNREAD, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.stuck:
+            self.stuck.cancel()
+
     def connection_lost(self, exc) -> None:
         self.hurry.cancel()
+        if self.stuck:
+            self.stuck.cancel()
         super().connection_lost(exc)

@@ -7,11 +7,14 @@ import asyncio
 import base64
 import hashlib
 import re
-from functools import partial
+from collections.abc import Generator
+from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from engine.batching import sees_itself_whole
 from engine.metrics import read_metrics
 from engine.protocol import Refusal, check, number
 from engine.transcript import allowed
@@ -47,9 +50,11 @@ def routes(server) -> list:
     served, engine = server.served, server.engine
 
     async def found(request, check, compute):
-        """What `compute(model, ...)` finds for a checked body, between two tokens of others."""
+        """What `compute` finds for a checked body, step by step between the tokens of others."""
         ask = await server.checked(request, check)
-        future = asyncio.wrap_future(server.ask(partial(compute, **ask)))
+        chunk, tokenizer = engine.chunk, served.tokenizer
+        job = compute(engine.model, tokenizer=tokenizer, chunk=chunk, **ask)
+        future = asyncio.wrap_future(server.ask(job))
         return JSONResponse(await server.unless_gone(request, future))
 
     def tokens_of(body: dict) -> list[int]:
@@ -62,7 +67,7 @@ def routes(server) -> list:
     async def following(request):
         def checked(body: dict) -> dict:
             tokens = tokens_of(body)
-            return dict(tokens=tokens, tokenizer=served.tokenizer, words=server.words)
+            return dict(tokens=tokens, words=server.words)
 
         return await found(request, checked, next_token)
 
@@ -72,15 +77,16 @@ def routes(server) -> list:
         def checked(body: dict) -> dict:
             place = dict(layer=number(body, "layer", int, 0, 0, c.n_layer - 1))
             place["head"] = number(body, "head", int, 0, 0, c.n_head - 1)
-            return place | dict(tokens=tokens_of(body), tokenizer=served.tokenizer)
+            return place | dict(tokens=tokens_of(body))
 
         return await found(request, checked, attention_of)
 
     async def run(request):
         c = engine.model.config
-        rows = read_metrics(server.folder.parent)
-        rows = rows[:: -(-len(rows) // ROWS) or 1]
-        losses = [[row["step"], row.get("loss"), row.get("val_loss")] for row in rows]
+        file = server.folder.parent / "metrics.jsonl"
+        written = file.stat().st_mtime_ns if file.exists() else 0
+        loop = asyncio.get_running_loop()
+        losses = await loop.run_in_executor(None, losses_of, file.parent, written)
         facts = dict(layers=c.n_layer, heads=c.n_head, context=c.block_size, losses=losses)
         chat = served.tokenizer.markers is not None
         return JSONResponse(facts | dict(chat=chat, models=[*served.models()]))
@@ -92,14 +98,37 @@ def routes(server) -> list:
     ]
 
 
-def next_token(model: GPT, tokens: list[int], tokenizer, words) -> dict:
+@lru_cache(maxsize=1)
+def losses_of(run: Path, written: int) -> list[list]:
+    """[step, training loss, validation loss] of a run as last `written`, some of each kind."""
+    rows = read_metrics(run)
+    found = []
+    for name in ("loss", "val_loss"):
+        some = [row for row in rows if row.get(name) is not None]
+        found += some[:: len(some) // ROWS + 1]
+    found.sort(key=lambda row: row["step"])
+    return [[row["step"], row.get("loss"), row.get("val_loss")] for row in found]
+
+
+def read_through(model: GPT, tokens: list[int], markers, chunk: int) -> Generator:
+    """Reads a text in pieces, one a step, but for what sees itself whole; the last hidden state."""
+    text = torch.tensor([tokens], device=model.wte.weight.device)
+    if sees_itself_whole(model, tokens, markers):
+        return model.trunk(text, visible(model, text.cpu(), markers))[:, -1]
+    cache = model.new_cache(1, len(tokens))
+    for piece in text.split(chunk, dim=1):
+        x = model.trunk(piece, cache=cache)
+        yield
+    return x[:, -1]
+
+
+def next_token(model: GPT, tokens: list[int], tokenizer, chunk: int, words) -> Generator:
     """The likeliest next tokens, with their ln p, and what makes them add up at other temperatures.
 
     At temperature T token i has the probability exp(ln p_i / T - normaliser(T)), exactly, although
     only the likeliest are sent.
     """
-    text = torch.tensor([tokens], device=model.wte.weight.device)
-    x = model.trunk(text, visible(model, text.cpu(), tokenizer.markers))[:, -1]
+    x = yield from read_through(model, tokens, tokenizer.markers, chunk)
     logits = model.logits(x)[0].float()  # (V)
     logits[tokenizer.unused] = -torch.inf
     ln_p = logits.log_softmax(dim=-1)
@@ -112,21 +141,28 @@ def next_token(model: GPT, tokens: list[int], tokenizer, words) -> dict:
     return dict(candidates=found, temperatures=TEMPERATURES, normalisers=sums, prompt=len(tokens))
 
 
-def attention_of(model: GPT, tokens: list[int], tokenizer, layer: int, head: int) -> dict:
+def attention_of(
+    model: GPT, tokens: list[int], tokenizer, chunk: int, layer: int, head: int
+) -> Generator:
     """How much each of the last tokens takes from each, in one head: by the book's own formula,
     from the queries and keys of whatever form the layer has."""
-    seen = {}
-
-    def note(module, given) -> None:
-        seen["x"], seen["rope"], seen["mask"] = given[:3]
-
+    pieces = []
     attn = model.blocks[layer].attn
-    hook = attn.register_forward_pre_hook(note)
-    try:
-        text = torch.tensor([tokens], device=model.wte.weight.device)
-        model.trunk(text, visible(model, text.cpu(), tokenizer.markers))
-    finally:
-        hook.remove()
+    reading = read_through(model, tokens, tokenizer.markers, chunk)
+    while True:  # others use the model between two steps: the hook is there within a step alone
+        hook = attn.register_forward_pre_hook(lambda module, given: pieces.append(given))
+        try:
+            next(reading)
+        except StopIteration:
+            break
+        finally:
+            hook.remove()
+        yield
+    seen = {"x": torch.cat([x for x, *_ in pieces], dim=1), "mask": pieces[-1][2]}
+    if len(pieces) > 1 or not sees_itself_whole(model, tokens, tokenizer.markers):
+        seen["mask"] = None  # causal
+    ropes = [rope for _, rope, *_ in pieces]
+    seen["rope"] = None if ropes[0] is None else [torch.cat(z) for z in zip(*ropes, strict=True)]
     if hasattr(attn, "wqkv"):  # joined, see engine/inference.py
         H, K, D = (getattr(attn.config, n) for n in ("n_head", "n_kv_head", "head_dim"))
         parts = attn.wqkv(seen["x"]).split([H * D, K * D, K * D], dim=-1)

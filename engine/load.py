@@ -6,10 +6,12 @@ import json
 import statistics
 import time
 
+PATIENCE = 300  # seconds for one answer
+
 
 def run(host: str, port: int, clients: int, requests: int, prompt: int, tokens: int) -> dict:
-    """`requests` in all, of `prompt` ids for `tokens` more: tokens in a second, and milliseconds
-    to the first token and between two (each a list of median and 95th percentile)."""
+    """`requests` in all, of `prompt` ids for `tokens` (2 or more): tokens in a second, and
+    milliseconds to the first token and between two, each as median and 95th percentile."""
     return asyncio.run(ask_all(host, port, clients, requests, prompt, tokens))
 
 
@@ -20,7 +22,8 @@ async def ask_all(host, port, clients, requests, prompt, tokens) -> dict:
 
     async def client() -> None:
         for i in left:
-            times = await ask(host, port, [(i * 7 + j) % 200 for j in range(prompt)], tokens)
+            ids = [(i * 7 + j) % 200 for j in range(prompt)]
+            times = await asyncio.wait_for(ask(host, port, ids, tokens), PATIENCE)
             first.append(times[1] - times[0])
             between.extend(b - a for a, b in itertools.pairwise(times[1:]))
 

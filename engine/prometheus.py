@@ -25,6 +25,7 @@ class Histogram:
 
 def text(engine, model: str) -> str:
     """All figures of `engine`, of a server that calls its model so."""
+    model = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     labels = f'model_name="{model}"'
     gauges = dict(
         num_requests_running=engine.number_running(),

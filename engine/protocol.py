@@ -6,6 +6,7 @@ Source: platform.openai.com/docs/api-reference, and vLLM for top_k, return_token
 continue_final_message.
 """
 
+import codecs
 import json
 import math
 import time
@@ -24,23 +25,40 @@ MOST_TOKENS = 1 << 20  # that may be asked for; the context bounds what is given
 
 # what would change the answer, and is not to be had: the values that change nothing
 NEUTRAL = dict(
+    allowed_token_ids=(None,),
     audio=(None,),
+    bad_words=(None, []),
     best_of=(None, 1),
     frequency_penalty=(None, 0),
     function_call=(None, "none", "auto"),
     functions=(None, []),
+    grammar=(None, ""),
+    guided_choice=(None,),
+    guided_grammar=(None,),
     guided_json=(None,),
+    guided_regex=(None,),
+    ignore_eos=(None, False),
+    json_schema=(None, {}),
+    length_penalty=(None, 1),
     logit_bias=(None, {}),
     min_p=(None, 0),
     min_tokens=(None, 0),
+    mirostat=(None, 0),
     modalities=(None, ["text"]),
     prediction=(None,),
     presence_penalty=(None, 0),
+    prompt_logprobs=(None,),
     repetition_penalty=(None, 1),
     response_format=(None, {"type": "text"}),
+    stop_token_ids=(None, []),
+    structured_outputs=(None,),
     suffix=(None, ""),
     tool_choice=(None, "none", "auto"),
     tools=(None, []),
+    truncate_prompt_tokens=(None,),
+    typical_p=(None, 1),
+    use_beam_search=(None, False),
+    web_search_options=(None,),
 )
 
 
@@ -115,7 +133,6 @@ class Served:
     tokenizer: Tokenizer
     context: int
     slots: int
-    prefix: bool = False  # prompts see themselves whole
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self):
@@ -127,10 +144,14 @@ class Served:
         tasks = self.tokenizer.tasks() if self.tokenizer.markers else {}
         return {self.name: ""} | {f"{self.name}:{task}": task for task in tasks}
 
-    def list(self) -> dict:
-        about = dict(object="model", created=self.created, owned_by="nutshell")
-        about["max_model_len"] = self.context
-        return dict(object="list", data=[dict(id=name) | about for name in self.models()])
+    def about(self, name: str) -> dict:
+        """Raises Refusal for a model that is not there."""
+        if not isinstance(name, str) or name not in self.models():
+            there = ", ".join(self.models())
+            message = f"there is no model {name!r:.80}: choose {there}"
+            raise Refusal(message, "model", "model_not_found", 404)
+        found = dict(id=name, object="model", created=self.created, owned_by="nutshell")
+        return found | dict(max_model_len=self.context)
 
 
 @dataclass
@@ -140,18 +161,18 @@ class Ask:
     chat: bool
     model: str
     prompts: list[list[int]]
-    echo: list[str]  # in front of each answer
+    before: list[str]  # what stands in front of the answers: the text of each prompt
+    echo: bool  # and is given back
     n: int
-    most: int
+    max_tokens: int
     seed: int | None
     stop: tuple[str, ...]
     options: dict
-    alternatives: int | None
-    of_prompt: bool
+    top_logprobs: int | None
     stream: bool
     usage: bool
     ids: bool
-    number: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -161,14 +182,12 @@ def check(body: dict, chat: bool, served: Served, clean: Callable[[str], str]) -
     Raises Refusal, which names the field, for what cannot be given.
     """
     model = body.get("model", served.name)
-    if not isinstance(model, str) or model not in served.models():
-        there = ", ".join(served.models())
-        raise Refusal(
-            f"there is no model {model!r:.80}: choose {there}", "model", "model_not_found", 404
-        )
+    served.about(model)
     for name, values in NEUTRAL.items():
         value = body.get(name)
-        if isinstance(value, bool) or value not in values:
+        if not any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in values
+        ):
             raise Refusal(f"{name} is not supported: leave it out", name, "unsupported_parameter")
     most = number(body, "max_tokens", int, None, 0, MOST_TOKENS)
     most = number(body, "max_completion_tokens", int, most, 0, MOST_TOKENS)
@@ -178,9 +197,8 @@ def check(body: dict, chat: bool, served: Served, clean: Callable[[str], str]) -
         0, number(body, "top_k", int, 0, -1, MOST_TOKENS)
     )  # -1 is off, as in vLLM
     n = number(body, "n", int, 1, 1, served.slots)
-    echo = not chat and flag(body, "echo")
-    alternatives = wanted(body, chat)
-    prompts = [conversation(body, model, served, clean)] if chat else plain(body, served, clean)
+    found = [conversation(body, model, served, clean)] if chat else plain(body, served, clean)
+    prompts = [prompt for prompt, _ in found]
     if len(prompts) * n > served.slots:
         raise Refusal(f"{len(prompts)} prompts with n={n} exceed the {served.slots} slots", "n")
     for prompt in prompts:
@@ -194,14 +212,14 @@ def check(body: dict, chat: bool, served: Served, clean: Callable[[str], str]) -
         chat=chat,
         model=model,
         prompts=prompts,
-        echo=[served.tokenizer.decode(p) if echo else "" for p in prompts],
+        before=[said for _, said in found],
+        echo=not chat and flag(body, "echo"),
         n=n,
-        most=most if most is not None else served.context if chat else DEFAULT_TOKENS,
+        max_tokens=most if most is not None else served.context if chat else DEFAULT_TOKENS,
         seed=number(body, "seed", int, None, -(2**63), 2**64 - 1),
         stop=stops(body),
         options=options,
-        alternatives=alternatives,
-        of_prompt=echo and alternatives is not None,
+        top_logprobs=wanted(body, chat),
         stream=stream,
         usage=flag(more, "include_usage"),
         ids=flag(body, "return_token_ids"),
@@ -236,8 +254,8 @@ def stops(body: dict) -> tuple[str, ...]:
     return tuple(value)
 
 
-def plain(body: dict, served: Served, clean) -> list[list[int]]:
-    """Prompts of completions: text, ids, or a list of either."""
+def plain(body: dict, served: Served, clean) -> list[tuple[list[int], str]]:
+    """Prompts of completions, each as ids and as text: text, ids, or a list of either."""
     value = body.get("prompt")
     if not isinstance(value, (str, list)) or value == []:
         raise Refusal("prompt should be text, token ids, or a list of either", "prompt")
@@ -250,36 +268,40 @@ def plain(body: dict, served: Served, clean) -> list[list[int]]:
             raise Refusal(f"more prompts than the {served.slots} slots", "prompt")
         if isinstance(prompt, list):
             check_ids(prompt, served)
-            clean(served.tokenizer.decode(prompt))
-            found.append(prompt)
+            special = {*served.tokenizer.special.values()}
+            said = served.tokenizer.decode([i for i in prompt if i not in special])
+            found.append((prompt, clean(said)))
         else:
-            prompt = clean(text(prompt, "prompt"))
-            require_fit(served, "prompt", prompt)
-            found.append(served.tokenizer.encode_prompt(prompt))
+            said = text(prompt, "prompt")
+            require_fit(served, "prompt", len(said))
+            found.append((served.tokenizer.encode_prompt(clean(said)), said))
     return found
 
 
 def check_ids(ids: list, served: Served) -> None:
+    """Raises Refusal for ids of no text, but for what a document begins with."""
     tokenizer = served.tokenizer
     refused = {*tokenizer.special.values()} | {*tokenizer.unused}
     if len(ids) > served.context:
         too_long(served, "prompt", f"{len(ids)} tokens")
-    for i in ids:
+    for place, i in enumerate(ids):
         sound = isinstance(i, int) and not isinstance(i, bool) and 0 <= i < tokenizer.vocab_size
-        if not sound or (i in refused and i not in tokenizer.begin):
+        begins = (place == 0 and i == tokenizer.end_of_text) or i in tokenizer.begin
+        if not sound or (i in refused and not begins):
             raise Refusal(f"prompt holds {i!r:.40}, which is the id of no text", "prompt")
     if not ids:
         raise Refusal("prompt should have a token at least", "prompt")
 
 
-def require_fit(served: Served, name: str, said: str) -> None:
-    """Refuses what is too long in any case, before it is encoded."""
-    if len(said.encode()) > served.context * served.longest:
-        too_long(served, name, f"{len(said):,} characters")
+def require_fit(served: Served, name: str, characters: int) -> None:
+    """Refuses what is too long in any case, before anything is done with it."""
+    if characters > served.context * served.longest:
+        too_long(served, name, f"{characters:,} characters")
 
 
-def conversation(body: dict, model: str, served: Served, clean) -> list[int]:
-    """The ids of a chat, open for an answer, or, with continue_final_message, in its middle."""
+def conversation(body: dict, model: str, served: Served, clean) -> tuple[list[int], str]:
+    """The ids of a chat, open for an answer, or, with continue_final_message, in its middle: then
+    also what has been said of it."""
     tokenizer, messages = served.tokenizer, body.get("messages")
     if not tokenizer.markers:
         raise Refusal(
@@ -295,17 +317,19 @@ def conversation(body: dict, model: str, served: Served, clean) -> list[int]:
         role = "system" if role == "developer" else role
         if not isinstance(role, str) or role not in ROLES:
             raise Refusal(f"a turn should have one of the roles {', '.join(ROLES)}", "messages")
-        turns.append(dict(role=role, content=clean(text(turn.get("content"), "messages"))))
-    require_fit(served, "messages", "".join(turn["content"] for turn in turns))
+        turns.append(dict(role=role, content=text(turn.get("content"), "messages")))
+    require_fit(served, "messages", sum(len(turn["content"]) for turn in turns))
+    for turn in turns:
+        clean(turn["content"])
     go_on = flag(body, "continue_final_message")
     if go_on == flag(body, "add_generation_prompt", not go_on):
-        raise Refusal("continue_final_message needs add_generation_prompt=false", "messages")
-    if go_on != (turns[-1]["role"] == "assistant"):
-        last = "the assistant" if go_on else "somebody else than the assistant"
-        raise Refusal(f"the last of messages should be said by {last}", "messages")
+        message = "continue_final_message and add_generation_prompt: one true, the other false"
+        raise Refusal(message, "continue_final_message")
+    if go_on and turns[-1]["role"] != "assistant":
+        raise Refusal("the final message, to be continued, is the assistant's", "messages")
     begun = turns.pop()["content"] if go_on else ""
     task = served.models()[model]
-    return tokenizer.encode_row(turns, task, open=True) + tokenizer.encode(begun)
+    return tokenizer.encode_row(turns, task, open=True) + tokenizer.encode(begun), begun
 
 
 # --- answers
@@ -317,23 +341,22 @@ class Answers:
     def __init__(self, ask: Ask, tokenizer: Tokenizer):
         self.ask, self.tokenizer = ask, tokenizer
         count = len(ask.prompts) * ask.n
-        self.texts = [ask.echo[i // ask.n] for i in range(count)]
+        self.texts = [ask.before[i // ask.n] if ask.echo else "" for i in range(count)]
         self.ids: list[list] = [[] for _ in range(count)]
         self.scores: list[list] = [[] for _ in range(count)]
         self.finish: list[str | None] = [None] * count
-        self.offset = [0] * count  # characters of what the log-probabilities told
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self.readers = [decoder("replace") for _ in range(count)]  # of what the scores tell
+        self.offset = [0] * count  # its characters
         self.tokens = 0
         self.begun: set[int] = set()
 
     def add(self, piece: Piece) -> None:
-        self.tokens += len(piece.ids)
+        self.tokens += piece.count
         self.texts[piece.index] += piece.text
         self.ids[piece.index] += piece.ids
         self.scores[piece.index] += piece.scores
         self.finish[piece.index] = piece.finish or None
-
-    def done(self) -> bool:
-        return all(self.finish)
 
     def usage(self) -> dict:
         asked = sum(map(len, self.ask.prompts))
@@ -342,7 +365,7 @@ class Answers:
 
     def head(self, kind: str) -> dict:
         ask = self.ask
-        number = ("chatcmpl-" if ask.chat else "cmpl-") + ask.number
+        number = ("chatcmpl-" if ask.chat else "cmpl-") + ask.id
         return dict(id=number, object=kind, created=ask.created, model=ask.model)
 
     def whole(self) -> dict:
@@ -368,10 +391,10 @@ class Answers:
         i, chat = piece.index, self.ask.chat
         first = i not in self.begun
         self.begun.add(i)
+        self.tokens += piece.count
         if first and chat:
             yield self.chunk(i, dict(delta=dict(role="assistant", content="")))
         said = (self.texts[i] if first else "") + piece.text  # an echo
-        self.add(piece)
         if said or piece.scores or piece.finish or (self.ask.ids and piece.ids):
             shown = (
                 dict(delta=dict(content=said) if said or not piece.finish else {})
@@ -401,17 +424,19 @@ class Answers:
         return self.head(kind) | dict(choices=[], usage=self.usage())
 
     def logprobs(self, i: int, scores: list[tuple]) -> dict | None:
-        if self.ask.alternatives is None:
+        if self.ask.top_logprobs is None:
             return None
         if self.ask.chat:
             return dict(content=[self.item(*score) for score in scores], refusal=None)
-        words = [self.word(token) for token, _, _ in scores]
-        offsets = []
-        for word in words:
+        words, offsets = [self.word(token) for token, _, _ in scores], []
+        for token, _, _ in scores:
             offsets.append(self.offset[i])
-            self.offset[i] += len(word)
+            self.offset[i] += len(self.readers[i].decode(self.tokenizer.decode_bytes([token])))
         found = [None if p is None else finite(p) for _, p, _ in scores]
-        top = [{self.word(i): finite(p) for i, p in best} for _, _, best in scores]
+        top = [
+            None if p is None else {self.word(other): finite(q) for other, q in best}
+            for _, p, best in scores
+        ]
         return dict(tokens=words, token_logprobs=found, top_logprobs=top, text_offset=offsets)
 
     def item(self, token: int, ln_p: float, best: list[tuple]) -> dict:

@@ -20,63 +20,81 @@ TAIL = 200  # characters in front of an alternative that may make a listed word 
 class Piece:
     """What a step has added to choice `index`.
 
-    `scores` has (id, ln p, alternatives) of each token whose text is certain, where `alternatives`
-    are the likeliest (id, ln p); of the prompt's tokens, if these were asked for, it is
-    `of_prompt`. `finish` comes with the last: stop, length or content_filter.
+    `count` tokens were generated; `ids` are those whose text is certain, `scores` their (id, ln p,
+    alternatives), where alternatives are the likeliest (id, ln p). `finish` comes with the last:
+    stop, length or content_filter.
     """
 
     index: int
     text: str = ""
+    count: int = 0
     ids: list[int] = field(default_factory=list)
     scores: list[tuple] = field(default_factory=list)
-    of_prompt: bool = False
     finish: str = ""
 
 
 class Transcript:
-    """`finish` is why an answer ended by itself: stop, content_filter, or "" if it goes on."""
+    """`before` is what the reader has in front of the answer: listed words may begin there.
 
-    def __init__(self, tokenizer, stop=(), gate: Gate | None = None):
-        self.tokenizer, self.gate = tokenizer, gate or Gate(None)
+    `with_end`: the end-of-text that ends an answer has a score, too. `finish` is why an answer
+    ended by itself: stop, content_filter, or "" if it goes on.
+    """
+
+    def __init__(self, tokenizer, stop=(), words=None, action="stop", before="", with_end=False):
+        self.tokenizer, self.with_end = tokenizer, with_end
+        self.gate = Gate(words, action, before)
         self.stream = TextStream(tokenizer, stop)
         self.passed = self.told = 0  # characters that the stream has let through; that tokens have
-        self.text = ""  # the last of them
-        self.held: list[tuple[int, int, tuple]] = []  # scores of tokens, and their characters
+        self.text = before[-TAIL:]  # the last of them, and of `before`
+        self.held: list[tuple] = []  # tokens, where they begin and end, and their scores
         self.finish = ""
 
-    def feed(self, token: int, score: tuple | None = None) -> tuple[str, list[tuple]]:
-        """The text, and the scores, that `token` makes certain."""
+    def feed(self, token: int, score: tuple | None = None) -> Piece:
+        """What `token` makes certain."""
         stream = self.stream
         before = self.text + stream.held
         text = self.through(stream.feed(token))
         if stream.done:
             self.finish = "stop"
-        elif score:  # the last token has none: it is an end, or completes a stop string
+        is_end = token in stream.ends and self.with_end
+        if not stream.done or is_end:  # else it completes a stop string
             unfinished = bool(stream.decoder.getstate()[0])  # inside a character
             begin, self.told = self.told, self.passed + len(stream.held) + unfinished
-            if self.gate.words:
+            if score and self.gate.words:
                 i, ln_p, others = score
                 score = i, ln_p, allowed(others, self.gate.words, self.tokenizer, before)
-            self.held.append((begin, self.told, score))
-        return text, self.certain()
+            self.held.append((begin, self.told, token, score))
+        return self.certain(text, 1)
 
-    def end(self) -> tuple[str, list[tuple]]:
+    def end(self) -> Piece:
         """What is still held back, when no more tokens come."""
-        text = self.through(self.stream.end()) + self.gate.end()
-        return text, self.certain()
+        return self.certain(self.through(self.stream.end()) + self.gate.end())
+
+    def of_prompt(self, scores: list[tuple]) -> Piece:
+        """The scores of a prompt's tokens, less alternatives that would make a listed word."""
+        before, found = "", []
+        for token, ln_p, others in scores:
+            if self.gate.words:
+                others = allowed(others, self.gate.words, self.tokenizer, before)
+                before = (before + self.tokenizer.decode([token]))[-TAIL:]
+            found.append((token, ln_p, others))
+        return Piece(0, scores=found)
 
     def through(self, text: str) -> str:
         self.passed += len(text)
         self.text = (self.text + text)[-TAIL:]
         return self.gate.feed(text)
 
-    def certain(self) -> list[tuple]:
+    def certain(self, text: str, count: int = 0) -> Piece:
         if self.gate.hit and self.gate.action == "stop":
             self.finish = "content_filter"
         gone = self.gate.released
         ready = [held for held in self.held if held[1] <= gone]
         self.held = [held for held in self.held if held[1] > gone]
-        return [score for begin, end, score in ready if self.gate.shows(begin, end)]
+        shown = [held for held in ready if self.gate.shows(*held[:2])]
+        scores = [score for *_, score in shown if score]
+        ids = [token for _, _, token, _ in shown if token not in self.stream.ends]
+        return Piece(0, text, count, ids, scores)
 
 
 def allowed(alternatives: list[tuple], words, tokenizer, before: str) -> list[tuple]:
