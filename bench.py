@@ -255,7 +255,6 @@ PROMPT = 32  # tokens
 def serve(s: Settings, clients: int, shape: dict | None = None, dtype: str = "auto") -> dict:
     """`clients` that ask one request after another of serve.py: tokens in a second, and how long
     they wait for the first and between two."""
-    import asyncio
     import multiprocessing
     import threading
 
@@ -270,11 +269,19 @@ def serve(s: Settings, clients: int, shape: dict | None = None, dtype: str = "au
     tokenizer.decode_bytes = lambda ids: b"".join(b"%d " % i for i in ids)
     options = script.Settings("model", port=0, slots=CLIENTS, dtype=dtype, fast=s.fast)
     server, listener = Server(options, our_model(s), tokenizer, ROOT), script.bound(options)
-    where = listener.getsockname()
-    threading.Thread(target=lambda: asyncio.run(server.serve(listener)), daemon=True).start()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # no lock in common with the server
-        pool.apply(load.run, (*where, clients, clients, PROMPT, 4))  # a warm-up
-        found = pool.apply(load.run, (*where, clients, s.calls * clients, PROMPT, s.tokens))
+    threading.Thread(target=server.serve, args=[listener]).start()
+    where, found = listener.getsockname(), {}
+
+    def ask() -> None:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # no lock in common with it
+            pool.apply(load.run, (*where, clients, clients, PROMPT, 4))  # a warm-up
+            found.update(
+                pool.apply(load.run, (*where, clients, s.calls * clients, PROMPT, s.tokens))
+            )
+        server.end()
+
+    threading.Thread(target=ask).start()
+    server.engine.run()
     return figure(found["speed"], "tokens/s", load.words(found))
 
 

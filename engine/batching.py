@@ -2,7 +2,8 @@
 
     submit ──▶ waiting ──▶ reading ──▶ a slot for each answer ──▶ a token a step ──▶ request.tell
 
-One thread has the model. A step of it reads a bounded piece of the prompts that wait, so that
+One thread has the model: the first of the process, since OpenMP's threads serve a second one more
+slowly. A step of it reads a bounded piece of the prompts that wait, so that
 nobody else waits long, and gives each answer its next token (continuous batching: Orca, OSDI 2022).
 """
 
@@ -107,14 +108,13 @@ def sees_itself_whole(model: GPT, prompt: list[int], markers) -> bool:
     return model.config.mask != "causal" and markers is not None and markers.assistant in prompt
 
 
-class Engine(threading.Thread):
-    """The thread that has the model, with `count` slots; up to `queue` answers wait for one.
+class Engine:
+    """What has the model, with `count` slots; up to `queue` answers wait for one.
 
-    `exact`: nothing depends on who stands beside, see `Slots`.
+    `run` goes on until `stop`. `exact`: nothing depends on who stands beside, see `Slots`.
     """
 
     def __init__(self, model: GPT, tokenizer, count=8, queue=64, chunk=128, exact=False):
-        super().__init__(name="engine", daemon=True)
         self.model, self.tokenizer, self.queue, self.chunk = model, tokenizer, queue, chunk
         self.slots = Slots(model, count, tokenizer.markers, exact)
         device = self.slots.logits.device
@@ -153,7 +153,7 @@ class Engine(threading.Thread):
         self.end = 0.0
 
     def stop(self) -> None:
-        """Ends the thread behind its step."""
+        """Ends `run` behind its step."""
         with self.changed:
             self.running = False
             self.changed.notify()
@@ -177,7 +177,7 @@ class Engine(threading.Thread):
             with self.changed:
                 busy = self.waiting or self.jobs or self.number_running()
                 if self.running and not busy:
-                    self.changed.wait()
+                    self.changed.wait(1)  # on Windows nothing else lets a Ctrl-C in
                 if not self.running:
                     return
             try:

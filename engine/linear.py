@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.machine import fast_bfloat16
 
+EXPECTED = 8  # rows that oneDNN chooses a layout for: it is the best for 1, 2 and 4 rows, too
 FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
 WORTH_IT = 1 << 18  # weights of a layer for which a choice pays
 TRIES = 3
@@ -158,7 +159,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), EXPECTED)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:

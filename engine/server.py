@@ -1,6 +1,6 @@
 """The server behind serve.py: it begins, streams, and ends.
 
-The event loop talks to clients and never waits for the model, which has a thread of its own.
+The event loop talks to clients, in a thread of its own, and never waits for the model.
 """
 
 import asyncio
@@ -9,6 +9,8 @@ import json
 import random
 import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -40,14 +42,12 @@ PAGE = Path(__file__).parent / "page.html"
 def run(s, keys: list[str], listener: socket.socket) -> int:
     """Serves, by the settings of serve.py, until a signal; a second one is obeyed at once."""
     server = Server(s, *load(s), keys)
-
-    async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: loop.call_soon_threadsafe(server.end))
-        await server.serve(listener)
-
-    asyncio.run(serve())
+    thread = threading.Thread(target=server.serve, args=[listener])
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: server.end())
+    thread.start()
+    server.engine.run()
+    thread.join()
     return 0
 
 
@@ -78,7 +78,8 @@ class Server:
         model = inference.ready(model, s.quantize, s.slots, parts=s.fast)
         self.served = protocol.Served(name, tokenizer, c.block_size, s.slots)
         self.engine = Engine(model, tokenizer, s.slots, s.queue, s.chunk, exact=not s.fast)
-        self.draining: asyncio.Future | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.draining = False
         self.asked = 0  # requests that are being answered
         routes = [
             Route("/", self.page),
@@ -102,7 +103,7 @@ class Server:
 
     async def health(self, request):
         state, status = ("draining", 503) if self.draining else ("ok", 200)
-        if not self.engine.is_alive():
+        if not self.engine.running:
             state, status = "the engine has ended", 503
         return JSONResponse({"status": state}, status)
 
@@ -255,8 +256,9 @@ class Server:
 
     # --- begin and end
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Lets clients in at `listener`, a bound socket, until `end` is called."""
+    def serve(self, listener: socket.socket) -> None:
+        """Lets clients in at `listener`, a bound socket, until `end` is called; then the engine
+        ends, too."""
         s = self.s
         config = uvicorn.Config(
             self.app,
@@ -277,23 +279,28 @@ class Server:
         startup = self.http.startup
 
         async def announced(sockets) -> None:
+            self.loop = asyncio.get_running_loop()
             await startup(sockets)
             scheme, port = "https" if s.certificate else "http", listener.getsockname()[1]
             host = f"[{s.host}]" if ":" in s.host else s.host
-            print(f"serving on {scheme}://{host}:{port} (Ctrl-C ends)")
+            print(f"serving on {scheme}://{host}:{port} (Ctrl-C ends)", flush=True)
 
         self.http.startup = announced
-        self.engine.start()
-        await self.http.serve([listener])
-        self.engine.stop()
-        self.engine.join()
+        try:
+            asyncio.run(self.http.serve([listener]))
+        finally:
+            self.engine.stop()
 
     def end(self) -> None:
         """Refuses new requests, and ends when the running ones have, or after `drain` seconds; at
-        once if it is asked for again."""
-        if self.draining:
-            return self.leave()
-        self.draining = asyncio.ensure_future(self.drain())
+        once if it is asked for again. For any thread."""
+        if self.loop is None:  # it has not begun
+            sys.exit(130)
+        self.loop.call_soon_threadsafe(self.leave if self.draining else self.begin_drain)
+        self.draining = True
+
+    def begin_drain(self) -> None:
+        self.drained = asyncio.ensure_future(self.drain())  # held, or it might be collected
 
     async def drain(self) -> None:
         print(f"draining: {self.asked} requests have {self.s.drain:g} seconds to end")

@@ -1,6 +1,5 @@
 """The server, on a real socket: what OpenAI's own client and a hostile one get from it."""
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -66,7 +65,7 @@ def talker(tmp_path_factory):
 
 
 class Running:
-    """A server in a thread of this process."""
+    """A server in two threads of this process."""
 
     def __init__(self, run, keys=(), **settings):
         s = serve.Settings(str(run), port=0, device="cpu", threads="1", **settings)
@@ -74,22 +73,18 @@ class Running:
         listener = serve.bound(s)
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=self.work, args=[listener], daemon=True)
-        self.thread.start()
-        wait(lambda: getattr(self.server, "http", None) and self.server.http.started)
-
-    def work(self, listener):
-        async def both():
-            self.loop = asyncio.get_running_loop()
-            await self.server.serve(listener)
-
-        asyncio.run(both())
+        work = [lambda: self.server.serve(listener), self.engine.run]
+        self.threads = [threading.Thread(target=target, daemon=True) for target in work]
+        for thread in self.threads:
+            thread.start()
+        wait(lambda: self.server.loop and self.server.http.started)
 
     def close(self):
-        self.loop.call_soon_threadsafe(self.server.end)
-        self.loop.call_soon_threadsafe(self.server.end)
-        self.thread.join(10)
-        assert not self.thread.is_alive()
+        self.server.end()
+        self.server.end()
+        for thread in self.threads:
+            thread.join(10)
+            assert not thread.is_alive()
 
     @property
     def engine(self) -> Engine:
@@ -456,13 +451,15 @@ def test_no_request_is_lost_when_a_step_fails(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.model if place == "new_cache" else engine.slots, place, full)
         engine.submit([request_of(engine, told.append)])
-        engine.start()
+        thread = threading.Thread(target=engine.run)
+        thread.start()
         wait(lambda: told)
         assert isinstance(told[0], RuntimeError) and not engine.number_running()
     engine.submit([request_of(engine, told.append, most=2)])
     wait(lambda: told[-1] is not told[0] and told[-1].finish)
     engine.stop()
-    engine.join(5)
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 def test_the_end_of_a_text_has_a_log_probability_behind_an_echo():
