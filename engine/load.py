@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 import statistics
 import time
 
@@ -54,7 +55,7 @@ async def ask(host: str, port: int, prompt: list[int], tokens: int) -> list[floa
 def spread(seconds: list[float]) -> list[float]:
     """Median and 95th percentile, in milliseconds."""
     ordered = sorted(seconds)
-    return [1e3 * statistics.median(ordered), 1e3 * ordered[int(0.95 * (len(ordered) - 1))]]
+    return [1e3 * statistics.median(ordered), 1e3 * ordered[math.ceil(0.95 * len(ordered)) - 1]]
 
 
 def words(found: dict) -> str:
