@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import os
 import socket
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -79,6 +80,14 @@ def main(argv: list[str]) -> int:
     for name in ("certificate", "certificate_key", "filter", "key_file"):
         path = getattr(s, name)
         settings.require(not path or Path(path).is_file(), s, name, "a file that exists")
+    if s.certificate:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                s.certificate, s.certificate_key
+            )
+        except ssl.SSLError as e:
+            names = f"certificate={s.certificate!r} and certificate_key={s.certificate_key!r}"
+            raise ValueError(f"{names} do not make a pair in PEM ({e.reason})") from e
     keys = guard.read_keys(s.key_file) if s.key_file else []
     if not here and not s.certificate:
         print("note: without --certificate (or a proxy with TLS) keys and texts travel in clear")

@@ -6,10 +6,10 @@ The event loop talks to clients, in a thread of its own, and never waits for the
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -41,13 +41,22 @@ PAGE = Path(__file__).parent / "page.html"
 
 def run(s, keys: list[str], listener: socket.socket) -> int:
     """Serves, by the settings of serve.py, until a signal; a second one is obeyed at once."""
-    server = Server(s, *load(s), keys)
-    thread = threading.Thread(target=server.serve, args=[listener])
+    server, problems = Server(s, *load(s), keys), []
+
+    def serve() -> None:
+        try:
+            server.serve(listener)
+        except BaseException as e:
+            problems.append(e)
+
+    thread = threading.Thread(target=serve)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: server.end())
     thread.start()
     server.engine.run()
     thread.join()
+    for problem in problems:
+        raise problem
     return 0
 
 
@@ -295,7 +304,7 @@ class Server:
         """Refuses new requests, and ends when the running ones have, or after `drain` seconds; at
         once if it is asked for again. For any thread."""
         if self.loop is None:  # it has not begun
-            sys.exit(130)
+            os._exit(130)
         self.loop.call_soon_threadsafe(self.leave if self.draining else self.begin_drain)
         self.draining = True
 

@@ -594,6 +594,7 @@ def test_a_drain_has_an_end_and_a_second_ctrl_c_is_obeyed(run, signals):
         (["--key_file=none.txt"], "key_file='none.txt' should be a file that exists"),
         (["--new_key"], "key_file='' should be"),
         (["--certificate=README.md"], "certificate_key='' should be given beside certificate"),
+        (["--certificate=LICENSE", "--certificate_key=LICENSE"], "do not make a pair in PEM"),
         (["--slots=0"], "slots=0 should be at least 1"),
         (["--key_file=LICENSE"], "LICENSE, line 1: not the sha256 of a key"),
         (["no/such/run"], "no such folder"),
