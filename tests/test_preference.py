@@ -247,7 +247,7 @@ def test_it_keeps_the_promises_of_all(train, folder, made, capsys, tmp_path):
     assert "exact match" in said()
     kept = run / "objective.safetensors"
     kept.write_bytes(kept.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match="objective.safetensors is missing, or not that"):
+    with pytest.raises(ValueError, match="objective.safetensors is missing, or not what"):
         train("whole", *ARGV, begin, "--steps=9", data=folder / "pairs")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pathlib
 import re
 import select
 import signal
@@ -229,7 +230,7 @@ def chat(monkeypatch):
         rest = [*tokenizer.encode(said), tokenizer.markers.end, 65, 66]
         return ([token] * how.get("num_samples", 1) for token in rest)
 
-    monkeypatch.setattr(engine.checkpoint, "find", lambda *_: "run")
+    monkeypatch.setattr(engine.checkpoint, "find", lambda *_: pathlib.Path("run"))
     monkeypatch.setattr(
         engine.checkpoint, "load_weights", lambda _: (chat.model, chat.tokenizer, dict(settings={}))
     )

@@ -521,22 +521,18 @@ def test_a_client_that_hangs_up_frees_its_slot(served, monkeypatch):
 def test_a_full_line_is_429_and_the_official_client_comes_back(run, monkeypatch):
     with serving(run, slots=1, queue=1) as running:
         running.slowly(monkeypatch, 0.01)
-        monkeypatch.setitem(server.HEADERS, 429, {"Retry-After": "0.2"})
-        body = dict(prompt="a", max_tokens=60)
-        ends = []
-        threads = [
-            threading.Thread(target=lambda: ends.append(running.post("/v1/completions", body)))
-            for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        text = running.client(max_retries=20).completions.create(model="tiny", **body)
+        monkeypatch.setitem(server.HEADERS, 429, {"Retry-After": "0.1"})
+        body, ends = dict(prompt="a", max_tokens=60), []
+        for there in (lambda: running.engine.slots.writing, running.engine.number_waiting):
+            target = lambda: ends.append(running.post("/v1/completions", body))  # noqa: E731
+            threading.Thread(target=target).start()
+            wait(there)
+        refused = running.post("/v1/completions", body)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "0.1"
+        assert refused.json()["error"]["code"] == "queue_full"
+        text = running.client(max_retries=50).completions.create(model="tiny", **body)
         assert text.choices[0].finish_reason == "length"
-        for thread in threads:
-            thread.join()
-        assert {200, 429} == {end.status_code for end in ends}
-        refused = next(end for end in ends if end.status_code == 429)
-        assert refused.headers["retry-after"] and refused.json()["error"]["code"] == "queue_full"
+        wait(lambda: [end.status_code for end in ends] == [200, 200])
 
 
 def test_a_deadline(run, monkeypatch):
