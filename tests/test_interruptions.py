@@ -79,7 +79,7 @@ def uninterrupted(data, tmp_path_factory):
 def assert_equal_runs(run, whole) -> None:
     assert weights(run, 80) == weights(whole, 80)
     assert rows(run) == rows(whole)
-    assert [row["step"] for row in training(run)] == list(range(1, 121))
+    assert [row["step"] for row in training(run)] == list(range(1, 81))
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
