@@ -17,8 +17,10 @@ if __name__ == "__main__":
     console.leave_quietly()
 
 import os
+import re
 import socket
 import ssl
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +29,7 @@ from engine import settings
 from engine.settings import AboveZero, Bound, NotNegative, Positive
 
 Port = Annotated[int, Bound("from 0 to 65535; 0 is any that is free", lambda p: 0 <= p <= 65535)]
+Name = Annotated[str, Bound("without : and spaces", re.compile(r"[^:\s]*").fullmatch)]
 Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
 
 
@@ -35,10 +38,10 @@ class Settings:
     run: str = "out/small"  # folder of a run, or one checkpoint of it
     checkpoint: str = "best"  # of a run: best (lowest validation loss), latest, or a step
     passphrase_file: str = ""  # opens locked weights, in memory alone: a file with the passphrase
-    name: str = ""  # what clients call the model; by default the name of the folder
+    name: Name = ""  # what clients call the model; by default the name of the folder
     host: str = "127.0.0.1"  # address to listen on; others than this machine's own need a key_file
-    port: Port = 8000  # of that address
-    hosts: tuple = ()  # further names by which clients may call this machine
+    port: Port = 8000  # port to listen on
+    hosts: tuple = ()  # a further name of this machine; may be given several times
     key_file: str = ""  # digests of the keys that may come in
     new_key: bool = False  # draw a key, print it, append its digest to key_file, and end
     certificate: str = ""  # file of a TLS certificate, in PEM
@@ -49,7 +52,7 @@ class Settings:
     slots: Positive = 8  # answers that are written side by side
     queue: Positive = 64  # answers that may wait for a slot; more are told to come back
     chunk: Positive = 128  # tokens of prompts that are read between two tokens of the others
-    connections: Positive = 256  # at once
+    connections: Positive = 256  # clients that may be connected at once
     timeout: AboveZero = 600.0  # seconds that an answer may take, waiting included
     drain: NotNegative = 30.0  # seconds in which running answers may end, after SIGTERM or Ctrl-C
 
@@ -67,12 +70,15 @@ def main(argv: list[str]) -> int:
     from engine import guard
 
     if s.new_key:
-        settings.require(s.key_file, s, "key_file", "the file that gets the key's digest")
-        print(f"{guard.new_key(s.key_file)}\nThis key is shown once; {s.key_file} has its digest.")
+        settings.require(s.key_file, s, "key_file", "given with new_key: it gets the key's digest")
+        print(guard.new_key(s.key_file))
+        print(f"This key is shown once; {s.key_file} has its digest.", file=sys.stderr)
         return 0
     here = s.host in guard.LOOPBACK
     outside = "given for an address that others can reach: --new_key --key_file=keys.txt makes one"
     settings.require(here or s.key_file, s, "key_file", outside)
+    masks = "stop without a --filter, of whose words it says what they do"
+    settings.require(s.filter or s.filtered == "stop", s, "filtered", masks)
     both = bool(s.certificate) == bool(s.certificate_key)
     settings.require(
         both, s, "certificate_key", "given beside certificate, and the other way round"

@@ -31,7 +31,12 @@ def main(argv: list[str]) -> None:
     if command not in ("lock", "unlock", "keys", "sign", "verify"):
         raise ValueError("say what to do: lock, unlock, sign or verify FOLDER, or keys NAME")
     signs, locks = command in ("sign", "verify"), command in ("lock", "unlock")
-    settings.require(bool(s.key) == signs, s, "key", "given to sign or verify, and only then")
+    settings.require(
+        bool(s.key) == signs,
+        s,
+        "key",
+        "a NAME.key to sign with, or the NAME.pub to verify by, and else left out",
+    )
     only = "left out but to lock and unlock"
     settings.require(locks or not s.passphrase_file, s, "passphrase_file", only)
     if command == "keys":

@@ -304,6 +304,7 @@ class Engine:
                 piece.text += rest.text
                 piece.ids += rest.ids
                 piece.scores += rest.scores
+                piece.places += rest.places
                 piece.finish = choice.transcript.finish or finish
                 self.slots.remove(row)
             piece.index = choice.number

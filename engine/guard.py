@@ -106,11 +106,9 @@ class Guard:
             given = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()
             known = [hmac.compare_digest(given, one) for one in self.keys]  # all, whatever is found
             if scheme.lower() != "bearer" or not any(known):
-                raise Refusal(
-                    "a key is needed, as in Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                    status=401,
-                )
+                needed = "a key is needed, as in Authorization: Bearer KEY"
+                message = "this key is not known" if key else needed
+                raise Refusal(message, code="invalid_api_key", status=401)
 
 
 async def body_of(request) -> bytes:

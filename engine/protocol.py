@@ -7,6 +7,7 @@ continue_final_message.
 """
 
 import codecs
+import difflib
 import json
 import math
 import time
@@ -60,6 +61,18 @@ NEUTRAL = dict(
     use_beam_search=(None, False),
     web_search_options=(None,),
 )
+KNOWN = {
+    *NEUTRAL,
+    "model",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "seed",
+}
+KNOWN |= {"temperature", "top_p", "top_k", "stop", "logprobs", "top_logprobs", "echo", "stream"}
+KNOWN |= {"stream_options", "return_token_ids", "continue_final_message", "add_generation_prompt"}
 
 
 class Refusal(Exception):
@@ -183,6 +196,9 @@ def check(body: dict, chat: bool, served: Served, clean: Callable[[str], str]) -
     """
     model = body.get("model", served.name)
     served.about(model)
+    for name in {*body} - KNOWN:  # a name that says nothing to us is ignored, a slip is told
+        if near := difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.85):
+            raise Refusal(f"unknown field {name!r:.40}: did you mean {near[0]}?", name)
     for name, values in NEUTRAL.items():
         value = body.get(name)
         if not any(
@@ -345,9 +361,7 @@ class Answers:
         self.ids: list[list] = [[] for _ in range(count)]
         self.scores: list[list] = [[] for _ in range(count)]
         self.finish: list[str | None] = [None] * count
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self.readers = [decoder("replace") for _ in range(count)]  # of what the scores tell
-        self.offset = [0] * count  # its characters
+        self.places: list[list[int]] = [[] for _ in range(count)]  # of the scores, in the text
         self.tokens = 0
         self.begun: set[int] = set()
 
@@ -356,6 +370,7 @@ class Answers:
         self.texts[piece.index] += piece.text
         self.ids[piece.index] += piece.ids
         self.scores[piece.index] += piece.scores
+        self.places[piece.index] += self.placed(piece)
         self.finish[piece.index] = piece.finish or None
 
     def usage(self) -> dict:
@@ -373,7 +388,7 @@ class Answers:
         choices = []
         for i, said in enumerate(self.texts):
             choice = dict(index=i, finish_reason=self.finish[i])
-            choice["logprobs"] = self.logprobs(i, self.scores[i])
+            choice["logprobs"] = self.logprobs(self.scores[i], self.places[i])
             if self.ask.chat:
                 choice["message"] = dict(role="assistant", content=said, refusal=None)
             else:
@@ -401,7 +416,7 @@ class Answers:
                 if chat
                 else dict(text=said)
             )
-            shown["logprobs"] = self.logprobs(i, piece.scores)
+            shown["logprobs"] = self.logprobs(piece.scores, self.placed(piece))
             if self.ask.ids:
                 shown["token_ids"] = piece.ids
                 if first and not chat:
@@ -423,21 +438,31 @@ class Answers:
         kind = "chat.completion.chunk" if self.ask.chat else "text_completion"
         return self.head(kind) | dict(choices=[], usage=self.usage())
 
-    def logprobs(self, i: int, scores: list[tuple]) -> dict | None:
+    def placed(self, piece: Piece) -> list[int]:
+        """Where the tokens that a piece tells stand in the text: an echo, then the answer."""
+        prompt = self.ask.before[piece.index // self.ask.n] if self.ask.echo else ""
+        if piece.places or not piece.scores:
+            return [len(prompt) + place for place in piece.places]
+        reader, found, place = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
+        special = {*self.tokenizer.special.values()}
+        for token, *_ in piece.scores:  # of the prompt
+            found.append(place)
+            raw = b"" if token in special else self.tokenizer.decode_bytes([token])
+            place += len(reader.decode(raw))
+        return found
+
+    def logprobs(self, scores: list[tuple], places: list[int]) -> dict | None:
         if self.ask.top_logprobs is None:
             return None
         if self.ask.chat:
             return dict(content=[self.item(*score) for score in scores], refusal=None)
-        words, offsets = [self.word(token) for token, _, _ in scores], []
-        for token, _, _ in scores:
-            offsets.append(self.offset[i])
-            self.offset[i] += len(self.readers[i].decode(self.tokenizer.decode_bytes([token])))
+        words = [self.word(token) for token, _, _ in scores]
         found = [None if p is None else finite(p) for _, p, _ in scores]
         top = [
             None if p is None else {self.word(other): finite(q) for other, q in best}
             for _, p, best in scores
         ]
-        return dict(tokens=words, token_logprobs=found, top_logprobs=top, text_offset=offsets)
+        return dict(tokens=words, token_logprobs=found, top_logprobs=top, text_offset=places)
 
     def item(self, token: int, ln_p: float, best: list[tuple]) -> dict:
         return self.entry(token, ln_p) | dict(top_logprobs=[self.entry(*pair) for pair in best])

@@ -131,7 +131,8 @@ class Server:
     def clean(self, text: str) -> str:
         """A text of a client. Raises Refusal if it has a word of the filter."""
         if self.words and not self.words.clean(text):
-            raise Refusal("the text has a word that is not wanted here", code="content_filter")
+            message = "the text has a word that is not wanted here"
+            raise Refusal(message, "prompt", "content_filter")
         return text
 
     async def checked(self, request, check):
@@ -312,7 +313,7 @@ class Server:
         self.drained = asyncio.ensure_future(self.drain())  # held, or it might be collected
 
     async def drain(self) -> None:
-        print(f"draining: {self.asked} requests have {self.s.drain:g} seconds to end")
+        print(f"ending: {self.asked} running, with {self.s.drain:g} seconds for them")
         late = time.monotonic() + self.s.drain
         while self.asked and time.monotonic() < late:
             await asyncio.sleep(0.05)

@@ -55,6 +55,8 @@ def verify(folder: Path, key: Path) -> int:
 
     public = read_key(key, folder, "public")
     if not (folder / LIST).is_file() or not (folder / SIGNATURE).is_file():
+        if not Path(folder).is_dir():
+            raise ValueError(f"no such folder: {str(folder)!r}")
         raise ValueError(f"{folder} is not signed: it lacks {LIST} or {SIGNATURE}")
     listed = (folder / LIST).read_bytes()
     try:

@@ -30,6 +30,7 @@ class Piece:
     count: int = 0
     ids: list[int] = field(default_factory=list)
     scores: list[tuple] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)  # characters in front of each, in the answer
     finish: str = ""
 
 
@@ -44,7 +45,7 @@ class Transcript:
         self.tokenizer, self.with_end = tokenizer, with_end
         self.gate = Gate(words, action, before)
         self.stream = TextStream(tokenizer, stop)
-        self.passed = self.told = 0  # characters that the stream has let through; that tokens have
+        self.passed = 0  # characters that the stream has let through
         self.text = before[-TAIL:]  # the last of them, and of `before`
         self.held: list[tuple] = []  # tokens, where they begin and end, and their scores
         self.finish = ""
@@ -52,18 +53,20 @@ class Transcript:
     def feed(self, token: int, score: tuple | None = None) -> Piece:
         """What `token` makes certain."""
         stream = self.stream
-        before = self.text + stream.held
+        before, begin = self.text + stream.held, self.passed + len(stream.held)
         text = self.through(stream.feed(token))
         if stream.done:
             self.finish = "stop"
         is_end = token in stream.ends and self.with_end
         if not stream.done or is_end:  # else it completes a stop string
             unfinished = bool(stream.decoder.getstate()[0])  # inside a character
-            begin, self.told = self.told, self.passed + len(stream.held) + unfinished
+            end = self.passed + len(stream.held) + unfinished
+            # bytes before it that turned out to be no text have become characters only now
+            begin = max(begin, end - len(self.tokenizer.decode([token])))
             if score and self.gate.words:
                 i, ln_p, others = score
                 score = i, ln_p, allowed(others, self.gate.words, self.tokenizer, before)
-            self.held.append((begin, self.told, token, score))
+            self.held.append((begin, end, token, score))
         return self.certain(text, 1)
 
     def end(self) -> Piece:
@@ -93,8 +96,9 @@ class Transcript:
         self.held = [held for held in self.held if held[1] > gone]
         shown = [held for held in ready if self.gate.shows(*held[:2])]
         scores = [score for *_, score in shown if score]
+        places = [begin for begin, *_, score in shown if score]
         ids = [token for _, _, token, _ in shown if token not in self.stream.ends]
-        return Piece(0, text, count, ids, scores)
+        return Piece(0, text, count, ids, scores, places)
 
 
 def allowed(alternatives: list[tuple], words, tokenizer, before: str) -> list[tuple]:

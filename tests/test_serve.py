@@ -591,6 +591,8 @@ def test_a_drain_has_an_end_and_a_second_ctrl_c_is_obeyed(run, signals):
         (["--new_key"], "key_file='' should be"),
         (["--certificate=README.md"], "certificate_key='' should be given beside certificate"),
         (["--certificate=LICENSE", "--certificate_key=LICENSE"], "do not make a pair in PEM"),
+        (["--filtered=mask"], "filtered='mask' should be stop without a --filter"),
+        (["--name=a:b"], "name='a:b' should be without : and spaces"),
         (["--slots=0"], "slots=0 should be at least 1"),
         (["--key_file=LICENSE"], "LICENSE, line 1: not the sha256 of a key"),
         (["no/such/run"], "no such folder"),
@@ -705,6 +707,9 @@ HOSTILE = [
     (dict(prompt=[97, 256]), 400),  # end-of-text
     (dict(prompt=[256, 97]), 200),  # where a document begins
     (dict(ignore_eos=True), 400),
+    (dict(max_token=4), 400),
+    (dict(temprature=0), 400),
+    (dict(prompt_cache_key="x", store=True, service_tier="auto", verbosity="low"), 200),
     (dict(use_beam_search=True), 400),
     (dict(structured_outputs={}), 400),
     (dict(prompt=[True]), 400),
@@ -981,6 +986,9 @@ def test_no_listed_word_comes_in_or_goes_out(run, tmp_path, action):
             assert text.startswith(whole.text)
         else:
             assert "*" in whole.text and whole.finish_reason == "length"
+            told = whole.logprobs
+            for token, place in zip(told.tokens, told.text_offset, strict=True):
+                assert token.startswith("bytes:") or whole.text[place:].startswith(token)
 
 
 def test_no_listed_word_comes_out_by_another_door(talker, tmp_path):
