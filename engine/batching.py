@@ -3,8 +3,8 @@
     submit ──▶ waiting ──▶ reading ──▶ a slot for each answer ──▶ a token a step ──▶ request.tell
 
 One thread has the model: the first of the process, since OpenMP's threads serve a second one more
-slowly. A step of it reads a bounded piece of the prompts that wait, so that
-nobody else waits long, and gives each answer its next token (continuous batching: Orca, OSDI 2022).
+slowly. A step of it reads a bounded piece of the prompts that wait, so that nobody else waits long,
+and gives each answer its next token (continuous batching: Orca, OSDI 2022).
 """
 
 import math
@@ -71,6 +71,22 @@ class Choice(Answer):
 
     def __post_init__(self):
         self.transcript = self.request.transcript()
+
+    def piece(self, token: int, score: tuple | None) -> Piece:
+        """What its newest token adds, and, if that is the last, what was still held back."""
+        piece = self.transcript.feed(token, score)
+        finish = self.transcript.finish
+        if not finish and len(self.tokens) >= self.most:
+            finish = "length"
+        if finish:
+            rest = self.transcript.end()
+            piece.text += rest.text
+            piece.ids += rest.ids
+            piece.scores += rest.scores
+            piece.places += rest.places
+            piece.finish = self.transcript.finish or finish
+        piece.index = self.number
+        return piece
 
 
 class Prefill:
@@ -270,48 +286,27 @@ class Engine:
 
     def give_tokens(self) -> None:
         """Each answer gets its next token; those that have ended leave their slots."""
-        writing = self.slots.writing
+        writing = [*self.slots.writing]
         logits = self.slots.logits[: len(writing)].index_fill(-1, self.unused, -math.inf)  # (B, V)
-        uniform = torch.tensor([choice.draw.random() for choice in writing], dtype=torch.float64)
-        alike: dict[tuple, list[int]] = {}  # rows that choose in the same way
-        for row, choice in enumerate(writing):
-            alike.setdefault((*choice.request.options.items(),), []).append(row)
-        tokens = [0] * len(writing)
-        for options, rows in alike.items():
-            chosen = pick(logits[rows], uniform[rows], **dict(options)).tolist()
-            for row, token in zip(rows, chosen, strict=True):
-                tokens[row] = token
-        now = time.monotonic()
-        for row in reversed(range(len(tokens))):
-            choice, token = writing[row], tokens[row]
-            request = choice.request
-            score = None
-            if request.top_logprobs is not None:
-                [score] = scored(logits[row : row + 1], [token], request.top_logprobs)
+        tokens, now = chosen(writing, logits), time.monotonic()
+        for row in reversed(range(len(writing))):  # the last first: one that ends moves another
+            choice, token, score = writing[row], tokens[row], None
+            asked = choice.request.top_logprobs
+            if asked is not None:
+                [score] = scored(logits[row : row + 1], [token], asked)
             if choice.tokens:
                 self.between.add(now - choice.last)
             else:
-                self.first.add(now - request.began)
+                self.first.add(now - choice.request.began)
             choice.last = now
             choice.tokens.append(token)
             self.counts["generation"] += 1
-            piece = choice.transcript.feed(token, score)
-            finish = choice.transcript.finish
-            if not finish and len(choice.tokens) >= choice.most:
-                finish = "length"
-            if finish:
-                rest = choice.transcript.end()
-                piece.text += rest.text
-                piece.ids += rest.ids
-                piece.scores += rest.scores
-                piece.places += rest.places
-                piece.finish = choice.transcript.finish or finish
+            piece = choice.piece(token, score)
+            if piece.finish:
                 self.slots.remove(row)
-            piece.index = choice.number
-            if finish:
                 self.finish(choice, piece)
             else:
-                request.tell(piece)
+                choice.request.tell(piece)
 
     def finish(self, choice: Choice, piece: Piece) -> None:
         self.counts[piece.finish] += 1
@@ -328,6 +323,20 @@ class Engine:
         self.prefill = None
         self.slots.writing.clear()
         self.slots.cache.lengths.zero_()
+
+
+def chosen(writing: list[Choice], logits: Tensor) -> list[int]:
+    """The next token of each answer, by its own options, from its row of logits (B, V)."""
+    uniform = torch.tensor([choice.draw.random() for choice in writing], dtype=torch.float64)
+    alike: dict[tuple, list[int]] = {}  # rows that choose in the same way
+    for row, choice in enumerate(writing):
+        alike.setdefault((*choice.request.options.items(),), []).append(row)
+    tokens = [0] * len(writing)
+    for options, rows in alike.items():
+        some = pick(logits[rows], uniform[rows], **dict(options)).tolist()
+        for row, token in zip(rows, some, strict=True):
+            tokens[row] = token
+    return tokens
 
 
 def scored(logits: Tensor, tokens: list[int], alternatives: int) -> list[tuple]:
