@@ -92,9 +92,8 @@ class Transcript:
         if self.gate.hit and self.gate.action == "stop":
             self.finish = "content_filter"
         gone = self.gate.released
-        ready = [held for held in self.held if held[1] <= gone]
+        shown = [held for held in self.held if self.gate.shows(*held[:2])]
         self.held = [held for held in self.held if held[1] > gone]
-        shown = [held for held in ready if self.gate.shows(*held[:2])]
         scores = [score for *_, score in shown if score]
         places = [begin for begin, *_, score in shown if score]
         ids = [token for _, _, token, _ in shown if token not in self.stream.ends]
