@@ -61,16 +61,8 @@ NEUTRAL = dict(
     use_beam_search=(None, False),
     web_search_options=(None,),
 )
-KNOWN = {
-    *NEUTRAL,
-    "model",
-    "prompt",
-    "messages",
-    "max_tokens",
-    "max_completion_tokens",
-    "n",
-    "seed",
-}
+KNOWN = {*NEUTRAL, "model", "prompt", "messages", "n", "seed"}
+KNOWN |= {"max_tokens", "max_completion_tokens"}
 KNOWN |= {"temperature", "top_p", "top_k", "stop", "logprobs", "top_logprobs", "echo", "stream"}
 KNOWN |= {"stream_options", "return_token_ids", "continue_final_message", "add_generation_prompt"}
 
@@ -209,9 +201,8 @@ def check(body: dict, chat: bool, served: Served, clean: Callable[[str], str]) -
     most = number(body, "max_completion_tokens", int, most, 0, MOST_TOKENS)
     options = dict(temperature=number(body, "temperature", float, 1.0, 0, 2))
     options["top_p"] = number(body, "top_p", float, 1.0, 0, 1)
-    options["top_k"] = max(
-        0, number(body, "top_k", int, 0, -1, MOST_TOKENS)
-    )  # -1 is off, as in vLLM
+    # -1 is off, too, as in vLLM
+    options["top_k"] = max(0, number(body, "top_k", int, 0, -1, MOST_TOKENS))
     n = number(body, "n", int, 1, 1, served.slots)
     found = [conversation(body, model, served, clean)] if chat else plain(body, served, clean)
     prompts = [prompt for prompt, _ in found]
@@ -275,9 +266,7 @@ def plain(body: dict, served: Served, clean) -> list[tuple[list[int], str]]:
     value = body.get("prompt")
     if not isinstance(value, (str, list)) or value == []:
         raise Refusal("prompt should be text, token ids, or a list of either", "prompt")
-    one = isinstance(value, str) or (
-        isinstance(value, list) and not isinstance(value[0], (str, list))
-    )
+    one = isinstance(value, str) or not isinstance(value[0], (str, list))
     found = []
     for prompt in [value] if one else value:
         if len(found) == served.slots:

@@ -150,8 +150,7 @@ class Server:
         requests, queue = self.begin(ask)
         answers, pieces = protocol.Answers(ask, self.served.tokenizer), self.pieces(requests, queue)
         if ask.stream:
-            stream = self.stream(answers, pieces)
-            return StreamingResponse(stream, media_type="text/event-stream", headers=STREAM)
+            return Stream(self.stream(answers, pieces), requests)
         return JSONResponse(await self.unless_gone(request, self.collect(answers, pieces)))
 
     def begin(self, ask: protocol.Ask) -> tuple[list[Request], asyncio.Queue]:
@@ -328,6 +327,21 @@ class Server:
         if self.asked:
             for connection in [*self.http.server_state.connections]:
                 connection.transport.abort()
+
+
+class Stream(StreamingResponse):
+    """Server-sent events of `requests`, given up also if the client is gone before the first."""
+
+    def __init__(self, events: AsyncIterator[str], requests: list[Request]):
+        super().__init__(events, media_type="text/event-stream", headers=STREAM)
+        self.requests = requests
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for request in self.requests:
+                request.gone = True
 
 
 def event(body: dict) -> str:

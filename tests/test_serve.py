@@ -1,5 +1,6 @@
 """The server, on a real socket: what OpenAI's own client and a hostile one get from it."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -516,6 +517,23 @@ def test_a_client_that_hangs_up_frees_its_slot(served, monkeypatch):
     assert served.engine.number_running() == 8  # the first goes on
     holding[0].close()
     wait(lambda: not served.engine.number_running(), 1.5)
+
+
+def test_a_stream_whose_client_is_gone_before_its_first_event_is_given_up():
+    async def gone_at_once():
+        request = Request([1], 1, 1, 0, {}, list, list)
+
+        async def events():
+            yield "never"
+
+        async def broken(*_):
+            raise OSError("the client is gone")
+
+        with contextlib.suppress(BaseException):
+            await server.Stream(events(), [request])({"type": "http"}, broken, broken)
+        return request.gone
+
+    assert asyncio.run(gone_at_once())
 
 
 def test_a_full_line_is_429_and_the_official_client_comes_back(run, monkeypatch):
