@@ -244,7 +244,7 @@ def evaluate(
     with torch.no_grad(), here.autocast():
         for batch in split.in_order(rows, block_size, here.rank, here.world, eval_tokens):
             inputs, counts = objective.prepare(batch, keys_of(batch, end_of_text), learner)
-            sums = [float(x) for x in learner.forward(*map(here.put, inputs))]
+            sums = learner.sums(*map(here.put, inputs))
             text = batch.targets[batch.targets != IGNORE]
             mine = split.bytes_of(text) if part_of_it and split.text_bytes else 0
             part = here.sum([*sums, *counts, mine, bool(stop and stop.asked)])

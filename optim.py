@@ -121,10 +121,14 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - beta)  # m = beta m + (1 - beta) g
                 ahead = torch._foreach_lerp(grads, momenta, beta)  # (1 - beta) g + beta m
-                updates = orthogonalise(torch.stack(ahead), dtype=self.dtype).to(params[0].dtype)
+                updates = self.directions(ahead)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-                torch._foreach_add_(params, list(updates), alpha=-scale)
+                torch._foreach_add_(params, updates, alpha=-scale)
+
+    def directions(self, ahead: list[Tensor]) -> list[Tensor]:
+        """Each of these matrices, of one shape, made orthogonal."""
+        return [*orthogonalise(torch.stack(ahead), dtype=self.dtype).to(ahead[0].dtype)]
 
 
 def make_optimizers(learner: nn.Module, s, dtype: torch.dtype) -> list[torch.optim.Optimizer]:

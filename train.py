@@ -96,6 +96,8 @@ class Settings:
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
     fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
+    shard: bool = False  # several processes: each keeps a part of weights, gradients and moments
+    checkpoint_activations: bool = False  # compute blocks again backward: less memory, more time
 
     # rarely needed: what is learned from rows (questions with answers and the like)
     train_on: Literal["answers", "all"] = "answers"  # all: prompts, too, as GPT-1 did beside labels
@@ -265,7 +267,12 @@ def new_model(s: Settings, data, here):
         if s.lora_rank:
             lora.add(model, s.lora_rank, s.lora_alpha, s.lora_on, added, s.seed)
         return model
-    model = GPT(replace(s.model, vocab_size=data.tokenizer.vocab_size))
+    shape = replace(s.model, vocab_size=data.tokenizer.vocab_size)
+    if s.shard:
+        from engine import sharding
+
+        return sharding.new_model(shape, s.seed, here)  # the same, of which each keeps its part
+    model = GPT(shape)
     model.init_weights(s.seed)
     return model
 
@@ -352,6 +359,12 @@ def check(s: Settings) -> None:
     Objective.check(s)
     no_kernels = f"false with objective={s.objective}"
     settings.require(Objective.compiles or s.compile != "true", s, "compile", no_kernels)
+    if s.shard:
+        whole = f"false with objective={s.objective}, which also uses the model outside of its loss"
+        settings.require(Objective.shards, s, "shard", whole)
+        several = "false with one process: torchrun starts several"
+        settings.require(world > 1, s, "shard", several)
+        settings.require(not s.lora_rank, s, "lora_rank", "0 with --shard: adapters are small")
     settings.require_package("tensorboard", s.tensorboard)
     settings.require_package("wandb", s.wandb)
     settings.require_memory(

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,35 +52,62 @@ def save(
     run: Path, step: int, learner: Learner, optimizers: list, state: dict, tokenizer: Tokenizer
 ) -> None:
     """Writes `run`/step-… whole or not at all. Raises OSError, say if the disk is full."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     import lora
+    from engine.tensors import write_safetensors
 
-    model, heads = learner.gpt, learner.heads.state_dict()
-    final, adapted = run / name(step), lora.facts(model)
-    parts = {"adapter": lora.learned(model)} if adapted else {"model": model.state_dict()}
-    parts |= {"heads": heads} if heads else {}
-    parts |= {"optimizer": optimizer_tensors(learner.by_name(), optimizers)}
-    files.require_space(run, sum(t.nbytes for part in parts.values() for t in part.values()))
+    parts, final, adapted = parts_of(learner, optimizers), run / name(step), lora.facts(learner.gpt)
+    shapes = {part: {n: [*t.shape] for n, t in held.items()} for part, held in parts.items()}
+    pieces = {part: in_pieces(held) for part, held in parts.items()}
     try:
+        files.require_space(run, sum(t.nbytes for held in parts.values() for t in held.values()))
         if adapted and "base" not in adapted:  # the first time
             with files.atomic_file(run / BASE) as beside:
-                save_file(lora.frozen(model), beside)
+                base = lora.frozen(learner.gpt)
+                write_safetensors(beside, {n: [*t.shape] for n, t in base.items()}, base.values())
                 adapted["base"] = sha256_of(beside)
         state |= {"lora": adapted} if adapted else {}
         with files.atomic_folder(final) as partial:
-            for part, tensors in parts.items():
-                save_file(tensors, partial / f"{part}.safetensors")
+            for part in parts:
+                write_safetensors(partial / f"{part}.safetensors", shapes[part], pieces[part])
             text = json.dumps(state, indent=2) + "\n"
             (partial / "state.json").write_text(text, encoding="utf-8")
             tokenizer.save(partial)
             files.write_manifest(partial)
-    except (OSError, SafetensorError) as e:
-        reason = getattr(e, "strerror", None) or e
+    except OSError as e:
         raise OSError(
-            f"{final} could not be saved ({reason}); earlier checkpoints are whole"
+            f"{final} could not be saved ({e.strerror or e}); earlier checkpoints are whole"
         ) from e
+    finally:
+        for rest in pieces.values():  # whoever sends a piece waits until it has been taken
+            deque(rest, maxlen=0)
+
+
+def hand_over(learner: Learner, optimizers: list) -> None:
+    """What the other processes do while the first one saves: they give it what they have."""
+    for held in parts_of(learner, optimizers).values():
+        deque(in_pieces(held), maxlen=0)
+
+
+def parts_of(learner: Learner, optimizers: list) -> dict[str, dict[str, Tensor]]:
+    """The files of tensors of a checkpoint, and what is in each, in order of name."""
+    import lora
+
+    model, heads = learner.gpt, learner.heads.state_dict()
+    parts = {"adapter": lora.learned(model)} if lora.facts(model) else {"model": model.state_dict()}
+    parts |= {"heads": heads} if heads else {}
+    parts |= {"optimizer": optimizer_tensors(learner.by_name(), optimizers)}
+    return {part: dict(sorted(held.items())) for part, held in parts.items()}
+
+
+def in_pieces(held: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The tensors one after the other, sharded ones a part of their rows at a time."""
+    for tensor in held.values():
+        if hasattr(tensor, "to_local"):
+            from engine.sharding import whole_in_pieces  # which takes a second to load
+
+            yield from whole_in_pieces(tensor)
+        else:
+            yield tensor
 
 
 def prune(run: Path, keep: int = 2) -> None:
@@ -176,20 +205,24 @@ def read_state(path: Path) -> tuple[dict, GPTConfig]:
         return state, GPTConfig(**shape)
 
 
-def load_weights(path: Path, merge: bool = True) -> tuple[GPT, Tokenizer, dict]:
-    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified.
+def load_weights(
+    path: Path, merge: bool = True, sound: bool = False
+) -> tuple[GPT, Tokenizer, dict]:
+    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified unless it is `sound`.
 
-    An adapter becomes part of the weights; without `merge` it stays apart, and learns on. Raises
+    Weights are mapped from the file: of what is not used, nothing is read. An adapter becomes part
+    of the weights; without `merge` it stays apart, and learns on. Raises
     ValueError if anything is damaged, or if model.py makes another model of its shape.
     """
     skip = ["optimizer.safetensors", *locked.names(path)]
     with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(verify, path, NEEDED, skip)
+        verified = pool.submit(verify, path, NEEDED, skip) if not sound else None
         import torch  # meanwhile
 
         import lora
         from model import GPT
-    verified.result()
+    if verified:
+        verified.result()
     state, config = read_state(path)
     adapted = state.get("lora")
     file = path.parent / BASE if adapted else path / "model.safetensors"
@@ -293,4 +326,9 @@ def load_optimizers(path: Path, parameters: dict, optimizers: list) -> None:
             parameter, entry = key.rsplit("/", 1)
             p = parameters[parameter]
             on_cpu = entry in ("step", "mu_product") and not owner[p].defaults.get("fused")
-            owner[p].state[p][entry] = value if on_cpu else value.to(p.device)
+            if hasattr(p, "to_local") and value.shape == p.shape:
+                from engine.sharding import rows_of
+
+                owner[p].state[p][entry] = rows_of(value, p)
+            else:
+                owner[p].state[p][entry] = value if on_cpu else value.to(p.device)

@@ -48,8 +48,8 @@ class Machine:
             return None
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
-    def first_does(self, function):
-        """What `function` returns in the first process, None in the others.
+    def first_does(self, function, meanwhile=lambda: None):
+        """What `function` returns in the first process, None in the others, which do `meanwhile`.
 
         If it fails there, with ValueError or OSError, all processes end: the first one says why.
         """
@@ -59,6 +59,8 @@ class Machine:
                 result = function()
             except (ValueError, OSError) as e:
                 problem = e
+        else:
+            meanwhile()
         if self.sum([problem is not None])[0]:
             try:
                 raise problem or SystemExit(2)

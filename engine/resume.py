@@ -13,6 +13,7 @@ FREE |= {"eval_tokens", "log_every", "eval_every", "save_every"}
 FREE |= {"sample_tokens", "sample_prompt"}
 FREE |= {"tensorboard", "wandb", "eval_only", "split", "show_batch"}
 FREE |= {"device", "dtype", "compile", "threads", "fast", "deterministic", "device_batch"}
+FREE |= {"shard", "checkpoint_activations"}
 ALOUD = {"steps": "the learning rate follows", "eval_tokens": "losses compare less exactly"}
 
 

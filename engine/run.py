@@ -11,13 +11,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import lora
 import objectives
-from engine import checkpoint, fast, machine, resume, settings
+from engine import checkpoint, fast, machine, memory, resume, settings
 from engine.files import WINDOWS, require_space, write_durably
 from engine.learner import Learner, told
 from engine.machine import Machine
@@ -79,7 +80,7 @@ class Run:
 
     def load_model(self) -> GPT:
         """The model of the checkpoint that the run goes on from."""
-        model, _, self.state = checkpoint.load_weights(self.path, merge=False)
+        model, _, self.state = checkpoint.load_weights(self.path, merge=False, sound=True)
         learned = objectives.name_of(self.state)
         if learned != self.s.objective:  # before its heads are looked for
             raise ValueError(
@@ -93,6 +94,12 @@ class Run:
         and with the heads of the checkpoint that the run goes on from."""
         if self.step:
             checkpoint.load_heads(self.path, learner)
+        if self.s.checkpoint_activations:
+            memory.checkpoint_blocks(learner)
+        if self.s.shard:
+            from engine import sharding  # which takes a second to load
+
+            sharding.shard_learner(learner, self.here)
         learner.to(self.here.device)
         learner.autocast = self.here.autocast
         before = self.state["machine"]
@@ -101,7 +108,7 @@ class Run:
         for gpt in learner.modules():  # some heads are a GPT as well
             if isinstance(gpt, GPT):
                 fast.use(gpt, self.here, self.s.fast, before)
-        shared = list(learner.parameters()) if self.here.world > 1 else []
+        shared = [] if self.s.shard or self.here.world == 1 else list(learner.parameters())
         self.here.gradients = machine.GradientSum(shared)
 
     def begin(self, data, learner: Learner, optimizers: list, scale, validate: Callable) -> None:
@@ -132,8 +139,13 @@ class Run:
             compile=here.compile,
             fast=fast.installed(model),
             deterministic=s.deterministic,
+            shard=s.shard,
             device_batch=s.device_batch,
         )
+        if s.shard:
+            from engine import sharding
+
+            sharding.share_work(optimizers)
         if self.step:
             checkpoint.load_optimizers(self.path, learner.by_name(), optimizers)
         here.first_does(self.open_log)  # the first that changes anything
@@ -316,7 +328,8 @@ class Run:
             state |= dict(machine=self.circumstances)
             checkpoint.save(self.folder, step, learner, self.optimizers, state, self.tokenizer)
 
-        self.here.first_does(write)
+        hand_over = partial(checkpoint.hand_over, self.learner, self.optimizers)
+        self.here.first_does(write, meanwhile=hand_over)
         self.saved = step
         if not self.evaluates(step):
             self.prune()

@@ -82,7 +82,8 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def write_safetensors(path: Path, shapes: dict[str, list[int]], tensors: Iterable) -> None:
-    """Writes tensors of these shapes, in this order, as float32, holding one at a time.
+    """Writes tensors of these shapes, in this order, as float32, holding one at a time. Each may
+    come in parts, one after the other.
 
     The header's length in 8 bytes, the header, the numbers: github.com/huggingface/safetensors.
     """
@@ -96,4 +97,4 @@ def write_safetensors(path: Path, shapes: dict[str, list[int]], tensors: Iterabl
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            f.write(tensor.float().contiguous().numpy())
+            f.write(tensor.float().contiguous().cpu().numpy())

@@ -36,6 +36,7 @@ class Base:
     bits = False  # whether the loss is that of text, token by token, and can be told in bits a byte
     mixes = False  # whether it can learn from text and rows at once
     compiles = False  # whether torch.compile can make kernels for `loss`
+    shards = True  # whether all that it does with the trunk is in `loss`, and by whole blocks
     instead = ""  # what to run instead of sample.py
 
     def __init__(self, s, tokenizer):

@@ -39,6 +39,7 @@ class Objective(Base):
     masks = ("causal",)
     kinds = ("rows",)
     generates = False
+    shards = False
     instead = "python -m objectives.encoder_decoder RUN"
 
     def __init__(self, s, tokenizer):

@@ -35,6 +35,8 @@ class Objective(Base):
         )
         both = s.own.adversarial and s.compile == "true"
         settings.require(not both, s, "compile", "false with --adversarial, which needs gradients")
+        both = s.own.adversarial and s.shard
+        settings.require(not both, s, "shard", "false with --adversarial, which needs gradients")
         s.compile = "false" if s.own.adversarial else s.compile
 
     def prepare(self, batch, keys, learner):

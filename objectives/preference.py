@@ -42,6 +42,7 @@ class Settings:
 class Objective(Base):
     kinds = ("pairs",)
     lines = True
+    shards = False
     unit = "nats a pair"
 
     def __init__(self, s, tokenizer):

@@ -47,6 +47,7 @@ class Objective(Base):
     terms = {"loss": 1.0, "reward": 0.0}
     kinds = ("rows",)
     lines = True
+    shards = False
     unit = "(1 - mean reward)"
 
     def __init__(self, s, tokenizer):
