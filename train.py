@@ -298,11 +298,12 @@ def show_result(model, data, s: Settings, run) -> None:
     if not objective.generates:
         print(f"\nnext: {objective.instead.replace('RUN', s.out)}")
         return
-    if s.sample_tokens and data.kind == "text":
+    tokens = 0 if s.shard else s.sample_tokens  # no process has the whole model
+    if tokens and data.kind == "text":
         print("\na sample, by the weights of the last step:\n")
         begin = [sample.turn("user", s.sample_prompt)]
         sample.write_samples(model.eval(), data.tokenizer, begin, picked, echo=s.sample_prompt)
-    elif s.sample_tokens:
+    elif tokens:
         print("\nwhat the weights of the last step answer to rows that they have not seen:")
         for ids in islice(data.split("val").rows(), SHOWN):
             task, turns = data.tokenizer.decode_row(ids)

@@ -208,7 +208,7 @@ def read_state(path: Path) -> tuple[dict, GPTConfig]:
 def load_weights(
     path: Path, merge: bool = True, sound: bool = False
 ) -> tuple[GPT, Tokenizer, dict]:
-    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified unless it is `sound`.
+    """Model (on the CPU), tokenizer and state of a checkpoint folder, verified but if `sound`.
 
     Weights are mapped from the file: of what is not used, nothing is read. An adapter becomes part
     of the weights; without `merge` it stays apart, and learns on. Raises

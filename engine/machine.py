@@ -223,8 +223,11 @@ def start(here: Machine, deterministic: bool) -> None:
 def compile(learner: nn.Module, here: Machine, inputs: list) -> None:
     """Compiles a learner for exercises like this one: which takes a minute, and is done now, by one
     pass, before there is anything that a request to stop could lose. (Where text is mixed with
-    rows, the other form is compiled when it comes up.) `learner.forward` is still what it was."""
-    learner.compile()
+    rows, the other form is compiled when it comes up.) `learner.forward` is still what it was.
+    Of one that is sharded each block is compiled: between them weights are gathered."""
+    sharded = [m for m in learner.modules() if hasattr(m, "unshard") and m is not learner]
+    for module in sharded or [learner]:
+        module.compile()
     with here.autocast():
         sums = learner(*map(here.put, inputs))
     sum(sums).backward()

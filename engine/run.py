@@ -146,6 +146,7 @@ class Run:
             from engine import sharding
 
             sharding.share_work(optimizers)
+            here.say(sharding.describe(learner))
         if self.step:
             checkpoint.load_optimizers(self.path, learner.by_name(), optimizers)
         here.first_does(self.open_log)  # the first that changes anything

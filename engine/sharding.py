@@ -44,8 +44,8 @@ def mesh(kind: str):
 
 def shard(module: nn.Module, here: Machine, dtype: torch.dtype | None) -> None:
     """Leaves of `module` the rows of this process, on its device; gathers them in type `dtype`."""
-    # autocast would keep a copy of each matrix in 16 bits until the backward pass, all of them whole.
-    # Gathered in 16 bits there is nothing to copy, and half as much to send
+    # autocast would keep a copy of each matrix in 16 bits until the backward pass, and so the whole
+    # model. Gathered in 16 bits there is nothing to copy, and half as much to send
     types = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     fully_shard(module, mesh=mesh(here.device.type), mp_policy=types)
     module.set_gradient_divide_factor(1.0)  # the loss is divided already: a sum, and no mean
@@ -72,6 +72,16 @@ def shard_learner(learner: nn.Module, here: Machine) -> None:
         return found
 
     learner.sums = sums_and_reshard
+
+
+def describe(learner: nn.Module) -> str:
+    """What one process keeps, the first, which never has less than another."""
+    mine, every = (
+        sum(16 * size(p) for p in learner.parameters() if p.requires_grad)
+        for size in (lambda p: p.to_local().numel(), lambda p: p.numel())
+    )
+    kept = f"{mine / 1e6:,.1f} of {every / 1e6:,.1f} MB of weights, gradients and moments"
+    return f"sharded: each process keeps {kept}; a sample, which needs them all, is for sample.py"
 
 
 def new_model(config: GPTConfig, seed: int, here: Machine) -> GPT:
