@@ -35,7 +35,7 @@ from typing import Annotated, Literal
 
 import objectives
 from engine import settings
-from engine.settings import BelowOne, Bound, Count, Fraction, NotNegative, Positive
+from engine.settings import BelowOne, Bound, Count, CountOrAuto, Fraction, NotNegative, Positive
 from engine.stop import Stop
 from shape import GPTConfig
 
@@ -63,7 +63,7 @@ class Settings:
     # the optimization; why these rates, and why three: make_optimizers in optim.py
     steps: Positive = 1000  # updates
     batch_tokens: Positive = 8192  # tokens in one update, over all processes
-    device_batch: Count = 0  # most windows in one pass, which bounds memory; 0 is no bound
+    device_batch: CountOrAuto = 0  # most windows in a pass, which bounds memory; 0 is no bound
     optimizer: Literal["muon", "adamw", "nadamw"] = "muon"  # muon has AdamW for embeddings and head
     lr: Rate = 0.02  # of the matrices; with adamw of everything, and about 0.001 is right
     embed_lr: Rate = 0.3  # of the embeddings, with muon, relative to the size they begin with
@@ -218,6 +218,10 @@ def train(s: Settings, stop: Stop) -> int:
     if s.init_from and not run.step:
         adopt_heads(s.init_from, learner, here.say)
     run.make_ready(learner, per_pass)
+    first = train_split.batch(0, B, T, s.seed, here.rank, here.world)
+    if s.device_batch == "auto":
+        s.device_batch = run.device_batch(learner, first)
+        per_pass = windows_in_a_pass(share, s)
     optimizers = make_optimizers(learner, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
     validate = partial(evaluate, learner, val_split, here, stop, s.device_batch, s.eval_tokens)
@@ -227,8 +231,8 @@ def train(s: Settings, stop: Stop) -> int:
     if run.finished():
         return 0
     if here.compile:
-        first = train_split.batch(0, B, T, s.seed, here.rank, here.world).windows(0, per_pass)
-        inputs, _ = objective.prepare(first, [(s.seed, i) for i in range(per_pass)], learner)
+        keys = [(s.seed, i) for i in range(per_pass)]
+        inputs, _ = objective.prepare(first.windows(0, per_pass), keys, learner)
         machine.compile(learner, here, inputs)
 
     # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
@@ -279,7 +283,7 @@ def new_model(s: Settings, data, here):
 
 def windows_in_a_pass(share: int, s: Settings) -> int:
     """The most windows that device_batch allows and that divide the share of a process evenly."""
-    most = min(s.device_batch or share, share)
+    most = share if s.device_batch in (0, "auto") else min(s.device_batch, share)
     return next(n for n in range(most, 0, -1) if share % n == 0)
 
 
@@ -360,6 +364,8 @@ def check(s: Settings) -> None:
     Objective.check(s)
     no_kernels = f"false with objective={s.objective}"
     settings.require(Objective.compiles or s.compile != "true", s, "compile", no_kernels)
+    alone = f"a number with objective={s.objective}, which also uses the model outside of its loss"
+    settings.require(Objective.shards or s.device_batch != "auto", s, "device_batch", alone)
     if s.shard:
         whole = f"false with objective={s.objective}, which also uses the model outside of its loss"
         settings.require(Objective.shards, s, "shard", whole)
@@ -368,9 +374,9 @@ def check(s: Settings) -> None:
         settings.require(not s.lora_rank, s, "lora_rank", "0 with --shard: adapters are small")
     settings.require_package("tensorboard", s.tensorboard)
     settings.require_package("wandb", s.wandb)
-    settings.require_memory(
-        4 * s.model.parameters(), f"{s.model.n_layer} layers of {s.model.n_embd}"
-    )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / world if s.shard else 1  # on this machine
+    size = int(4 * s.model.parameters() * here)
+    settings.require_memory(size, f"{s.model.n_layer} layers of {s.model.n_embd}")
 
 
 def read_settings(argv: list[str]):

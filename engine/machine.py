@@ -81,6 +81,10 @@ class Machine:
         """`value` as the first process has it; what the others have does not count."""
         return self.sum([value if self.rank == 0 else 0])[0]
 
+    def of_each(self, value: float) -> list[float]:
+        """`value` of every process, in order of rank."""
+        return self.sum([value if rank == self.rank else 0 for rank in range(self.world)])
+
     def sum(self, values: list[float]) -> list[float]:
         """The element-wise sum of `values` over all processes."""
         if self.world == 1:

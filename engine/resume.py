@@ -1,6 +1,7 @@
 """Whether a run may go on: whose its folder is, and what must not have changed since it stopped."""
 
 import json
+import os
 from itertools import count
 from pathlib import Path
 
@@ -53,6 +54,28 @@ def check(run, before: dict, now: dict) -> None:
         was = run.state["machine"].get(name, value)
         if was != value:
             print(f"{name} was {was}, is {value}: the same data, but not the same bits")
+
+
+def same_data(data, here) -> str | None:
+    """The digest of the data, in the first process. Several machines may each have a copy: then the
+    first process of each verifies it. Raises ValueError where it is another."""
+    digest = here.first_does(data.verify)
+    if here.world == int(os.environ.get("LOCAL_WORLD_SIZE", here.world)):
+        return digest
+    mine = digest
+    if here.rank and os.environ["LOCAL_RANK"] == "0":
+        mine = data.verify()
+    start = 12  # hexadecimal digits, which a float64 holds exactly
+    of_first = int(here.from_first(int((digest or "0")[:start], 16)))
+    differs = mine is not None and int(mine[:start], 16) != of_first
+    if here.any(differs):
+        if not differs:
+            raise SystemExit(2)
+        raise ValueError(
+            f"the data in {data.folder} on this machine (digest {mine[:8]}) is not what the first"
+            f" machine has ({of_first:012x}): copy it from there"
+        )
+    return digest
 
 
 def as_file(values: dict) -> bytes:

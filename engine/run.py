@@ -111,6 +111,20 @@ class Run:
         shared = [] if self.s.shard or self.here.world == 1 else list(learner.parameters())
         self.here.gradients = machine.GradientSum(shared)
 
+    def device_batch(self, learner: Learner, batch) -> int:
+        """How many windows of this batch, which is a process's share, a pass has memory for: found
+        now, or as the run has found it before, since other passes make other bits."""
+        s, before = self.s, self.state["machine"] or {}
+        now = dict(processes=self.here.world, device=self.here.device.type, shard=s.shard)
+        if before.get("device_batch") and now == {name: before.get(name) for name in now}:
+            found, why = before["device_batch"], "as before: a number changes it"
+        else:
+            keys = [(s.seed, i) for i in range(len(batch.tokens))]
+            inputs, _ = next(learner.objective.exercises(batch, keys, learner))
+            found, why = memory.most_windows(learner, inputs, self.here)
+        self.here.say(f"device_batch=auto: {found} windows in a pass ({why})")
+        return found
+
     def begin(self, data, learner: Learner, optimizers: list, scale, validate: Callable) -> None:
         """Takes up the state of the optimizers, and opens the log where the run stands.
 
@@ -120,7 +134,7 @@ class Run:
         data, OSError if the disk has no room for the next one.
         """
         here, s = self.here, self.s
-        self.digest = here.first_does(data.verify)
+        self.digest = resume.same_data(data, here)
         self.learner, self.optimizers, self.scale = learner, optimizers, scale
         model = learner.gpt
         self.validate, self.tokenizer = validate, data.tokenizer

@@ -40,6 +40,7 @@ class Bound(NamedTuple):
 
 Positive = Annotated[int, Bound("at least 1", lambda n: n >= 1)]
 Count = Annotated[int, Bound("at least 0", lambda n: n >= 0)]
+CountOrAuto = Literal["auto"] | Count
 AboveZero = Annotated[float, Bound("above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Bound("at least 0", lambda x: x >= 0)]
 Fraction = Annotated[float, Bound("from 0 to 1", lambda x: 0 <= x <= 1)]
@@ -78,7 +79,11 @@ def settings_of(cls) -> dict[str, Setting]:
             found |= settings_of(f.type)
         elif f.default is not dataclasses.MISSING:
             line = Setting(f.type, default=f.default, comment=comments[f.name])
-            if get_origin(f.type) is Annotated:
+            if f.type == CountOrAuto:
+                word, number = get_args(f.type)
+                kind, bound = get_args(number)
+                line = line._replace(kind=kind, choices=get_args(word), bound=or_auto(bound))
+            elif get_origin(f.type) is Annotated:
                 kind, bound = get_args(f.type)
                 line = line._replace(kind=kind, bound=bound)
             elif get_origin(f.type) is Literal:
@@ -87,6 +92,10 @@ def settings_of(cls) -> dict[str, Setting]:
                 line = line._replace(kind=str, choices=choices, bound=bound)
             found[f.name] = line
     return found
+
+
+def or_auto(bound: Bound) -> Bound:
+    return Bound(f"auto or {bound.words}", lambda value: value == "auto" or bound.kept(value))
 
 
 def make(cls, values: dict):
@@ -139,7 +148,7 @@ def load(cls, argv: list[str], description: str, positional: str, nargs: str | N
             parser.add_argument(name, nargs=nargs, help=text)
         else:
             many = {"action": "append"} if kind is tuple else {}
-            shown = "|".join(choices) or kind.__name__
+            shown = "|".join([*choices, *([] if choices and kind is str else [kind.__name__])])
             word = name.removesuffix("_")  # `and_` is --and: Python keeps that word to itself
             parser.add_argument("--" + word, dest=name, metavar=shown, help=text, **many)
     flags = {"--" + name for name, setting in settings.items() if setting.kind is bool}
@@ -227,6 +236,8 @@ def convert(name: str, value, setting: Setting):
         found = word == "true"
     elif isinstance(value, bool):
         found = word if setting.choices else None  # compile = True
+    elif kind is int and word in setting.choices:
+        found = word
     elif kind is str:
         found = value if isinstance(value, str) else None
     elif kind in (int, float):
@@ -238,7 +249,8 @@ def convert(name: str, value, setting: Setting):
             pass
     if found is None:
         want = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-        raise ValueError(f"{name}={str(value)[:60]!r} should be {want[kind]}")
+        words = " or ".join([*(setting.choices if kind is int else ()), want[kind]])
+        raise ValueError(f"{name}={str(value)[:60]!r} should be {words}")
     if not setting.bound.kept(found):
         raise ValueError(f"{name}={found!r} should be {setting.bound.words}")
     return found
