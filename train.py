@@ -364,14 +364,13 @@ def check(s: Settings) -> None:
     Objective.check(s)
     no_kernels = f"false with objective={s.objective}"
     settings.require(Objective.compiles or s.compile != "true", s, "compile", no_kernels)
-    alone = f"a number with objective={s.objective}, which also uses the model outside of its loss"
-    settings.require(Objective.shards or s.device_batch != "auto", s, "device_batch", alone)
-    if s.shard:
-        whole = f"false with objective={s.objective}, which also uses the model outside of its loss"
-        settings.require(Objective.shards, s, "shard", whole)
-        several = "false with one process: torchrun starts several"
-        settings.require(world > 1, s, "shard", several)
-        settings.require(not s.lora_rank, s, "lora_rank", "0 with --shard: adapters are small")
+    number = f"a number with objective={s.objective}, which takes the model apart"
+    settings.require(Objective.shards or s.device_batch != "auto", s, "device_batch", number)
+    if s.shard and not (s.eval_only or s.show_batch):
+        inside = f"false with objective={s.objective}, which takes the model apart"
+        settings.require(Objective.shards, s, "shard", inside)
+        settings.require(not s.lora_rank, s, "shard", "false with --lora_rank: adapters are small")
+        settings.require(world > 1, s, "shard", "false with one process: torchrun starts several")
     settings.require_package("tensorboard", s.tensorboard)
     settings.require_package("wandb", s.wandb)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / world if s.shard else 1  # on this machine
@@ -407,6 +406,7 @@ def main(argv: list[str]) -> int:
     if s.eval_only:
         from evaluate import evaluate_run
 
+        s.device_batch = 0 if s.device_batch == "auto" else s.device_batch
         return evaluate_run(s)
     return train(s, stop)
 

@@ -1,5 +1,6 @@
 """Memory for time: what a pass has to remember, and how many windows at once fit."""
 
+import math
 import os
 import weakref
 from contextlib import suppress
@@ -33,8 +34,8 @@ def remember_little(forward, x, rope, mask, cache):
 
 # --- --device_batch=auto
 
-# How much of what is free may be taken. The memory of a CPU is everybody's, and what is freed leaves
-# gaps there: resident memory grew by 1.1 to 3 times what tensors take
+# how much of what is free may be taken. The memory of a CPU is everybody's, and what is freed there
+# leaves gaps: resident memory grew by 1.1 to 3 times what tensors take
 SHARE = dict(cuda=0.9, cpu=0.33, mps=0.33)
 
 
@@ -133,13 +134,13 @@ def free_bytes(here: Machine) -> float:
     if here.device.type == "cuda":
         known = torch.cuda.memory_reserved(here.device) - torch.cuda.memory_allocated(here.device)
         return torch.cuda.mem_get_info(here.device)[0] + known
-    found = [
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-    ]  # of those who cannot say
+    found = []
+    with suppress(AttributeError, ValueError):  # half of what there is, if nobody says what is free
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2]
     with suppress(OSError, ValueError):
         lines = dict(line.split(":") for line in open("/proc/meminfo"))
         found = [1024 * int(lines["MemAvailable"].split()[0])]
     with suppress(OSError, ValueError):  # a container may have less, or no bound: "max"
         limit, used = (Path("/sys/fs/cgroup", f"memory.{x}") for x in ("max", "current"))
         found.append(int(limit.read_text()) - int(used.read_text()))
-    return min(found) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(found or [math.inf]) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

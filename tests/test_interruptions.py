@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 from conftest import CODE, ROOT, TINY
 from test_train import rows, training, weights
 
-from engine import checkpoint
+from engine import checkpoint, tensors
 from engine.metrics import read_metrics
 from engine.resume import lock
 
@@ -287,16 +286,16 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(train, monkeypatch):
     run, whole, original = (
         train.folder / "run",
         weights(train("whole")),
-        safetensors.torch.save_file,
+        tensors.write_safetensors,
     )
 
-    def full(tensors, path):
+    def full(path, shapes, pieces):
         if path.parent.name.startswith("step-00000008"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(tensors, path)
+        original(path, shapes, pieces)
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", full)
+        patch.setattr(tensors, "write_safetensors", full)
         with pytest.raises(OSError, match=r"step-00000008 could not be saved \(No space left"):
             train("run")
     assert checkpoint.verify(run / "step-00000004", checkpoint.NEEDED) == 5
