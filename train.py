@@ -218,9 +218,9 @@ def train(s: Settings, stop: Stop) -> int:
     if s.init_from and not run.step:
         adopt_heads(s.init_from, learner, here.say)
     run.make_ready(learner, per_pass)
-    first = train_split.batch(0, B, T, s.seed, here.rank, here.world)
+    first_batch = partial(train_split.batch, 0, B, T, s.seed, here.rank, here.world)
     if s.device_batch == "auto":
-        s.device_batch = run.device_batch(learner, first)
+        s.device_batch = run.device_batch(learner, first_batch())
         per_pass = windows_in_a_pass(share, s)
     optimizers = make_optimizers(learner, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
@@ -232,7 +232,7 @@ def train(s: Settings, stop: Stop) -> int:
         return 0
     if here.compile:
         keys = [(s.seed, i) for i in range(per_pass)]
-        inputs, _ = objective.prepare(first.windows(0, per_pass), keys, learner)
+        inputs, _ = objective.prepare(first_batch().windows(0, per_pass), keys, learner)
         machine.compile(learner, here, inputs)
 
     # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
