@@ -42,14 +42,29 @@ def mesh(kind: str):
     return init_device_mesh(kind, (dist.get_world_size(),))
 
 
+@torch.no_grad()
 def shard(module: nn.Module, here: Machine, dtype: torch.dtype | None) -> None:
-    """Leaves of `module` the rows of this process, on its device; gathers them in type `dtype`."""
+    """Leaves of `module` the rows of this process, on its device; gathers them in type `dtype`.
+
+    Of weights that are mapped from a file only these rows are read.
+    """
+    whole = {}
+    for name, p in module.named_parameters():
+        if not isinstance(p, DTensor):
+            owner, _, key = name.rpartition(".")
+            whole[name] = p
+            empty = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            module.get_submodule(owner)._parameters[key] = empty
     # autocast would keep a copy of each matrix in 16 bits until the backward pass, and so the whole
     # model. Gathered in 16 bits there is nothing to copy, and half as much to send
     types = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     fully_shard(module, mesh=mesh(here.device.type), mp_policy=types)
     module.set_gradient_divide_factor(1.0)  # the loss is divided already: a sum, and no mean
     module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    module._apply(lambda t: torch.empty_like(t, device=here.device) if t.is_meta else t)
+    for name, p in module.named_parameters():
+        if name in whole:
+            p.to_local().copy_(whole[name][slice(*span(p.size(0)))])
 
 
 def shard_blocks(module: nn.Module, here: Machine) -> None:
@@ -117,22 +132,23 @@ class BlockByBlock(GPT):
 # --- rows of a tensor, to and from files that hold it whole
 
 
-def span(rows: int, rank: int, world: int) -> tuple[int, int]:
-    """The first row of a process, and that behind its last."""
-    most = -(-rows // world)
+def span(rows: int, rank: int | None = None) -> tuple[int, int]:
+    """The first row of a process, by default of this one, and that behind its last."""
+    rank = dist.get_rank() if rank is None else rank
+    most = -(-rows // dist.get_world_size())
     return min(rank * most, rows), min((rank + 1) * most, rows)
 
 
 def whole_in_pieces(tensor: DTensor) -> Iterator[Tensor]:
     """To the first process all rows of a sharded tensor, as many at once as a process has; to the
     others, who have to ask as well, nothing."""
-    local, rank, world = tensor.to_local().detach(), dist.get_rank(), dist.get_world_size()
+    local, rank = tensor.to_local().detach(), dist.get_rank()
     if rank == 0:
         yield local
     elif local.numel():
         dist.send(local.contiguous(), 0)
-    for other in range(1, world if rank == 0 else 1):
-        first, end = span(tensor.size(0), other, world)
+    for other in range(1, dist.get_world_size() if rank == 0 else 1):
+        first, end = span(tensor.size(0), other)
         if end > first:
             piece = local.new_empty(end - first, *tensor.shape[1:])
             dist.recv(piece, other)
@@ -141,8 +157,7 @@ def whole_in_pieces(tensor: DTensor) -> Iterator[Tensor]:
 
 def rows_of(whole: Tensor, p: DTensor) -> DTensor:
     """Of `whole`, in a file, those rows that this process has of `p`."""
-    first, end = span(p.size(0), dist.get_rank(), dist.get_world_size())
-    return of_rows(whole[first:end].to(p.device, copy=True), p)
+    return of_rows(whole[slice(*span(p.size(0)))].to(p.device, copy=True), p)
 
 
 def of_rows(local: Tensor, p: DTensor) -> DTensor:
@@ -160,7 +175,7 @@ class ShardedMuon(Muon):
     def directions(self, ahead: list[DTensor]) -> list[DTensor]:
         rank, world = dist.get_rank(), dist.get_world_size()
         rows, columns = ahead[0].shape
-        sizes = [e - s for s, e in (span(rows, r, world) for r in range(world))]
+        sizes = [end - first for first, end in (span(rows, r) for r in range(world))]
         mine = range(rank, len(ahead), world)  # the matrices that this process makes orthogonal
         shares = [len(range(r, len(ahead), world)) for r in range(world)]
         # 1. to each process this one's rows of its matrices, and from each its rows of mine
