@@ -364,10 +364,10 @@ def check(s: Settings) -> None:
     Objective.check(s)
     no_kernels = f"false with objective={s.objective}"
     settings.require(Objective.compiles or s.compile != "true", s, "compile", no_kernels)
-    number = f"a number with objective={s.objective}, which takes the model apart"
+    number = f"a number with objective={s.objective}, which calls parts of the model"
     settings.require(Objective.shards or s.device_batch != "auto", s, "device_batch", number)
     if s.shard and not (s.eval_only or s.show_batch):
-        inside = f"false with objective={s.objective}, which takes the model apart"
+        inside = f"false with objective={s.objective}, which calls parts of the model"
         settings.require(Objective.shards, s, "shard", inside)
         settings.require(not s.lora_rank, s, "shard", "false with --lora_rank: adapters are small")
         settings.require(world > 1, s, "shard", "false with one process: torchrun starts several")

@@ -51,13 +51,13 @@ def most_windows(learner: nn.Module, inputs: tuple, here: Machine) -> tuple[int,
     fits = max(n for n in sizes if n == 1 or fixed + n * each <= room)
     most = int(min(here.of_each(fits)))
     # alone, a process can find out: sharded, one that fails would leave the others waiting
-    while here.device.type == "cuda" and most > 1 and not is_sharded(learner):
+    while here.device.type == "cuda" and most > 1 and not hasattr(learner, "unshard"):
         try:
             pass_bytes(learner, inputs, most, here)
             fits = most
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
             fits = max(n for n in sizes if n < most)
+        torch.cuda.empty_cache()  # what has failed is let go of by now
         least = int(min(here.of_each(fits)))
         if least == most:
             break
@@ -123,10 +123,6 @@ def moments(learner: nn.Module) -> int:
     """What optimizers will keep beside the weights: not there yet when passes are tried."""
     local = (p.to_local() if hasattr(p, "to_local") else p for p in learner.parameters())
     return sum(2 * p.nbytes for p in local if p.requires_grad)
-
-
-def is_sharded(learner: nn.Module) -> bool:
-    return hasattr(learner, "unshard")
 
 
 def free_bytes(here: Machine) -> float:

@@ -96,7 +96,7 @@ def describe(learner: nn.Module) -> str:
         for size in (lambda p: p.to_local().numel(), lambda p: p.numel())
     )
     kept = f"{mine / 1e6:,.1f} of {every / 1e6:,.1f} MB of weights, gradients and moments"
-    return f"sharded: each process keeps {kept}; a sample, which needs them all, is for sample.py"
+    return f"sharded: each process keeps up to {kept}; sample.py, with all, writes samples"
 
 
 def new_model(config: GPTConfig, seed: int, here: Machine) -> GPT:

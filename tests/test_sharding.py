@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,3 +262,18 @@ def test_device_batch_auto_takes_what_memory_there_is(train, monkeypatch, capsys
     said = capsys.readouterr().out
     assert f"device_batch=auto: {most} windows in a pass (as before" in said and " was " in said
     assert isinstance(moments[0], Learner) and len(moments) == 1
+
+
+def test_a_gpu_that_runs_out_of_memory_gets_fewer_windows(monkeypatch):
+    """A stub: 12 windows are said to fit, and 3 do."""
+
+    def takes(learner, inputs, windows, here):
+        if windows > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1000 * windows
+
+    monkeypatch.setattr(memory, "pass_bytes", takes)
+    monkeypatch.setattr(memory, "free_bytes", lambda here: 1e9)
+    here = SimpleNamespace(device=SimpleNamespace(type="cuda"), of_each=lambda value: [value])
+    most, _ = memory.most_windows(torch.nn.Linear(1, 1), (torch.zeros(12, 4),), here)
+    assert most == 3
