@@ -102,6 +102,12 @@ class GPT(nn.Module):
         """Hidden states (..., C) to float32 logits (..., V)."""
         return self.head(x, self.wte.weight)
 
+    def cross_entropy(
+        self, x: Tensor, targets: Tensor, reduction: str = "mean", smoothing: float = 0.0
+    ) -> Tensor:
+        """Hidden states (..., C) and `targets` (...) to the loss in nats, see `Head`."""
+        return self.head.cross_entropy(x, targets, self.wte.weight, reduction, smoothing)
+
     def forward(
         self,
         tokens: Tensor,
@@ -118,14 +124,9 @@ class GPT(nn.Module):
         `cache`, only the last position's logits: (B, 1, V), for they choose the next token.
         """
         x = self.trunk(tokens, mask, positions, cache)
-        logits = self.logits(x if cache is None else x[:, -1:])
         if targets is None:
-            return logits
-        # softmax makes e^logit of each logit and divides by their sum: positive numbers p that add
-        # up to 1. The loss is -ln p(target): 0 if the model was sure and right, ln V if it finds
-        # all tokens equally likely
-        logits, targets = logits.flatten(0, 1), targets.flatten()  # (B T, V), (B T)
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+            return self.logits(x if cache is None else x[:, -1:])
+        return self.cross_entropy(x, targets, reduction)
 
     def init_weights(self, seed: int) -> None:
         """Draws all matrices, on the CPU, a function of `seed` alone: see `draw` at the end."""
@@ -387,6 +388,19 @@ class Head(nn.Module):
         if self.cap:  # no logit runs away, which keeps training stable (arXiv:2408.00118)
             logits = self.cap * torch.tanh(logits / self.cap)
         return logits
+
+    def cross_entropy(
+        self, x: Tensor, targets: Tensor, embedding: Tensor, reduction: str, smoothing: float
+    ) -> Tensor:
+        """-ln p(target): 0 where the model was sure and right, ln V where it finds all V tokens
+        equally likely; the mean or sum over all targets but those of -100.
+
+        Softmax makes p of the logits: e^logit each, divided by their sum, so that they are positive
+        and add up to 1. `smoothing` gives this share of each target to all tokens alike.
+        """
+        logits, targets = self(x, embedding).flatten(0, -2), targets.flatten()  # (N, V), (N)
+        options = dict(ignore_index=IGNORE, reduction=reduction, label_smoothing=smoothing)
+        return F.cross_entropy(logits, targets, **options)
 
 
 # --- the first weights

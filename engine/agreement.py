@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from model import Attention, Head, KVCache, Norm, rotary
+from model import IGNORE, MLP, Attention, Head, KVCache, Norm, rotary
 from shape import GPTConfig
 
 SHORT = 512  # longest context for which plain products beat the fused kernel on a CPU
@@ -34,6 +34,7 @@ def largest_error(
         nn.Embedding: lambda: nn.Embedding(c.vocab_size, c.n_embd),
         Norm: lambda: Norm(c.head_dim, c),
         Attention: lambda: Attention(c, 0),
+        MLP: lambda: MLP(c),
         Head: lambda: Head(c),
     }
     module = new[reference]()
@@ -98,6 +99,16 @@ def trials(
         table = normal(c.vocab_size, c.n_embd)
         for T in (1, 7):
             yield lambda m, x: m(x, table.to(x.dtype)), normal(2, T, c.n_embd), True
+            targets = torch.randint(c.vocab_size, (2, T), generator=g).to(device)
+            targets[0, 0] = IGNORE
+            for how in (("mean", 0.0), ("sum", 0.1)):
+
+                def loss(m, x, targets=targets, how=how):
+                    return m.cross_entropy(x, targets, table.to(x.dtype), *how)
+
+                yield loss, normal(2, T, c.n_embd), True
+    elif reference is MLP:
+        yield lambda m, x: m(x), normal(2, 7, c.n_embd), True
     else:
         yield from attention_trials(c, device, g, normal, training)
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.agreement import SHORT, largest_error
+from engine.gradients import ActivatedLinear, PiecewiseCrossEntropy, RMSNormalise
 from engine.machine import Machine
-from model import Attention, Head, Norm
+from model import IGNORE, MLP, Attention, Head, Norm, gelu, relu2
 from shape import GPTConfig
 
 
@@ -25,27 +26,6 @@ class FastEmbedding(nn.Embedding):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         return x
-
-
-class RMSNormalise(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) over the last dimension, with the gradient written out.
-
-    On a CPU, F.rms_norm is a chain of small kernels, and so is its gradient: twice the time.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (length.square() / x.size(-1) + eps).rsqrt().to(x.dtype)  # (..., 1)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        y, scale = ctx.saved_tensors
-        along = (g * y).mean(dim=-1, keepdim=True)  # moving x along itself changes nothing
-        return torch.addcmul(g, y, along, value=-1) * scale, None
 
 
 class FastNorm(Norm):
@@ -127,8 +107,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return y.reshape(B, H, T, D)
 
 
+class FastMLP(MLP):
+    """Of the wide layer in the middle, half of what autograd would keep."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = type(self.down) is nn.Linear and not self.down._forward_hooks
+        known = self.gate is None and self.activation in (gelu, relu2)
+        if not (plain and known and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return super().forward(x)
+        down = self.down
+        return ActivatedLinear.apply(self.up(x), down.weight, down.bias, self.activation)
+
+
 class FastHead(Head):
-    """A vocabulary padded for tensor cores, and a cap without tanh."""
+    """A vocabulary padded for tensor cores, a cap without tanh, the loss in pieces."""
 
     def product(self, x: Tensor, embedding: Tensor) -> Tensor:
         weight = embedding if self.weight is None else self.weight  # (V, C)
@@ -141,11 +133,23 @@ class FastHead(Head):
         # the same as cap * tanh(logits / cap); tanh is several times slower on a CPU
         return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
 
+    def cross_entropy(self, x, targets, embedding, reduction, smoothing) -> Tensor:
+        """In pieces, but for float16, whose small gradients need scaling first, and for compiled
+        kernels, which join these steps themselves."""
+        weight = embedding if self.weight is None else self.weight
+        whole = x.dtype == torch.float16 or torch.compiler.is_compiling()
+        if reduction == "none" or weight.dtype == torch.float16 or whole:
+            return super().cross_entropy(x, targets, embedding, reduction, smoothing)
+        x, targets = x.flatten(0, -2), targets.flatten()
+        loss = PiecewiseCrossEntropy.apply(x, weight, targets, self.cap, smoothing)
+        return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
+
 
 PARTS = {  # name: the module of model.py, what may take its place
     "embedding": (nn.Embedding, FastEmbedding),
     "norm": (Norm, FastNorm),
     "attention": (Attention, FastAttention),
+    "mlp": (MLP, FastMLP),
     "head": (Head, FastHead),
 }
 

@@ -204,7 +204,7 @@ def start(here: Machine, deterministic: bool) -> None:
         torch.cuda.set_device(here.device)
     elif sys.platform == "linux":
         # keep freed memory instead of returning it: page faults take a tenth of a small step
-        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
+        for option, value in ((M_MMAP_THRESHOLD, 1 << 23), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
             getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(option, value)
     if here.world > 1:
         backend, how = "nccl" if here.device.type == "cuda" else "gloo", {}

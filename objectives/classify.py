@@ -111,7 +111,7 @@ class Objective(Base):
         scores = heads["label"](F.dropout(h, self.own.head_dropout, gpt.training)).float()
         nats = F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
         at = targets != IGNORE
-        prompt = F.cross_entropy(gpt.logits(x[at]), targets[at], reduction="sum")
+        prompt = gpt.cross_entropy(x[at], targets[at], "sum")
         return [nats, prompt, (scores.argmax(dim=-1) == labels).sum()]
 
 

@@ -83,7 +83,7 @@ class Objective(Base):
         cross = (row[:, None, :, None] == prompt_row[:, None, None]) & (row > 0)[:, None, :, None]
         x = decode(gpt, heads["cross"], answer, answer_at, mask, states, cross)
         at = targets != IGNORE
-        return [F.cross_entropy(gpt.logits(x[at]), targets[at], reduction="sum")]
+        return [gpt.cross_entropy(x[at], targets[at], "sum")]
 
 
 def packed(chosen, *arrays) -> list:

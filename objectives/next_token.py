@@ -54,8 +54,6 @@ class Objective(Base):
         return self.tokenizer.decode([*inputs[0][i].tolist(), *last[last != IGNORE].tolist()])
 
     def loss(self, gpt, heads, tokens, targets, positions, mask):
-        import torch.nn.functional as F
-
         smoothing = self.own.label_smoothing if gpt.training else 0.0
         # of rows about half is asked for, and the head is the largest product. Where kernels are
         # compiled the shapes must not depend on the data
@@ -64,10 +62,7 @@ class Objective(Base):
         def nats(embedded=None):
             x = gpt.trunk(tokens, mask, positions, embedded=embedded)
             asked = targets != IGNORE if part_of_it else ...
-            logits, wanted = gpt.logits(x[asked]), targets[asked]
-            logits, wanted = logits.view(-1, logits.size(-1)), wanted.flatten()
-            options = dict(ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
-            return F.cross_entropy(logits, wanted, **options)
+            return gpt.cross_entropy(x[asked], targets[asked], "sum", smoothing)
 
         if self.own.adversarial and gpt.training:
             from robust import adversarial

@@ -1,0 +1,136 @@
+"""Functions whose gradients are written out, since autograd would keep more, or take longer.
+
+Of a batch of 4 x 256 tokens in GPT-2's smallest shape, autograd keeps 12 MB in each layer for the
+activation beside its input, and 206 MB of logits, their softmax and their gradient for the loss.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import IGNORE, gelu
+
+PIECE = 2**22  # logits in a piece: 16 MB, which stay in the cache between one use and the next
+
+
+def working_type(x: Tensor) -> torch.dtype:
+    """The type of matrix products: that of autocast, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class RMSNormalise(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, with the gradient written out.
+
+    On a CPU, F.rms_norm is a chain of small kernels, and so is its gradient: twice the time.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (length.square() / x.size(-1) + eps).rsqrt().to(x.dtype)  # (..., 1)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        y, scale = ctx.saved_tensors
+        along = (g * y).mean(dim=-1, keepdim=True)  # moving x along itself changes nothing
+        return torch.addcmul(g, y, along, value=-1) * scale, None
+
+
+class ActivatedLinear(torch.autograd.Function):
+    """linear(activation(x)), for GELU or ReLU^2. What the activation gives is made again in the
+    backward pass, which is cheaper than to keep it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, activation) -> Tensor:
+        """x (..., inputs) to (..., outputs)."""
+        ctx.save_for_backward(x, weight)
+        ctx.activation, ctx.bias = activation, bias is not None
+        return F.linear(activation(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, weight = ctx.saved_tensors
+        rows, flat = g.flatten(0, -2), x.flatten(0, -2)  # (N, outputs), (N, inputs)
+        da = rows @ weight.to(g.dtype)
+        if ctx.activation is gelu:
+            dx = torch.ops.aten.gelu_backward(da, flat, approximate="tanh")
+        else:
+            dx = da.mul_(flat.relu()).mul_(2)
+        dw = (rows.mT @ ctx.activation(flat)).to(weight.dtype)
+        db = rows.sum(dim=0).to(weight.dtype) if ctx.bias else None
+        return dx.view(x.shape), dw, db, None
+
+
+class PiecewiseCrossEntropy(torch.autograd.Function):
+    """The sum over targets; `cap` is that of `Head`, `smoothing` that of F.cross_entropy.
+
+    The gradient of the loss with respect to logits is known as soon as they are: softmax(logits)
+    less the target. So a piece of them can be made, used for all three products (logits, the
+    gradients of the states and of the weight) and forgotten; the logits of a whole batch never
+    stand in memory. Liger Kernel (arXiv:2410.10989) does so on GPUs.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, smoothing: float):
+        """States (N, C), weight (V, C), targets (N) to one number."""
+        ctx.save_for_backward(x, weight, targets)
+        ctx.options = cap, smoothing
+        loss, *ctx.gradients = in_pieces(x, weight, targets, cap, smoothing, ctx.needs_input_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        if ctx.gradients is None:  # a second time through a graph that was retained
+            wanted = ctx.needs_input_grad
+            _, *ctx.gradients = in_pieces(*ctx.saved_tensors, *ctx.options, wanted)
+        found, ctx.gradients = ctx.gradients, None  # given away: torch need not copy them
+        return *(z if z is None else z.mul_(g) for z in found), None, None, None
+
+
+def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple:
+    """The loss, and the gradients of x and weight if `wanted`: like these, or None."""
+    (N, _), V = x.shape, weight.size(0)
+    dtype = working_type(x)
+    w = weight.to(dtype)
+    loss = torch.zeros((), device=x.device)
+    dx = torch.empty_like(x) if wanted[0] else None
+    dw = None
+    with torch.autocast(x.device.type, enabled=False):
+        for i in range(0, N, rows := max(64, PIECE // V)):
+            h, y = x[i : i + rows].to(dtype), targets[i : i + rows]
+            z = F.linear(h, w).float()  # (rows, V)
+            if cap:
+                z.mul_(2 / cap).sigmoid_().mul_(2 * cap).sub_(cap)  # as in FastHead
+            ln_p = z.log_softmax(dim=-1)
+            options = dict(ignore_index=IGNORE, reduction="sum")
+            loss += (1 - smoothing) * F.nll_loss(ln_p, y, **options)
+            counts = (y != IGNORE)[:, None]
+            if smoothing:
+                loss -= smoothing * (ln_p.mean(dim=-1, keepdim=True) * counts).sum()
+            if not any(wanted[:2]):
+                continue
+            g = ln_p.exp_()  # the gradient of the logits: softmax less the target
+            target = torch.full_like(y[:, None], smoothing - 1, dtype=g.dtype)
+            g.scatter_add_(1, y[:, None].clamp(min=0), target)
+            if smoothing:
+                g -= smoothing / V
+            g *= counts
+            if cap:
+                g.addcmul_(g, z.square_(), value=-(cap**-2))
+            g = g.to(dtype)
+            if dx is not None:
+                dx[i : i + rows] = g @ w
+            if wanted[1]:
+                if dw is None:
+                    dw = (g.mT @ h).to(weight.dtype)
+                elif dw.dtype == dtype:
+                    dw.addmm_(g.mT, h)
+                else:
+                    dw += g.mT @ h
+    if wanted[1] and dw is None:  # nothing was asked
+        dw = torch.zeros_like(weight)
+    return loss, dx, dw
