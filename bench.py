@@ -27,8 +27,10 @@ from typing import Literal
 
 import peers
 from engine import settings
+from engine.arithmetic import products
 from engine.measure import figure, in_turn, print_table, timed
 from engine.settings import Positive
+from shape import GPTConfig
 
 ROOT = Path(__file__).parent
 GPT2 = dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, embed_norm=False)
@@ -84,11 +86,14 @@ def dimensions(s: Settings) -> dict:
     return {name: getattr(s, name) for name in names}
 
 
-def our_model(s: Settings):
-    from model import GPT, GPTConfig
+def our_shape(s: Settings) -> GPTConfig:
+    return GPTConfig(**dimensions(s), **(GPT2 if s.shape == "gpt2" else {}), zero_init=False)
 
-    more = GPT2 if s.shape == "gpt2" else {}
-    model = GPT(GPTConfig(**dimensions(s), **more, zero_init=False))
+
+def our_model(s: Settings):
+    from model import GPT
+
+    model = GPT(our_shape(s))
     model.init_weights(0)
     return model
 
@@ -159,12 +164,8 @@ def train(s: Settings, dtype: str, peer: bool = False, of_rows: bool = False) ->
         loss.item()
 
     speed = s.rows * s.length * here.world / timed(s.calls, step)
-    # products: 6 for each weight and token, but for rows that are only looked up: GPT-2's positions
-    # (its tokens are the head as well), or our tokens; and attention's scores and sums
-    looked_up = (s.vocab_size if s.shape == "modern" else s.block_size) * s.n_embd
-    weights = sum(p.numel() for p in parameters) - looked_up
-    products = 6 * weights + 12 * s.n_layer * s.n_embd * s.length / 2
-    return figure(speed, "tokens/s", f"{products * speed / 1e9:,.0f} GFLOP/s")
+    flops = products(our_shape(s), s.length) * speed
+    return figure(speed, "tokens/s", f"{flops / 1e9:,.0f} GFLOP/s")
 
 
 # --- decode

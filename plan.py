@@ -1,0 +1,202 @@
+"""What a training run will need, before it begins: memory, time, cost, batch, perhaps its loss.
+
+    python plan.py --params=1.5B --tokens=30B --gpus=8
+    python plan.py --n_layer=12 --n_embd=768 --n_head=12 --vocab_size=50257 --gpu=rtx4090
+    python plan.py --params=10M --tokens=40M out/s1 out/s2 out/s3 out/s4 out/s5
+
+All of it is arithmetic (engine/arithmetic.py); only the share of a card's peak that training
+reaches (`mfu`) is experience, and yours may differ. With runs of yours, each of another size or
+with other tokens, a curve is fitted to their losses, and says what the planned run should reach:
+
+    loss = E + A / N^a + B / D^b          (arXiv:2203.15556, section 3.3)
+
+E is what no model can know of the text; the second term is what N parameters cannot express, the
+third what D tokens have not taught. docs/scaling.md has an example, and how good it was.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+
+from engine import settings
+from engine.arithmetic import activations, products, state
+from engine.settings import Bound, NotNegative, Positive
+from shape import GPTConfig
+
+# memory in GB; peak of dense products in 16 bits, TFLOP/s (bfloat16, but of V100 and T4): of their
+# makers
+CARDS = dict(
+    h200=(141, 989), h100=(80, 989), a100=(80, 312), a100_40=(40, 312), l40s=(48, 362),
+    l4=(24, 121), v100=(32, 125), t4=(16, 65), rtx5090=(32, 209), rtx4090=(24, 165),
+    rtx3090=(24, 71),
+)  # fmt: skip
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+AMOUNT = re.compile(r"(\d+(?:\.\d+)?)([kMBT]?)")
+Share = Annotated[float, Bound("above 0, at most 1", lambda x: 0 < x <= 1)]
+KNOWN = "a number such as 124M, 1.5B or 30B"
+Amount = Annotated[str, Bound(KNOWN, lambda text: text == "" or AMOUNT.fullmatch(text))]
+RESERVED = 0.1  # of a card's memory: the framework's own, and what lies between blocks
+
+
+@dataclass
+class Settings:
+    runs: tuple = ()  # finished runs of yours: predict the loss from theirs
+    params: Amount = ""  # such as 1.5B: a shape of about that size, instead of n_layer and others
+    tokens: Amount = ""  # to learn from, such as 30B; by default 20 for each parameter
+    gpus: Positive = 1  # cards, of all machines
+    gpu: Literal[tuple(CARDS)] = "h100"  # which card
+    memory: NotNegative = 0.0  # GB of one, if not that card's
+    tflops: NotNegative = 0.0  # TFLOP/s of one at its peak, if not that card's
+    mfu: Share = 0.4  # the share of it that training reaches: 0.3 to 0.55 as a rule
+    price: NotNegative = 2.0  # of an hour of one card, in your money
+    shard: bool = True  # each card keeps its share of parameters, gradients and moments
+    optimizer: Literal["muon", "adamw"] = "muon"  # as in train.py
+    vocab_size: Positive = 50257  # tokens that there are
+    model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0, block_size=2048))
+
+
+def main(argv: list[str]) -> None:
+    s = settings.load(Settings, argv, "Plan a training run.", "runs", nargs="*")
+    c = replace(s.model, vocab_size=s.vocab_size)
+    if s.params:
+        c = shape_of(amount(s.params), c)
+    N, T = c.parameters(), c.block_size
+    D = amount(s.tokens) if s.tokens else 20.0 * N
+    settings.require(D >= T, s, "tokens", f"at least one window of block_size={T}")
+    per_token = products(c, T)
+    names = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
+    print(f"model    {words(N)} parameters: {', '.join(f'{k}={getattr(c, k)}' for k in names)}")
+    enough = "20 make the most of the compute: arXiv:2203.15556"
+    print(f"tokens   {words(D)}, {D / N:.3g} for each parameter ({enough})")
+    print(f"compute  {per_token * D:.2g} operations: {words(per_token)} for each token")
+
+    # the batch that is just not wasteful grows with the compute (arXiv:2401.02954, section 3.1)
+    least = T * s.gpus
+    windows = max(1, round(0.2920 * (per_token * D) ** 0.3271 / least))  # of each card
+    print_memory(s, c, windows)
+    updates = math.ceil(D / (windows * least))
+    rule = "a rule of thumb: arXiv:2401.02954"
+    print(f"batch    --batch_tokens={windows * least} --steps={updates} ({rule})")
+
+    peak = s.tflops or CARDS[s.gpu][1]
+    speed = s.gpus * peak * 1e12 * s.mfu / per_token  # tokens a second
+    hours = D / speed / 3600
+    total = f"{words(s.gpus * hours)} card hours, {words(s.gpus * hours * s.price)}"
+    print(f"time     {duration(hours)} at {s.mfu:.0%} of {peak:g} TFLOP/s: {words(speed)} tokens/s")
+    print(f"cost     {total} at {s.price:g} an hour")
+    if s.runs:
+        predict(s, c, D)
+
+
+def shape_of(params: float, c: GPTConfig) -> GPTConfig:
+    """The shape whose size is nearest to `params`: 64 channels of width for each layer, in heads of
+    128 (32 in small ones), as in karpathy/nanochat."""
+    fits = []
+    for n_layer in range(1, 200):
+        D = 128 if n_layer >= 8 else 32
+        C = max(D, round(64 * n_layer / D) * D)
+        derived = dict(head_dim=0, mlp_dim=0, n_kv_head=0)
+        found = replace(c, n_layer=n_layer, n_embd=C, n_head=C // D, **derived)
+        fits.append((abs(math.log(found.parameters() / params)), n_layer, found))
+    return min(fits)[2]
+
+
+def print_memory(s: Settings, c: GPTConfig, windows: int) -> None:
+    """What a card has to hold, and how many of its `windows` of an update fit into one pass."""
+    memory, parts = s.memory or CARDS[s.gpu][0], s.gpus if s.shard else 1
+    weights, moments = (x / parts for x in state(c, s.optimizer))
+    # in 16 bits; where kernels are compiled, logits stand in memory as such, as float32 and with
+    # their gradient
+    window = c.block_size * (2 * c.n_layer * activations(c) + 8 * c.vocab_size)
+    whole = 4 * c.parameters() / c.n_layer if parts > 1 else 0.0  # a block while it computes
+    left = memory * 1e9 * (1 - RESERVED) - weights - moments - whole
+    where = f"a share of {s.gpus}" if parts > 1 else "whole"
+    held = f"{gigabytes(weights)} of parameters and gradients, {gigabytes(moments)} of moments"
+    print(f"memory   {held} ({where}), {gigabytes(window)} a window; a card has {memory:g} GB")
+    if left < window:
+        more = "more --gpus" if s.shard else "--shard=true"
+        print(f"         too little: {more}, a shorter --block_size, or a card of more memory")
+        return
+    rows = min(int(left // window), windows)
+    print(f"         --device_batch={rows}, passes to an update: {math.ceil(windows / rows)}")
+
+
+def gigabytes(x: float) -> str:
+    return f"{x / 1e9:.3g} GB"
+
+
+def amount(text: str) -> float:
+    number, unit = AMOUNT.fullmatch(text).groups()
+    return float(number) * UNITS[unit]
+
+
+def words(x: float) -> str:
+    """A number as people write it: 1.49B."""
+    unit = next((unit for unit, size in reversed(UNITS.items()) if x >= size), "")
+    return f"{x / UNITS[unit]:.3g}{unit}"
+
+
+def duration(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.3g} minutes"
+    return f"{hours:.3g} hours" if hours < 72 else f"{hours / 24:.3g} days"
+
+
+# --- the loss to be expected
+
+
+def predict(s: Settings, c: GPTConfig, D: float) -> None:
+    """Prints what the runs had, what the curve through them has there, and what comes next."""
+    found = np.array([measured(Path(run)) for run in s.runs])
+    enough = "at least five finished runs, of three sizes"
+    settings.require(len(found) >= 5 and len({*found[:, 0]}) >= 3, s, "runs", enough)
+    E, A, a, B, b = fit(*found.T)
+
+    def row(name: str, n: float, d: float, loss: str) -> None:
+        curve = E + A / n**a + B / d**b
+        print(f"{name[-24:]:24} {words(n):>8} {words(d):>8} {loss:>8} {curve:8.4f}")
+
+    print(f"\nloss = {E:.3f} + {A:.4g} / N^{a:.3g} + {B:.4g} / D^{b:.3g}")
+    print(f"{'':24} {'N':>8} {'D':>8} {'loss':>8} {'curve':>8}     N: without the embedding")
+    for run, (n, d, loss) in zip(s.runs, found, strict=True):
+        row(run, n, d, f"{loss:.4f}")
+    row("planned", products(c, 0) / 6, D, "?")
+
+
+def measured(run: Path) -> tuple[float, float, float]:
+    """Of a run: its parameters but for the embedding, the tokens that it has learned from, and its
+    last validation loss. Raises ValueError."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        row = [r for r in map(json.loads, lines) if "val_loss" in r][-1]
+        state = json.loads(max(run.glob("step-*/state.json")).read_text())
+        return products(GPTConfig(**state["model"]), 0) / 6, row["tokens"], row["val_loss"]
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as e:
+        raise ValueError(f"runs: {run} holds no finished run of train.py ({e})") from e
+
+
+def fit(N, D, loss) -> tuple[float, float, float, float, float]:
+    """E, A, a, B, b of the curve: the least squares of all exponents from 0.05 to 1."""
+    best = (math.inf,)
+    for a in np.arange(0.05, 1.001, 0.025):
+        for b in np.arange(0.05, 1.001, 0.025):
+            terms = np.stack([np.ones_like(N), N**-a, D**-b], axis=1)
+            size = terms.max(axis=0)
+            solved, *_ = np.linalg.lstsq(terms / size, loss, rcond=None)
+            if (solved >= 0).all():
+                error = float(np.square(terms / size @ solved - loss).sum())
+                best = min(best, (error, a, b, *(solved / size)))
+    if best[0] == math.inf:
+        raise ValueError("runs: their losses do not fall with parameters and tokens")
+    _, a, b, E, A, B = best
+    return E, A, a, B, b
+
+
+if __name__ == "__main__":
+    settings.run(main)
