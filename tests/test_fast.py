@@ -6,9 +6,11 @@ import textwrap
 import pytest
 import torch
 from test_model import SHAPES, make, tokens
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as book
-from engine import fast
+from engine import fast, gradients
 from engine.machine import Machine
 from model import GPTConfig
 
@@ -41,6 +43,10 @@ EDITS = {  # what a student may change: the class, the line, what becomes of it,
     "values halved": ("Attention", "y = weights @ v", "y = weights @ v * 0.5", "attention"),
     "another norm": ("Norm", "y.square().mean(", "y.abs().mean(", "norm"),
     "another constant": ("Norm", "+ self.eps", "+ 10 * self.eps", "norm"),
+    "another bend": ("MLP", "self.activation(self.up(x))", "self.activation(1.1 * self.up(x))",
+                     "mlp"),
+    "another loss": ("Head.cross_entropy", "F.cross_entropy(logits,", "F.cross_entropy(2 * logits,",
+                     "head"),
     "no cap": ("Head", "self.cap * torch.tanh(logits / self.cap)", "logits", "head"),
 }  # fmt: skip
 
@@ -49,15 +55,55 @@ EDITS = {  # what a student may change: the class, the line, what becomes of it,
 @pytest.mark.parametrize("edit", EDITS)
 def test_whoever_edits_the_book_is_obeyed(edit, dtype, monkeypatch):
     owner, old, new, part = EDITS[edit]
-    kind = getattr(book, owner)
-    source = textwrap.dedent(inspect.getsource(kind.forward))
+    owner, _, method = owner.partition(".")
+    kind, method = getattr(book, owner), method or "forward"
+    source = textwrap.dedent(inspect.getsource(getattr(kind, method)))
     assert source.count(old) == 1
     names: dict = {}
     exec(source.replace(old, new), vars(book), names)
-    monkeypatch.setattr(kind, "forward", names["forward"])
-    for training in (True, False):
+    monkeypatch.setattr(kind, method, names[method])
+    # where nothing is learned, the fast MLP is that of the book
+    for training in (True, False)[: 1 if part == "mlp" else 2]:
         agreeing = fast.agreeing(shape("modern"), CPU, dtype, training)
         assert part not in agreeing and len(agreeing) == len(fast.PARTS) - 1
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.size = max(
+            [self.size, *(z.numel() for z in pytree.tree_leaves(found) if z is not None)]
+        )
+        return found
+
+
+def test_logits_of_a_whole_batch_never_stand_in_memory(monkeypatch):
+    monkeypatch.setattr(gradients, "PIECE", 1)  # the least that is made at once: 64 rows
+    plain, quick = make("modern", vocab_size=509), make("modern", vocab_size=509)
+    fast.install(quick, ["head"])
+    states = torch.randn(3, 70, 32, requires_grad=True)  # 64, 64, 64 and 18
+    targets = torch.randint(509, (3, 70))
+    targets[0, 60:] = targets[2, :50] = book.IGNORE
+    for reduction, smoothing in (("sum", 0.0), ("mean", 0.1)):
+        found = []
+        for model in (plain, quick):
+            with Largest() as largest:
+                loss = model.cross_entropy(states, targets, reduction, smoothing)
+                for _ in range(2):  # a graph that is retained
+                    grads = torch.autograd.grad(
+                        loss * 3, (states, model.head.weight), retain_graph=True
+                    )
+            found.append((loss, *grads))
+        torch.testing.assert_close(*found)
+        assert largest.size == 64 * 509
+    quick.head.weight.requires_grad_(False)
+    loss = quick.cross_entropy(states, torch.full_like(targets, book.IGNORE), "sum")
+    (grad,) = torch.autograd.grad(loss, states)
+    assert loss == 0 and not grad.any()
 
 
 def test_a_new_weight_of_a_student_is_obeyed(monkeypatch):
