@@ -4,6 +4,7 @@ Shapes: B samples, T time, V vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 COLDEST = 1e-6  # a temperature below this counts as 0, which nothing can be divided by
@@ -24,6 +25,20 @@ def pick(
     if temperature < COLDEST:
         return logits.argmax(dim=-1)
 
+    cumulative, ids = shares(logits, temperature, top_k, top_p)
+
+    # 5. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
+    #    between the second and the third, so the third token it is. A uniform number falls into an
+    #    interval as often as the interval is long, and that is the token's probability
+    index = invert(cumulative, uniform).to(logits.device)  # (B, 1)
+    return (index if ids is None else ids.gather(-1, index))[:, 0]
+
+
+def shares(
+    logits: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor | None]:
+    """Cumulative probabilities (B, k) of the k tokens that may be chosen, and their ids (B, k), or
+    None if those are 0, 1, 2, ..."""
     # 2. top-k: only the k likeliest, likeliest first (top-p needs that order too)
     ids = None
     if top_k or top_p < 1:
@@ -38,7 +53,6 @@ def pick(
     # their sums, in float64 since there may be 200,000 small ones, and on the CPU, since not every
     # device has that type
     cumulative = probabilities.cpu().double().cumsum(dim=-1)
-    end = cumulative[:, -1:]  # 1, but for rounding
 
     # 4. top-p, the nucleus: of what is left, the fewest tokens that together reach probability
     #    top_p; at 0.9 the first three of 0.50 0.30 0.15 0.05. Where the model is sure that is one
@@ -48,14 +62,27 @@ def pick(
     if top_p < 1:
         most = cumulative.size(-1) - 1
         last = (cumulative < top_p).sum(dim=-1, keepdim=True).clamp(max=most)
-        end = cumulative.gather(-1, last)
+        cumulative = cumulative.minimum(cumulative.gather(-1, last))  # nothing behind it
+    return cumulative, ids
 
-    # 5. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
-    #    between the second and the third, so the third token it is. A uniform number falls into an
-    #    interval as often as the interval is long, and that is the token's probability
-    index = torch.searchsorted(cumulative, uniform[:, None] * end, right=True)  # (B, 1)
-    index = index.to(logits.device)
-    return (index if ids is None else ids.gather(-1, index))[:, 0]
+
+def invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Where the numbers uniform (B,), of the whole, fall among cumulative sums (B, k): (B, 1)."""
+    whole = cumulative[:, -1:]  # 1, but for rounding and top-p
+    return torch.searchsorted(cumulative, uniform[:, None] * whole, right=True)
+
+
+def probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """With which probability `pick` chooses each token: (B, V), float64 on the CPU."""
+    require_finite(logits)
+    if temperature < COLDEST:
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).cpu().double()
+    cumulative, ids = shares(logits, temperature, top_k, top_p)
+    p = cumulative.diff(dim=-1, prepend=cumulative.new_zeros(len(cumulative), 1))
+    p = p / cumulative[:, -1:]
+    return p if ids is None else p.new_zeros(logits.shape).scatter(-1, ids.cpu(), p)
 
 
 def require_finite(logits: Tensor) -> None:

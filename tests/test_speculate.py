@@ -1,0 +1,209 @@
+"""Guessing changes the time and not the text; with a draft that samples, not its distribution."""
+
+import collections
+import itertools
+import math
+import random
+from array import array
+
+import pytest
+import torch
+from test_model import make
+
+import speculate as module
+from cache import KVCache
+from engine import inference
+from engine.inference import ready
+from generate import generate
+from pick import penalise, pick, probabilities
+from shape import GPTConfig
+from speculate import MOST, Draft, lookup, speculate
+
+REPEATS = [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
+OPTIONS = [
+    dict(temperature=0),
+    dict(temperature=0.7, top_k=9),
+    dict(temperature=0.9, top_p=0.8, repetition_penalty=1.2, unused=[3, 5]),
+]
+
+
+def counted(monkeypatch) -> list[int]:
+    """Will hold the number of tokens of every pass."""
+    passes, read = [], module.read
+    monkeypatch.setattr(
+        module, "read", lambda m, tokens, c: passes.append(len(tokens)) or read(m, tokens, c)
+    )
+    return passes
+
+
+def wild(text, most, chances):
+    """Certain of anything, mostly wrong: rejected positions of every number."""
+    rng = random.Random(len(text))
+    return [rng.choice(text[-4:]) for _ in range(min(most, rng.randrange(5)))], None
+
+
+@pytest.mark.parametrize("guess", [lookup, wild])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", ["modern", "gpt2"])
+def test_a_certain_guess_changes_no_token_even_when_sampled(shape, options, guess, monkeypatch):
+    """Far beyond the context, which is read anew when it is full."""
+    model, passes = make(shape), counted(monkeypatch)
+    for prompt in (REPEATS, [*range(40)]):
+        expected = list(generate(model, prompt, 50, seed=4, **options))
+        assert list(speculate(model, prompt, 50, guess, seed=4, **options)) == expected
+    assert max(passes) > 1
+    if guess is lookup and options["temperature"] == 0:
+        assert len(passes) < 70
+
+
+@pytest.mark.parametrize("parts", ["recorded", "packed", "int8", "prefix"])
+def test_the_cache_takes_back_what_was_refused_in_every_form(parts, monkeypatch):
+    model = make("modern", **(dict(mask="prefix") if parts == "prefix" else {}))
+    if parts == "recorded":
+        monkeypatch.setattr(inference, "records", lambda device: True)
+    if parts != "prefix":
+        model = ready(model, "int8" if parts == "int8" else "", rows=1 + MOST)
+    markers = type("Markers", (), dict(assistant=60, end_of_text=59, user=58, end=57, system=56))
+    more = dict(temperature=0.8, markers=markers if parts == "prefix" else None)
+    prompt = [58, 9, 8, 9, 8, 57, 60] if parts == "prefix" else REPEATS
+    expected = list(generate(model, prompt, 60, **more))
+    assert list(speculate(model, prompt, 60, wild, **more)) == expected
+
+
+def test_a_greedy_draft_changes_no_token_whatever_it_guesses(monkeypatch):
+    model = make("llama")
+    expected = list(generate(model, REPEATS, 70, temperature=0))
+    for small in (make("llama"), make("gpt2", seed=5, block_size=11)):
+        draft, passes = Draft(small, model), counted(monkeypatch)
+        draft.cost = 0.1
+        assert list(speculate(model, REPEATS, 70, draft, temperature=0)) == expected
+        assert max(passes) > 1
+
+
+# --- the distribution, against the exact one
+
+PROMPT, LENGTH, VOCAB = [0, 1, 2, 0, 1, 2, 0, 1], 3, 5
+TUNED = dict(temperature=0.9, top_p=0.97, repetition_penalty=1.1)
+
+
+class Table:
+    """A model of VOCAB tokens that looks at the last two: it takes no time."""
+
+    def __init__(self, seed: int):
+        rng = torch.Generator().manual_seed(seed)
+        self.logits_of = 2 * torch.randn(VOCAB * VOCAB, VOCAB, generator=rng)
+        self.config = GPTConfig(vocab_size=VOCAB, block_size=16, n_layer=1, n_head=1, n_embd=2)
+        self.wte = torch.nn.Embedding(1, 1)
+
+    def new_cache(self, size=0):
+        return KVCache(self.config, 1, size=size)
+
+    def trunk(self, tokens, mask=None, cache=None):
+        """Keeps the tokens where keys would be; of each new one (1, T, 1) which pair it ends."""
+        before, end = int(cache.lengths), int(cache.lengths) + tokens.size(1)
+        stored = cache.k[0, 0, 0, :, 0]
+        stored[before:end] = tokens[0].float()
+        cache.lengths += tokens.size(1)
+        earlier = torch.cat((stored[:1], stored))[before:end]  # the first has none
+        return (stored[before:end] + VOCAB * earlier).long()[None]
+
+    def logits(self, x):
+        return self.logits_of[x]
+
+    def __call__(self, tokens, cache):
+        return self.logits(self.trunk(tokens, cache=cache))
+
+
+def exact(model: Table) -> dict[tuple, float]:
+    """The probability of every text of LENGTH tokens behind PROMPT."""
+    found = {}
+    for text in itertools.product(range(VOCAB), repeat=LENGTH):
+        whole, p = [*PROMPT, *text], 1.0
+        for i in range(len(PROMPT), len(whole)):
+            row = model.logits_of[whole[i - 1] + VOCAB * whole[i - 2]][None]
+            row = penalise(row, torch.tensor([whole[:i]]), TUNED["repetition_penalty"])
+            p *= probabilities(row, TUNED["temperature"], 0, TUNED["top_p"])[0, whole[i]].item()
+        found[text] = p
+    assert math.isclose(sum(found.values()), 1)
+    return found
+
+
+def excess(kind: str, count: int) -> float:
+    """By how many standard deviations chi-square is above its mean, for `count` texts."""
+    model, small = Table(1), Table(2)
+    p, texts = exact(model), collections.Counter()
+    draft = Draft(small, model, seed=3)
+    draft.number = lambda length: 2
+    for seed in range(count):
+        draft.cache.lengths.zero_()  # another text
+        guess = draft if kind == "draft" else lookup
+        steps = speculate(model, PROMPT, LENGTH, guess, seed=seed, **TUNED)
+        texts[tuple(token for (token,) in steps)] += 1
+    assert all(p[text] > 0 for text in texts)
+    rare = [text for text in p if p[text] * count < 5]
+    cells = [(p[text] * count, texts[text]) for text in p if text not in rare]
+    cells.append((sum(p[t] for t in rare) * count, sum(texts[t] for t in rare)))
+    freedom = len(cells) - 1
+    return (sum((o - e) ** 2 / e for e, o in cells) - freedom) / math.sqrt(2 * freedom)
+
+
+def without_residual(guesses, q, p, draw):
+    """The rule, but for the tokens that replace refused ones: drawn from p."""
+    for i, g in enumerate(guesses):
+        if draw() * q[i, g] >= p[i, g]:
+            return [*guesses[:i], module.drawn(p[i], draw())]
+    return [*guesses, module.drawn(p[-1], draw())]
+
+
+@pytest.mark.parametrize("kind", ["lookup", "draft"])
+def test_what_is_sampled_has_the_exact_distribution(kind):
+    assert excess(kind, 1200) < 4
+
+
+def test_that_test_sees_a_missing_residual(monkeypatch):
+    monkeypatch.setattr(module, "accept", without_residual)
+    assert excess("draft", 1200) > 8
+
+
+def test_probabilities_are_those_of_pick():
+    logits = 2 * torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
+    uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    for options in (dict(temperature=0), dict(temperature=0.7), dict(top_k=3), dict(top_p=0.8)):
+        counts = pick(logits.expand(10_000, 6), uniform, **options).bincount(minlength=6)
+        p = probabilities(logits, **options)[0]
+        torch.testing.assert_close(counts / 10_000, p.float(), atol=2e-4, rtol=0)
+
+
+# --- guesses
+
+
+def test_lookup_goes_on_where_the_longest_latest_match_did():
+    def guess(text, most=MOST):
+        return lookup(array("q", text), most)[0]
+
+    assert guess([1, 2, 3, 9, 9, 1, 2, 3]) == [9, 9]  # three match: two are trusted
+    assert guess([1, 2, 3, 7, 0, 2, 3, 8, 1, 2, 3]) == [7, 0]  # the longest
+    assert guess([1, 2, 7, 0, 1, 2, 8, 1, 2]) == [8]  # of equals the latest
+    assert guess([5, 6] * 20) == [5, 6] * 7 + [5]  # the end goes round
+    assert guess([5, 6] * 20, 3) == [5, 6, 5]
+    for nothing in ([], [1], [1, 1], [1, 2, 3, 1], [1, 2, 3, 4]):
+        assert guess(nothing) == []
+
+
+def test_a_draft_that_fails_is_asked_seldom_and_one_that_succeeds_much():
+    model = make("modern")
+    for right, fewest, most in ((False, 1, 2), (True, 4, MOST)):
+        draft, length = Draft(model, model), 10
+        draft.cost = 0.05
+        for _ in range(200):
+            k = draft.number(length)
+            draft.made, draft.length = k, length
+            length += 1 + (k if right else 0)
+        ks = []
+        for _ in range(64):
+            k = draft.number(length)
+            draft.made, draft.length = k, length
+            length += 1 + (k if right else 0)
+            ks.append(k)
+        assert fewest <= max(ks) <= most
+        assert sum(ks) <= 3 or right
