@@ -2,6 +2,7 @@
 
     train     training steps of GPT-2's smallest shape, beside transformers (if installed)
     decode    text from that shape, one sequence and eight, beside transformers and CTranslate2
+    speculate text of that shape from a trained run (--run), with guesses from the text and without
     answers   1,000 answers at once and one by one, and training on rows and on running text
     serve     serve.py with eight clients at once and one, their waiting, beside the same peers
     prepare   the whole of prepare.py with GPT-2's vocabulary, beside tiktoken's own batch call
@@ -39,7 +40,7 @@ GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
 
 @dataclass
 class Settings:
-    what: str = "train"  # train, decode, answers, serve or prepare
+    what: str = "train"  # train, decode, speculate, answers, serve or prepare
     rounds: Positive = 3  # times that each variant runs, in a process of its own
     calls: Positive = 6  # in each of them, what is measured is done so often
     shape: Literal["gpt2", "modern"] = "gpt2"  # train, decode: ours; modern is train.py's default
@@ -52,6 +53,7 @@ class Settings:
     length: Positive = 256  # train: tokens of a sequence
     fast: bool = True  # train, decode: false measures model.py itself
     tokens: Positive = 64  # decode, serve: tokens to generate
+    run: str = "out/small"  # speculate: a run of the default shape, made as large as that shape
     answers: Positive = 1000  # answers: how many; the shape is that of config/small.py
     tokenizer: str = "gpt2"  # prepare: the vocabulary
     only: str = ""  # run this variant alone, in this process, and print its figures as JSON
@@ -205,6 +207,69 @@ def decode_ctranslate2(s: Settings, dtype: str, samples: int = 1) -> dict:
     return figure(samples * s.tokens / timed(s.calls, run), "tokens/s")
 
 
+# --- speculate
+
+FILES = ("textwrap", "heapq", "argparse", "shelve", "queue", "calendar")  # of the standard library
+
+
+def one_pass(s: Settings, positions: int) -> dict:
+    """So many tokens read in one pass behind 200 others, in the form that is chosen for several."""
+    import torch
+
+    from engine import machine
+    from engine.inference import ready
+    from speculate import read
+
+    here = machine.pick(rows=1)
+    model = our_model(s).eval().to(here.device, here.dtype)
+    machine.use_threads("auto", here, model, 1)
+    model = ready(model, parts=s.fast, several=True)
+    cache, tokens = model.new_cache(size=256), torch.randint(s.vocab_size, (200,)).tolist()
+    read(model, tokens, cache)
+
+    def again() -> None:
+        cache.lengths.fill_(200)
+        read(model, tokens[:positions], cache)
+
+    return figure(1e3 * timed(s.calls, again), "ms")
+
+
+def write(s: Settings, temperature: float, guess: bool) -> dict:
+    """A model that has learned goes on behind the first half of each of FILES."""
+    import importlib
+
+    import speculate
+    from engine import machine
+    from engine.checkpoint import load_model
+    from engine.inference import ready
+    from engine.wider import wider
+    from generate import generate
+
+    model, tokenizer = load_model(s.run)
+    unused = [*tokenizer.unused, *range(model.config.vocab_size, s.vocab_size)]
+    here = machine.pick(rows=1)
+    model = wider(model, s.n_layer, s.n_embd, s.vocab_size).to(here.device, here.dtype)
+    machine.use_threads("auto", here, model, 1)
+    model = ready(model, parts=s.fast, several=guess)
+    passes, read, seconds = [], speculate.read, 0.0
+    speculate.read = lambda model, tokens, cache: (
+        passes.append(len(tokens)) or read(model, tokens, cache)
+    )
+    for name in FILES:
+        text = Path(importlib.import_module(name).__file__).read_text(encoding="utf-8")
+        prompt = tokenizer.encode(text[: len(text) // 2])
+        how = speculate.speculate if guess else generate
+        steps = how(model, prompt, 1 + s.tokens, unused=unused, temperature=temperature, seed=1)
+        next(steps)  # the prompt is read
+        start = time.perf_counter()
+        list(steps)
+        seconds += time.perf_counter() - start
+    tokens, guesses = s.tokens * len(FILES), sum(passes) - len(passes)
+    more = f"{tokens / len(passes):.2f} tokens a pass, of {guesses} guesses " if passes else ""
+    more += f"{(tokens - len(passes)) / max(1, guesses):.0%} accepted" if passes else ""
+    return figure(tokens / seconds, "tokens/s", more)
+
+
 # --- answers: the model of config/small.py, with the markers of rows
 
 SMALL = dict(shape="modern", n_layer=4, n_head=4, n_embd=128, vocab_size=2053, block_size=256)
@@ -339,6 +404,11 @@ VARIANTS = {
     | in_both("transformers", decode_transformers)
     | {"CTranslate2, float32": partial(decode_ctranslate2, dtype="float32")}
     | {"CTranslate2, int8": partial(decode_ctranslate2, dtype="int8")},
+    "speculate": {f"a pass of {n}": partial(one_pass, positions=n) for n in (1, 2, 4, 8, 16)}
+    | {"greedy": partial(write, temperature=0, guess=False)}
+    | {"greedy, lookup": partial(write, temperature=0, guess=True)}
+    | {"temperature 0.7": partial(write, temperature=0.7, guess=False)}
+    | {"temperature 0.7, lookup": partial(write, temperature=0.7, guess=True)},
     "answers": {
         "one by one": partial(answer, slots=1),
         "32 at once": partial(answer, slots=32),

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before all else: a Ctrl-C while Python loads thing
 
 import sys
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Literal
 
 import objectives
@@ -52,6 +52,7 @@ class Settings:
     num_samples: Samples = 1  # continuations of the same prompt; a chat goes on with the first
     beam: Samples = 1  # width of a beam search for the likeliest text, which is no sample; 1 is off
     length_penalty: NotNegative = 0.6  # of beam search: higher makes longer answers win
+    speculate: str = ""  # guess tokens, sooner: lookup (in the text so far), or a smaller run
     stop: Stops = ()  # end a sample before this text; may be given several times
     filter: str = ""  # a list of words: prompts that have one are refused, samples end before it
     filtered: Literal["stop", "mask"] = "stop"  # or go on, with asterisks in its place
@@ -77,7 +78,7 @@ def __getattr__(name: str):
 
         return load_model
     if name == "generate":
-        from generate import generate
+        from engine.twin import generate
 
         return generate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -92,6 +93,8 @@ def main(argv: list[str]) -> None:
     settings.require(not (s.prompt_file and talking), s, "prompt_file", alone)
     settings.require(not s.system or s.chat or s.task, s, "system", "given with --chat or --task")
     settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
+    one = s.beam == 1 and not s.grid
+    settings.require(one or not s.speculate, s, "speculate", "left out with --beam or --grid")
     asked = s.prompt or s.prompt_file or talking or s.grid or not s.task
     settings.require(asked, s, "prompt", "a question for --task, or give --interactive")
     texts = talking or s.prompt_file or s.beam > 1 or s.system or s.stop or s.filter
@@ -110,7 +113,8 @@ def main(argv: list[str]) -> None:
     from engine.checkpoint import find, load_weights
 
     path = find(s.run, s.checkpoint)
-    locked.use(s.passphrase_file, path)
+    smaller = find(s.speculate) if s.speculate not in ("", "lookup") else None
+    locked.use(s.passphrase_file, path, *([smaller] if smaller else []))
     model, tokenizer, state = load_weights(path)
     objectives.require_writer(state, s.run)
 
@@ -122,14 +126,29 @@ def main(argv: list[str]) -> None:
     here = machine.pick(s.device, s.dtype, "false", rows=rows)
     model = model.eval().to(here.device, here.dtype)
     machine.use_threads(s.threads, here, model, rows)
-    model = inference.ready(model, s.quantize, rows, parts=s.fast)
+    model = inference.ready(model, s.quantize, rows, parts=s.fast, several=bool(s.speculate))
+    draft = load_draft(smaller, tokenizer, here, s) if smaller else None
     if s.grid:
         draw(model, tokenizer, s)
     elif talking:
-        converse(model, tokenizer, s)
+        converse(model, tokenizer, s, draft)
     else:
         echo = "" if s.task else prompt
-        write_samples(model, tokenizer, [turn("user", prompt)], s, echo)
+        write_samples(model, tokenizer, [turn("user", prompt)], s, echo, draft)
+
+
+def load_draft(path, tokenizer, here, s: Settings):
+    """The smaller model that --speculate names. Raises ValueError for another tokenizer."""
+    from engine import inference
+    from engine.checkpoint import load_weights
+
+    small, theirs, state = load_weights(path)
+    objectives.require_writer(state, s.speculate)
+    same = "lookup, or a run with the very tokenizer of the large one (prepare.py --tokenizer=RUN)"
+    alike = tokenizer.extends(theirs) and theirs.extends(tokenizer)
+    settings.require(alike, s, "speculate", same)
+    small = small.eval().to(here.device, here.dtype)
+    return inference.ready(small, parts=s.fast)
 
 
 @lru_cache
@@ -185,12 +204,15 @@ def read(turns: list[dict], tokenizer, limit: int, s: Settings) -> list[int]:
     return tokens
 
 
-def write_samples(model, tokenizer, turns: list[dict], s: Settings, echo: str = "") -> str:
+def write_samples(
+    model, tokenizer, turns: list[dict], s: Settings, echo: str = "", draft=None
+) -> str:
     """Prints, behind `echo`, what follows `turns`: one sample as it comes, or several in turn.
 
     Returns the first.
     """
     from generate import TextStream, beam, generate
+    from speculate import Draft, lookup, speculate
 
     limit = model.config.block_size
     tokens = read(turns, tokenizer, limit, s)
@@ -201,11 +223,17 @@ def write_samples(model, tokenizer, turns: list[dict], s: Settings, echo: str = 
         best = beam(model, tokenizer, tokens, most, s.beam, s.length_penalty) if most else []
         steps = ([token] for token in best)
     else:
-        steps = generate(
+        write = partial(generate, num_samples=s.num_samples)
+        if s.speculate and s.num_samples > 1:
+            note = f"speculate serves one sample: these {s.num_samples} are written side by side"
+            print(note, file=sys.stderr)
+        elif s.speculate:
+            guess = Draft(draft, model, s.seed, tokenizer.markers) if draft else lookup
+            write = partial(speculate, guess=guess)
+        steps = write(
             model,
             tokens,
             most,
-            num_samples=s.num_samples,
             seed=s.seed,
             repetition_penalty=s.repetition_penalty,
             unused=tokenizer.unused,
@@ -273,7 +301,7 @@ def draw(model, tokenizer, s: Settings) -> None:
     print(f"wrote {s.grid}: {len(drawn)} pictures")
 
 
-def converse(model, tokenizer, s: Settings) -> None:
+def converse(model, tokenizer, s: Settings, draft=None) -> None:
     """Answers one line after another; a line that begins with / changes a setting.
 
     With --chat what was said before counts, up to /reset. An answer that was stopped was not said.
@@ -289,7 +317,7 @@ def converse(model, tokenizer, s: Settings) -> None:
             else:
                 require_clean(line, s)
                 turns = [*said, turn("user", line)]
-                answer = write_samples(model, tokenizer, turns, s)
+                answer = write_samples(model, tokenizer, turns, s, draft=draft)
                 if s.chat:
                     said = [*turns, turn("assistant", answer)]
         except KeyboardInterrupt:

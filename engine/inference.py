@@ -14,13 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from engine import fast
-from engine.linear import Fastest, PackedLinear, PlainLinear, StreamedLinear, packable
+from engine.linear import (
+    Fastest,
+    OneOrSeveral,
+    PackedLinear,
+    PlainLinear,
+    StreamedLinear,
+    packable,
+)
 from model import GPT, KVCache
 
 
 @torch.no_grad()
-def ready(model: GPT, quantize: str = "", rows: int = 1, parts: bool = True) -> GPT:
-    """Makes `model`, in place, one that generates `rows` texts at once, faster.
+def ready(
+    model: GPT, quantize: str = "", rows: int = 1, parts: bool = True, several: bool = False
+) -> GPT:
+    """Makes `model`, in place, one that generates `rows` texts at once, faster; with `several`, one
+    text of which often several tokens are read in a pass.
 
     With `quantize="int8"` its linear layers get weights of eight bits. It can then generate and be
     evaluated, but neither learn nor be saved nor moved. `parts=False` leaves the book's own form
@@ -37,7 +47,7 @@ def ready(model: GPT, quantize: str = "", rows: int = 1, parts: bool = True) -> 
     if quantize:
         kind = partial(StreamedLinear, quantize=quantize)
     elif on_cpu and rows == 1:
-        kind = Fastest(like.dtype)
+        kind = OneOrSeveral(like.dtype) if several else Fastest(like.dtype)
     elif on_cpu and rows > 1 and packable(like.dtype):
         kind = PackedLinear
     else:

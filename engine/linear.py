@@ -52,6 +52,21 @@ class Fastest:
         return min(times[1:])
 
 
+class OneOrSeveral(Fastest):
+    """As `Fastest`, with a second form beside the first where several rows are read sooner so: then
+    the weights take memory twice."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        one = super().__call__(weight, bias)
+        dtype = weight.dtype if packable(weight.dtype) else torch.float32
+        if weight.dtype == torch.bfloat16 and not fast_bfloat16():
+            dtype = torch.float32  # products would be emulated
+        if isinstance(one, PackedLinear) or weight.numel() < WORTH_IT or not packable(dtype):
+            return one
+        bias = None if bias is None else bias.to(dtype)
+        return OneOrSeveralLinear(one, PackedLinear(weight.to(dtype), bias), dtype)
+
+
 def forms(dtype: torch.dtype) -> dict[str, Callable]:
     """The candidates by name, that for small layers first."""
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in (256, 128)}
@@ -149,6 +164,19 @@ class StreamedLinear(nn.Module):
         y = y.view(self.blocks, n, self.width).transpose(0, 1).reshape(n, -1)[:, : self.outputs]
         y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
         return y if self.bias is None else y + self.bias
+
+
+class OneOrSeveralLinear(nn.Module):
+    """x W^T + b by one form for one row, by another, maybe of another type, for more."""
+
+    def __init__(self, one: nn.Module, several: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.one, self.several, self.dtype = one, several, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.size(-1):
+            return self.one(x)
+        return self.several(x.to(self.dtype)).to(x.dtype)
 
 
 class PackedLinear(nn.Module):

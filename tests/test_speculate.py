@@ -62,7 +62,7 @@ def test_the_cache_takes_back_what_was_refused_in_every_form(parts, monkeypatch)
     if parts == "recorded":
         monkeypatch.setattr(inference, "records", lambda device: True)
     if parts != "prefix":
-        model = ready(model, "int8" if parts == "int8" else "", rows=1 + MOST)
+        model = ready(model, "int8" if parts == "int8" else "", several=True)
     markers = type("Markers", (), dict(assistant=60, end_of_text=59, user=58, end=57, system=56))
     more = dict(temperature=0.8, markers=markers if parts == "prefix" else None)
     prompt = [58, 9, 8, 9, 8, 57, 60] if parts == "prefix" else REPEATS
@@ -157,12 +157,12 @@ def without_residual(guesses, q, p, draw):
 
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 def test_what_is_sampled_has_the_exact_distribution(kind):
-    assert excess(kind, 1200) < 4
+    assert excess(kind, 1200) < 3
 
 
 def test_that_test_sees_a_missing_residual(monkeypatch):
     monkeypatch.setattr(module, "accept", without_residual)
-    assert excess("draft", 1200) > 8
+    assert excess("draft", 1200) > 6
 
 
 def test_probabilities_are_those_of_pick():
