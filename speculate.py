@@ -35,7 +35,8 @@ from model import GPT
 from pick import invert, penalise, pick, probabilities
 
 MOST = 15  # guesses in a pass, which has 16 positions then
-ONE_MORE = 0.1  # what a position more adds to a pass, in passes of one: see docs/speed.md
+FEWEST = 3  # tokens that match, to guess at all: code has many matches of two that say nothing
+ONE_MORE = 0.15  # what a position more adds to a pass, in passes of one: see docs/speed.md
 PAUSE = 32  # tokens without a draft that did not pay, before it is tried again
 
 
@@ -46,18 +47,15 @@ def lookup(text: array, most: int, *_) -> tuple[list[int], None]:
         ──────────────           ──────────────
 
     What followed the longest match of its end follows again (apoorvumang/prompt-lookup-decoding).
-    A match of m tokens is trusted for m - 1 more, so a text that does not repeat costs nothing.
+    A match of m tokens, FEWEST or more, is trusted for m - 1: a text that does not repeat costs
+    nothing.
     """
-    n = len(text)
-    if n < 3:
-        return [], None
-    a = np.frombuffer(text, dtype=np.int64)
-    last = np.flatnonzero((a[1:-1] == a[-1]) & (a[:-2] == a[-2])) + 1  # ends of matches of two
-    if not len(last):
-        return [], None
-    m = 2
+    a, n, m = np.frombuffer(text, dtype=np.int64), len(text), 1
+    last = np.flatnonzero(a[:-1] == a[-1:])  # where matches of m tokens end
     while m <= MOST and len(more := last[(last >= m) & (a[last - m] == a[n - 1 - m])]):
         last, m = more, m + 1
+    if m < FEWEST:
+        return [], None
     follows = a[last[-1] + 1 :].tolist()  # the latest match; behind the text's end it goes round
     return [follows[i % len(follows)] for i in range(min(most, m - 1))], None
 

@@ -178,7 +178,7 @@ def test_it_starts_where_nobody_tells_the_peak_of_memory(monkeypatch):
 @pytest.mark.parametrize(
     "argv, sentence",
     [
-        (["speed"], "what='speed' should be one of train, decode, answers, serve, prepare"),
+        (["speed"], "what='speed' should be one of train, decode, speculate, answers, serve"),
         (["train", "--only=theirs"], "only='theirs' should be one of its variants"),
         (["train", "--rounds=0"], "rounds=0 should be at least 1"),
         (["train", "--shape=round"], "shape='round' should be one of gpt2, modern"),

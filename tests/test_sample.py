@@ -159,7 +159,7 @@ print(generate.__module__, load_model.__module__)
     ).stdout
     assert out.splitlines() == [
         "top_p=2.0 should be above 0 and at most 1 False",
-        "generate engine.checkpoint",
+        "engine.twin engine.checkpoint",
     ]
 
 

@@ -1,20 +1,29 @@
 """Guessing changes the time and not the text; with a draft that samples, not its distribution."""
 
 import collections
+import copy
 import itertools
 import math
 import random
 from array import array
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY
 from test_model import make
+from torch import nn
 
+import sample
 import speculate as module
 from cache import KVCache
-from engine import inference
+from engine import checkpoint, inference
 from engine.inference import ready
+from engine.linear import OneOrSeveral, PackedLinear, PlainLinear, packable
+from engine.twin import twin
+from engine.wider import wider
 from generate import generate
+from model import GPT
 from pick import penalise, pick, probabilities
 from shape import GPTConfig
 from speculate import MOST, Draft, lookup, speculate
@@ -183,10 +192,10 @@ def test_lookup_goes_on_where_the_longest_latest_match_did():
 
     assert guess([1, 2, 3, 9, 9, 1, 2, 3]) == [9, 9]  # three match: two are trusted
     assert guess([1, 2, 3, 7, 0, 2, 3, 8, 1, 2, 3]) == [7, 0]  # the longest
-    assert guess([1, 2, 7, 0, 1, 2, 8, 1, 2]) == [8]  # of equals the latest
+    assert guess([1, 2, 3, 7, 7, 1, 2, 3, 8, 9, 1, 2, 3]) == [8, 9]  # of equals the latest
     assert guess([5, 6] * 20) == [5, 6] * 7 + [5]  # the end goes round
     assert guess([5, 6] * 20, 3) == [5, 6, 5]
-    for nothing in ([], [1], [1, 1], [1, 2, 3, 1], [1, 2, 3, 4]):
+    for nothing in ([1], [1, 1], [1, 2, 3, 1, 2], [1, 2, 3, 4]):
         assert guess(nothing) == []
 
 
@@ -207,3 +216,103 @@ def test_a_draft_that_fails_is_asked_seldom_and_one_that_succeeds_much():
             ks.append(k)
         assert fewest <= max(ks) <= most
         assert sum(ks) <= 3 or right
+
+
+# --- the command, and Python
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    import train
+
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "tiny.py").write_text("")
+    for name, layers in (("run", 2), ("small", 1)):
+        argv = [str(folder / "tiny.py"), f"--data={data}", f"--out={folder / name}", *TINY]
+        assert train.main([*argv, f"--n_layer={layers}"]) == 0
+    return folder / "run"
+
+
+def test_the_command_writes_the_same_sooner(run, capsys, tmp_path):
+    def text(*argv):
+        sample.main([str(run), "--dtype=float32", "--max_tokens=70", *argv])
+        return capsys.readouterr()
+
+    often = "--prompt=" + "the model reads. " * 3
+    for how in (["--temperature=0"], ["--temperature=0.6", "--stop=s."], ["--top_k=5", "--seed=0"]):
+        expected = text(often, *how)
+        assert text(often, *how, "--speculate=lookup") == expected
+    assert text(often, "--temperature=0").out == (
+        text(often, "--temperature=0", f"--speculate={run.parent / 'small'}").out
+    )
+    several = text(often, "--num_samples=2", "--speculate=lookup")
+    assert "speculate serves one sample: these 2 are written side by side\n" in several.err
+    assert several.out == text(often, "--num_samples=2").out
+    with pytest.raises(ValueError, match="speculate='lookup' should be left out with --beam"):
+        text("--beam=2", "--speculate=lookup")
+
+
+def test_a_draft_with_another_tokenizer_is_refused(run):
+    here, other = checkpoint.load_model(str(run))[1], SimpleNamespace(extends=lambda other: False)
+    s = sample.Settings(str(run), speculate=str(run.parent / "small"))
+    place = SimpleNamespace(device="cpu", dtype=torch.float32)
+    assert sample.load_draft(checkpoint.find(s.speculate), here, place, s)
+    with pytest.raises(ValueError, match="speculate=.*should be lookup, or a run with the very"):
+        sample.load_draft(checkpoint.find(s.speculate), other, place, s)
+
+
+def test_generate_from_python_is_fast_and_leaves_the_model_as_it_is(run):
+    model, tokenizer = sample.load_model(str(run))
+    prompt, before = tokenizer.encode("the model "), copy.deepcopy(model.state_dict())
+    threads = torch.get_num_threads()
+
+    def both(**options):
+        book = list(generate(model, prompt, 50, **options))
+        fast = list(sample.generate(model, prompt, 50, dtype="float32", **options))
+        assert fast == book
+
+    both(num_samples=2)
+    both(seed=3)
+    assert next(iter(sample.generate(model, prompt, 1))) and torch.get_num_threads() == threads
+    ready, _ = twin(model, 1, "float32")
+    assert ready is twin(model, 1, "float32")[0] is not model
+    assert not any(isinstance(m, nn.Linear) for m in ready.modules())
+    assert ready.wte.weight.data_ptr() == model.wte.weight.data_ptr()
+    assert type(model) is GPT and model(torch.tensor([prompt])).shape[1] == len(prompt)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    with torch.no_grad():
+        model.head.weight.add_(0.1 * torch.randn(model.head.weight.shape))
+    both(seed=3)  # what was learned since counts
+    greedy = dict(temperature=0, dtype="float32")
+    plain = list(sample.generate(model, prompt, 50, **greedy))
+    for guess in ("lookup", sample.load_model(str(run.parent / "small"))[0]):
+        assert list(sample.generate(model, prompt, 50, speculate=guess, **greedy)) == plain
+    with pytest.raises(ValueError, match="num_samples=2"):
+        next(sample.generate(model, prompt, 5, num_samples=2, speculate="lookup"))
+
+
+def test_a_wider_model_computes_the_same(run):
+    small = checkpoint.load_model(str(run))[0]
+    large, x = wider(small, 3, 64, 300), torch.randint(257, (2, 20))
+    y = large(x)
+    assert y.shape == (2, 20, 300) and large.num_parameters() > 4 * small.num_parameters()
+    torch.testing.assert_close(y[..., :257], small(x), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="default shape"):
+        wider(make("gpt2"), 4, 64, 300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_for_one_and_several_has_a_form_for_each(dtype, monkeypatch):
+    choose = OneOrSeveral(dtype)
+    monkeypatch.setattr(choose, "forms", {"plain": PlainLinear})
+    plain = nn.Linear(512, 513, dtype=dtype)
+    layer = choose(plain.weight, plain.bias)
+    with torch.inference_mode():
+        for rows in (1, 3):
+            x = torch.randn(1, rows, 512, dtype=dtype)
+            error = 0.02 if dtype == torch.bfloat16 else 1e-4
+            torch.testing.assert_close(layer(x), plain(x), atol=error, rtol=error)
+    if packable(torch.float32):
+        assert isinstance(layer.one, PlainLinear) and isinstance(layer.several, PackedLinear)
+    assert isinstance(choose(torch.ones(4, 4, dtype=dtype), None), PlainLinear)
