@@ -60,9 +60,8 @@ def test_a_certain_guess_changes_no_token_even_when_sampled(shape, options, gues
     for prompt in (REPEATS, [*range(40)]):
         expected = list(generate(model, prompt, 50, seed=4, **options))
         assert list(speculate(model, prompt, 50, guess, seed=4, **options)) == expected
-    assert max(passes) > 1
-    if guess is lookup and options["temperature"] == 0:
-        assert len(passes) < 70
+    if guess is wild or options["temperature"] == 0:  # a random model repeats itself when greedy
+        assert max(passes) > 1 and len(passes) < 95
 
 
 @pytest.mark.parametrize("parts", ["recorded", "packed", "int8", "prefix"])
