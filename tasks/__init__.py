@@ -16,7 +16,8 @@ from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 from typing import TypeVar
 
-NAMES = ("digits", "docstrings", "facts", "modules", "numbers", "sums", "sums_plain", "tictactoe")
+NAMES = ("digits", "docstrings", "facts", "modules", "numbers")
+NAMES += ("repeat", "sums", "sums_plain", "tictactoe")
 VAL = TEST = 0.05  # what is held back of all that there is, as in prepare.py
 DRAWS = 1_000_000  # after so many, there is nothing new to be found
 Drawn = TypeVar("Drawn", bound=Hashable)

@@ -1,0 +1,121 @@
+"""Learn how a GPT works, here: python learn.py 4
+
+    python learn.py 4                       chapter 4, attention: predict, see, compare
+    python learn.py 4 --answer=0.5,b        the predictions, where nobody sits at a terminal
+    python learn.py 4 --check=my_model.py   do the exercises of the chapter come out right?
+
+Each chapter is a page of docs/learn, and asks what will happen before it runs the real code, with
+real numbers. Who predicts learns more than who reads, even if the prediction is wrong (Richland et
+al. 2009). A file to be checked is a copy of the chapter's file of the book with something changed,
+or no more than what is changed. The files in lessons/ import the book and copy nothing of it.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import lessons
+from engine import settings
+
+PREDICT, RIGHT, WRONG, IS = "? ", "✓", "✗", "="  # signs, which no language has to translate
+
+
+@dataclass
+class Settings:
+    chapter: str = ""  # its number, 0 to 11
+    answer: tuple = ()  # your predictions, joined by commas: numbers, or the letters of choices
+    check: str = ""  # a file of yours, with the functions that you have written or changed
+    language: Literal["en", "zh"] = "en"  # of the pages; English where another is not written
+    links: bool = False  # for authors: bring the line numbers in docs/learn up to date
+    ablations: bool = False  # for authors: measure every why anew, and write it into docs/learn
+
+
+def main(argv: list[str]) -> None:
+    s = settings.load(Settings, argv, "Learn how a GPT works.", "chapter")
+    if s.links:
+        return update_pages(lessons.linked)
+    if s.ablations:
+        from lessons import ablations
+
+        measured = ablations.measure_all(print)
+        return update_pages(lambda text: ablations.written(text, measured))
+    if not s.chapter:
+        return contents(s.language)
+    last = len(lessons.CHAPTERS) - 1
+    known = s.chapter.isdecimal() and int(s.chapter) <= last
+    settings.require(known, s, "chapter", f"a number from 0 to {last}")
+    number = int(s.chapter)
+    import torch
+
+    torch.set_num_threads(1)  # the work is small; and the last digits are the same for everyone
+    lesson = lessons.chapter(number)
+    if s.check:
+        return check(lesson, number, Path(s.check))
+    answers = ",".join(s.answer).split(",") if s.answer else []
+    teach(lesson, lessons.page(number, s.language), answers)
+
+
+def contents(language: str) -> None:
+    for number in range(len(lessons.CHAPTERS)):
+        path = lessons.page(number, language)
+        title = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        print(f"python learn.py {number:<3} {title:50} {path.relative_to(lessons.ROOT)}")
+
+
+def teach(lesson, path: Path, answers: list[str]) -> None:
+    """Asks each question of a page, runs the code that it is about, and says what came out."""
+    asked = lessons.questions(path)
+    if len(answers) > len(asked):
+        raise ValueError(f"{len(answers)} answers, but {path.name} has {len(asked)} questions")
+    print(f"{path.relative_to(lessons.ROOT)}\n")
+    score = []
+    for i, (question, compute) in enumerate(zip(asked, lesson.QUESTIONS, strict=True)):
+        print(f"{question.number}  {question.title}\n\n{question.body}\n")
+        word = answers[i] if i < len(answers) else ask()
+        value = compute()
+        sign = IS
+        if word:
+            score.append(lessons.predicted(word, value))
+            sign = RIGHT if score[-1] else WRONG
+        print(f"\n{sign} {lessons.as_printed(value, question.answer)}\n\n{question.reveal}\n")
+    if score:
+        print(f"{RIGHT} {sum(score)} / {len(score)}")
+
+
+def ask() -> str:
+    """What the reader types; nothing, where nobody can."""
+    if not sys.stdin.isatty():
+        return ""
+    try:
+        return input(PREDICT).strip()
+    except EOFError:
+        return ""
+
+
+def check(lesson, number: int, path: Path) -> None:
+    """Tells which checks a file passes. Raises ValueError unless it passes all."""
+    if not path.is_file():
+        raise ValueError(f"no such file: {str(path)!r}")
+    exercises = [f.__name__ for of_book, f in lessons.labelled(lesson) if not of_book]
+    wrong = 0
+    for name, problem in lessons.check(lesson, path):
+        exercises = [other for other in exercises if other != name]
+        print(f"{WRONG} {name}: {problem}" if problem else f"{RIGHT} {name}")
+        wrong += bool(problem)
+    for name in exercises:
+        print(f"- {name}")
+    if wrong:
+        raise ValueError(f"{path} is not right yet in chapter {number}: {wrong} of its checks fail")
+
+
+def update_pages(change) -> None:
+    for path in sorted(lessons.PAGES.glob("*.md")):
+        before = path.read_text(encoding="utf-8")
+        if (after := change(before)) != before:
+            path.write_text(after, encoding="utf-8")
+            print(f"wrote {path.relative_to(lessons.ROOT)}")
+
+
+if __name__ == "__main__":
+    settings.run(main)
