@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     if s.ablations:
         from lessons import ablations
 
-        measured = ablations.measure_all(print)
+        measured = ablations.measure(ablations.ABLATIONS, tell=print)
         return update_pages(lambda text: ablations.written(text, measured))
     if not s.chapter:
         return contents(s.language)

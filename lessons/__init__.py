@@ -17,6 +17,7 @@ look at what the reader has written, and docs/learn/answers has what passes.
 
 import ast
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ def check(lesson: ModuleType, path: Path) -> Iterator[tuple[str, str]]:
 
 def labelled(lesson: ModuleType) -> Iterator[tuple[bool, Callable]]:
     for function in lesson.CHECKS:
-        yield function.__code__.co_argcount == 0, function
+        yield not inspect.signature(function).parameters, function
 
 
 class Wrong(AssertionError):

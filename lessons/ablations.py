@@ -4,7 +4,7 @@
 
 Each change is made from outside, by a setting or by giving model.py another function, and the same
 update of train.py learns from the same windows. The task is that of the specimen, smaller, so that
-one run takes a second or two: strings of three to five of eight letters. What is told is the loss
+one run takes a second or two: strings of four of eight letters. What is told is the loss
 behind the bar on strings that were not learned from, in nats a letter: 0 is a perfect copy, ln 8 =
 2.08 is guessing.
 """
@@ -15,11 +15,12 @@ import random
 import re
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, reduce
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -32,19 +33,17 @@ from dataset import Split
 from engine import machine, settings
 from engine.learner import Learner
 from engine.shards import ShardWriter, Strip
-from lessons import ROOT, specimen
 from optim import LossScale, learning_rate, make_optimizers, set_rates
 from tasks.repeat import BAR
 from tokenizer import bytes_tokenizer
 
-LETTERS, LENGTHS = "abcdefgh", (3, 4, 5)
-TEXTS, STRINGS = 4000, 40  # to learn from, and to be judged by
+LETTERS, LENGTH = "abcdefgh", 4
+TEXTS, STRINGS = 4000, 100  # to learn from, and to be judged by
 SEEDS = (1, 2, 3)
 BEYOND = 3  # standard deviations of the seeds: what is less is not told as an effect
-FILE = ROOT / "lessons" / "ablations.json"  # what was measured last
 
 # the specimen's settings, with a shorter context and a shorter run
-SHORT = dict(block_size=24, steps=150, batch_tokens=32 * 24)
+SHORT = dict(block_size=20, steps=200, batch_tokens=16 * 20, lr=0.03)
 
 
 @dataclass
@@ -57,7 +56,6 @@ class Ablation:
     net: Callable = lambda net: None  # done to the new model
     targets: Callable | None = None  # (tokens, targets) to other targets
     effect: int = 1  # 1: the loss gets worse, -1: better, 0: no difference shown
-    measure: str = "behind"
 
 
 def unscale(net) -> None:
@@ -76,6 +74,7 @@ ABLATIONS = dict(
                 self.mlp_norm(self.attn(self.attn_norm(x), rope, mask, cache))
             )
         },
+        base=dict(zero_init=False),  # blocks that begin at zero would hand on nothing at all
     ),
     no_norm=Ablation(instead={"Norm.forward": lambda self, x: x}),
     no_scale=Ablation(net=unscale),
@@ -97,7 +96,7 @@ ABLATIONS = dict(
 
 
 def string(rng: random.Random) -> str:
-    return "".join(rng.choices(LETTERS, k=rng.choice(LENGTHS)))
+    return "".join(rng.choices(LETTERS, k=LENGTH))
 
 
 @lru_cache
@@ -158,10 +157,56 @@ def learn(seed: int, change: Ablation) -> dict[str, float]:
 def judged(net) -> float:
     """Nats of a letter behind the bar, on new strings, each read as far as it has been written: so
     that no model can look at what is to come, whatever it could do while it learned."""
-    rng, tokenizer, nats = random.Random(1), texts().tokenizer, []
-    for _ in range(STRINGS):
-        text = string(rng)
-        tokens = specimen.read(tokenizer, f"{text}{BAR}{text}")[0]
-        for i in range(len(text) + 2, len(tokens)):
-            nats.append(-net(tokens[None, :i])[0, -1].log_softmax(-1)[tokens[i]].item())
+    rng, encode = random.Random(1), texts().tokenizer.encode
+    halves = torch.tensor([encode(string(rng)) for _ in range(STRINGS)])
+    end, bar = (torch.full((STRINGS, 1), i) for i in (texts().tokenizer.end_of_text, ord(BAR)))
+    tokens = torch.cat((end, halves, bar, halves), dim=1)
+    nats = []
+    for i in range(LENGTH + 2, tokens.size(1)):
+        ln_p = net(tokens[:, :i])[:, -1].log_softmax(-1)
+        nats += (-ln_p.gather(-1, tokens[:, i, None])).flatten().tolist()
     return statistics.mean(nats)
+
+
+# --- tables
+
+
+class Found(NamedTuple):
+    """What the seeds have found: the loss with the settings as they are, and with the change."""
+
+    base: list[float]
+    changed: list[float]
+
+    def apart(self) -> float:
+        """How far the means are from each other, in standard deviations of the seeds; above 0 if
+        the change does harm."""
+        spread = math.hypot(statistics.stdev(self.base), statistics.stdev(self.changed))
+        return (statistics.mean(self.changed) - statistics.mean(self.base)) / max(spread, 1e-9)
+
+    def row(self, name: str) -> str:
+        shown = [f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in self]
+        return f"| `{name}` | {shown[0]} | {shown[1]} | {self.apart():.1f} |"
+
+
+def measure(names: Iterable[str], seeds=SEEDS, tell=lambda text: None) -> dict[str, Found]:
+    """Both losses of each ablation; what several have as their base is trained once."""
+    bases: dict[str, list[float]] = {}
+    found = {}
+    for name in names:
+        change = ABLATIONS[name]
+        key = json.dumps(change.base, sort_keys=True)
+        if key not in bases:
+            bases[key] = [learn(seed, Ablation(base=change.base))["behind"] for seed in seeds]
+        changed = [learn(seed, change)["behind"] for seed in seeds]
+        found[name] = Found(bases[key], changed)
+        tell(found[name].row(name))
+    return found
+
+
+def written(text: str, found: dict[str, Found]) -> str:
+    """A page with the rows of these ablations as they were found."""
+
+    def row(line: re.Match) -> str:
+        return found[line[1]].row(line[1]) if line[1] in found else line[0]
+
+    return re.sub(r"^\| `(\w+)` \|.*\|$", row, text, flags=re.MULTILINE)

@@ -1,6 +1,5 @@
 """Chapter 7: rates, Adam, Muon, clipping, passes; depth that is needed."""
 
-import math
 from types import SimpleNamespace
 
 import torch
@@ -88,15 +87,28 @@ def each_parameter_once():
     net = GPT(GPTConfig(vocab_size=257, n_layer=1, n_embd=32))
     groups = [g for o in optim.make_optimizers(net, s, torch.float32) for g in o.param_groups]
     owned = [p for group in groups for p in group["params"]]
-    require(len(owned) == len(set(owned)) == len([*net.parameters()]), "a parameter has no group, or two")
+    require(
+        len(owned) == len(set(owned)) == len([*net.parameters()]),
+        "a parameter has no group, or two",
+    )
     require(all(g["base_lr"] == g["lr"] for g in groups), "a group has not kept its full rate")
 
 
 def learning_rate(function):
     """Exercise 7.a: the factor on the rates: rise, hold, fall along a cosine."""
-    for step, wanted in ((0, 1 / 11), (9, 10 / 11), (10, 1), (49, 1), (75, 0.55), (50, 1), (100, 0.1)):
+    for step, wanted in (
+        (0, 1 / 11),
+        (9, 10 / 11),
+        (10, 1),
+        (49, 1),
+        (75, 0.55),
+        (50, 1),
+        (100, 0.1),
+    ):
         found = function(step, 100, 10, 0.5, 0.1, "cosine")
-        require(abs(found - wanted) < 1e-6, f"at step {step} of 100 it is {found:.3f}, not {wanted:.3f}")
+        require(
+            abs(found - wanted) < 1e-6, f"at step {step} of 100 it is {found:.3f}, not {wanted:.3f}"
+        )
 
 
 def adam_step(function):

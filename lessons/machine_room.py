@@ -1,6 +1,5 @@
-"""Chapter 11: fast and safe: parts that must agree, batches without memory, files that are whole."""
+"""Chapter 11: parts that must agree, batches without memory, files that are whole."""
 
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -65,7 +64,8 @@ def small_numbers() -> float:
         one = torch.tensor(1.0, dtype=dtype)
         eps = torch.finfo(dtype).eps
         tiny = torch.tensor(1e-8).to(dtype).item()
-        print(f"{dtype!s:15} 1 + 0.001 = {(one + 0.001).item():.6f}   1e-8 is {tiny:.1e}   eps {eps:.1e}")
+        said = f"1 + 0.001 = {(one + 0.001).item():.6f}   1e-8 is {tiny:.1e}   eps {eps:.1e}"
+        print(f"{dtype!s:15} {said}")
     return (torch.tensor(1.0, dtype=torch.bfloat16) + 0.001).item()
 
 
@@ -99,7 +99,10 @@ def fast_norm(function):
 def window_numbers(function):
     """Exercise 11.b: window_numbers(step, rows, rank, world): which windows of the endless sequence
     a process learns from in update `step`, counted from 1."""
-    for values, wanted in (((1000, 32, 1, 4), [*range(31_976, 31_984)]), ((1, 4, 0, 1), [0, 1, 2, 3])):
+    for values, wanted in (
+        ((1000, 32, 1, 4), [*range(31_976, 31_984)]),
+        ((1, 4, 0, 1), [0, 1, 2, 3]),
+    ):
         found = list(function(*values))
         require(found == wanted, f"window_numbers{values} is {found}, and should be {wanted}")
 

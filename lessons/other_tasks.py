@@ -48,7 +48,10 @@ def hidden() -> int:
     askable = np.ones(tokens.shape, bool)
     for key in range(3):
         shown, asked, gone = masked.corrupt(tokens, askable, 0.15, 257, [(1, key)])
-        signs = ["_" if g else chr(c) if 32 < c < 127 else "~" if c > 126 else " " for c, g in zip(shown[0], gone[0])]
+        signs = [
+            "_" if g else chr(c) if 32 < c < 127 else "~" if c > 126 else " "
+            for c, g in zip(shown[0], gone[0], strict=True)
+        ]
         print("shown ", "".join(signs), "  asked for", int(asked.sum()))
     return int(asked.sum())
 

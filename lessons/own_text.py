@@ -1,52 +1,40 @@
 """Chapter 9: from a file of one's own to a model: tokens, epochs, memory, time."""
 
-import contextlib
-import io
-import json
-import tempfile
-from pathlib import Path
+from collections import Counter
 
+import regex
 import torch
 
 import dataset
 import train
+from bpe import bpe_tokenizer
 from engine import settings
 from lessons import require
 from model import GPT
 from optim import make_optimizers
 from shape import GPTConfig
-from tokenizer import find_tokenizer
+from tokenizer import SPLIT, bytes_tokenizer
 
 BOOK = "dataset"
 LINE = "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。\n"  # a poem of 696, by Wang Zhihuan
 TEXT = "".join(f"{i}. {LINE}" for i in range(400))
 
 
-def prepared(**options) -> tuple[dict, list[int]]:
-    """meta.json of TEXT, prepared by the command itself, and the ids of a line."""
-    import prepare
-
-    with tempfile.TemporaryDirectory() as folder:
-        file, out = Path(folder) / "poem.txt", Path(folder) / "poem"
-        file.write_text(TEXT, encoding="utf-8")
-        argv = [str(file), f"--out={out}", *(f"--{k}={v}" for k, v in options.items())]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            prepare.main([*argv, "--workers=1"])
-        tokenizer = find_tokenizer(str(out))
-        ids = tokenizer.encode(LINE)
-        require(tokenizer.decode(ids) == LINE, "no round trip")
-        return json.loads((out / "meta.json").read_text(encoding="utf-8")), ids
+def learned(vocab_size: int):
+    """A vocabulary of this size from TEXT, as `prepare.py` learns it; bytes alone for 257."""
+    if vocab_size == 257:
+        return bytes_tokenizer()
+    return bpe_tokenizer(Counter(regex.findall(SPLIT, TEXT)), vocab_size)
 
 
 def shorter() -> int:
-    lengths = {}
-    for size in (257, 300, 400):
-        options = dict(tokenizer="bytes") if size == 257 else dict(vocab_size=size)
-        meta, ids = prepared(**options)
-        lengths[size] = len(ids)
-        total = sum(split["tokens"] for split in meta["splits"].values())
-        print(f"V = {size}: the line is {len(ids):2} tokens, the text {total:6,}")
-    return lengths[257]
+    for size in (257, 270, 290):
+        tokenizer = learned(size)
+        ids = tokenizer.encode(LINE)
+        require(tokenizer.decode(ids) == LINE, "no round trip")
+        rows = 2 * tokenizer.vocab_size * 128
+        print(f"V = {tokenizer.vocab_size}: {len(ids):2} tokens, embedding and head {rows:,}")
+    return len(ids)
 
 
 def epochs() -> float:

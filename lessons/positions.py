@@ -14,7 +14,9 @@ ROTATE = model.rotate  # as the book has it, whatever the reader puts in its pla
 
 
 def config(**changes) -> GPTConfig:
-    return GPTConfig(**dict(vocab_size=257, n_layer=2, n_head=4, n_embd=32, rope_base=100) | changes)
+    return GPTConfig(
+        **dict(vocab_size=257, n_layer=2, n_head=4, n_embd=32, rope_base=100) | changes
+    )
 
 
 def at(*positions: int):
@@ -49,7 +51,9 @@ def moved() -> float:
 def slowest() -> int:
     for i in range(4):
         frequency = 100 ** (-2 * i / 8)
-        print(f"pair {i}: {frequency:.3f} radians a token, a turn in {2 * math.pi / frequency:6.1f}")
+        print(
+            f"pair {i}: {frequency:.3f} radians a token, a turn in {2 * math.pi / frequency:6.1f}"
+        )
     return round(2 * math.pi * 100 ** (6 / 8))
 
 
@@ -101,7 +105,9 @@ def only_distance_counts():
     """Both positions moved alike: the same score."""
     off = max(abs(score(5 + d, 2 + d) - score(5, 2)) for d in (1, 7, 40))
     require(off < 1e-4, f"a query and a key moved alike change their score by {off:.3f}")
-    require(abs(score(5, 2) - score(5, 4)) > 1e-3, "the distance changes nothing: is x turned at all?")
+    require(
+        abs(score(5, 2) - score(5, 4)) > 1e-3, "the distance changes nothing: is x turned at all?"
+    )
 
 
 def rotate(function):
@@ -111,7 +117,9 @@ def rotate(function):
     found, wanted = function(x, rope), ROTATE(x, rope)
     require(found.shape == wanted.shape, f"its shape is {tuple(found.shape)}, not (2, 9, 4, 8)")
     off = (found - wanted).abs().max().item()
-    require(off < 1e-5, f"a channel is off by {off:.3f}: which channels are a pair, and which sign?")
+    require(
+        off < 1e-5, f"a channel is off by {off:.3f}: which channels are a pair, and which sign?"
+    )
 
 
 def to_neighbours(function):
@@ -131,7 +139,9 @@ def to_neighbours(function):
 
     found = scores(function(wq, 8), function(wk, 8), neighbours)
     off = (found - scores(wq, wk, ROTATE)).abs().max().item()
-    require(off < 1e-3, f"the scores differ by {off:.3f}: row i of a head and row i + D/2 are a pair")
+    require(
+        off < 1e-3, f"the scores differ by {off:.3f}: row i of a head and row i + D/2 are a pair"
+    )
 
 
 CHECKS = (only_distance_counts, rotate, to_neighbours)

@@ -63,7 +63,9 @@ def lens() -> int:
         p = net.logits(net.norm(x))[0, -1].softmax(-1)
         best = p.topk(3)
         words = [tokenizer.decode([i]) for i in best.indices.tolist()]
-        said = "   ".join(f"{w!r} {q:.2f}" for w, q in zip(words, best.values.tolist(), strict=True))
+        said = "   ".join(
+            f"{w!r} {q:.2f}" for w, q in zip(words, best.values.tolist(), strict=True)
+        )
         print(f"behind {layer} blocks   {said}")
         if words[0] == "c" and first is None:
             first = layer

@@ -10,7 +10,6 @@ command measures how well a run copies and keeps it if that is good enough.
 """
 
 import math
-import sys
 from pathlib import Path
 
 import torch

@@ -11,7 +11,9 @@ from tokenizer import bytes_tokenizer
 
 BOOK = "bpe"
 POEM = "白日依山尽"  # the sun sinks behind the hills: the first line of a poem by Wang Zhihuan
-WORDS = Counter({"天天": 2, "天上": 1, "天下": 1, "白天": 1})  # daily, in the sky, the world, by day
+WORDS = Counter(
+    {"天天": 2, "天上": 1, "天下": 1, "白天": 1}
+)  # daily, in the sky, the world, by day
 HAND = Counter(low=5, lower=2, newest=6, widest=3)  # the example at the top of bpe.py
 
 
@@ -88,7 +90,13 @@ def slow_and_fast_agree():
 
 def merge(function):
     """Exercise 1.a: merge(ids, pair, new), on cases where it is easy to be wrong."""
-    cases = (([1, 2, 3], [9, 3]), ([1, 1, 2], [1, 9]), ([1, 2, 1, 2], [9, 9]), ([], []), ([2, 1], [2, 1]))
+    cases = (
+        ([1, 2, 3], [9, 3]),
+        ([1, 1, 2], [1, 9]),
+        ([1, 2, 1, 2], [9, 9]),
+        ([], []),
+        ([2, 1], [2, 1]),
+    )
     for ids, wanted in cases:
         found = list(function(list(ids), (1, 2), 9))
         require(found == wanted, f"merge({ids}, (1, 2), 9) gives {found}, and should give {wanted}")

@@ -72,12 +72,19 @@ def exercises(function):
         right = (x[row] == tokens[start : start + 8]).all()
         require(right, f"x of the window at {start} is {x[row].tolist()}")
         right = (y[row] == tokens[start + 1 : start + 9]).all()
-        require(right, f"y of the window at {start} is {y[row].tolist()}: the tokens that come next")
+        require(
+            right, f"y of the window at {start} is {y[row].tolist()}: the tokens that come next"
+        )
 
 
 def window_of(function):
-    """Exercise 2.b: window_of(step, row, rows, per_epoch): which epoch, which place in its order."""
-    for step, row, wanted in ((0, 0, (0, 0)), (999, 0, (3, 4968)), (999, 31, (3, 4999)), (281, 8, (1, 0))):
+    """Exercise 2.b: window_of(step, row, rows, per_epoch): which epoch, which place in it."""
+    for step, row, wanted in (
+        (0, 0, (0, 0)),
+        (999, 0, (3, 4968)),
+        (999, 31, (3, 4999)),
+        (281, 8, (1, 0)),
+    ):
         found = tuple(function(step, row, 32, 9000))
         require(found == wanted, f"row {row} of step {step} is {found}, and should be {wanted}")
 

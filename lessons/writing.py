@@ -111,9 +111,13 @@ def greedy_is_the_likeliest():
 
 
 def min_p(function):
-    """Exercise 8.a: min_p(logits, uniform, p): of tokens at least p times as likely as the first."""
+    """Exercise 8.a: min_p(logits, uniform, p): of tokens at least p times as likely as the best."""
     logits = torch.tensor([[0.50, 0.30, 0.15, 0.05]]).log()
-    for p, wanted in ((0.2, [0.526, 0.316, 0.158, 0]), (0.5, [0.625, 0.375, 0, 0]), (1, [1, 0, 0, 0])):
+    for p, wanted in (
+        (0.2, [0.526, 0.316, 0.158, 0]),
+        (0.5, [0.625, 0.375, 0, 0]),
+        (1, [1, 0, 0, 0]),
+    ):
         found = frequencies(function, logits, p=p)
         off = max(abs(a - b) for a, b in zip(found, wanted, strict=True))
         said = " ".join(f"{x:.3f}" for x in found)
