@@ -55,7 +55,7 @@ class Ablation:
     base: dict = field(default_factory=dict)  # settings that both have
     net: Callable = lambda net: None  # done to the new model
     targets: Callable | None = None  # (tokens, targets) to other targets
-    effect: int = 1  # 1: the loss gets worse, -1: better, 0: no difference shown
+    effect: int = 0  # 1: it gets worse, -1: better; 0: at this size no difference is shown
 
 
 def unscale(net) -> None:
@@ -64,34 +64,44 @@ def unscale(net) -> None:
         block.attn.q_norm.register_forward_hook(lambda _, x, q: q * math.sqrt(q.size(-1)))
 
 
+def in_turn(self, x, rope, mask, cache):
+    """A block whose two halves replace x instead of adding to it."""
+    return self.mlp(self.mlp_norm(self.attn(self.attn_norm(x), rope, mask, cache)))
+
+
+def everyone(T, S, device=None):
+    return torch.ones(T, S, dtype=torch.bool, device=device)
+
+
+DEEP = dict(n_layer=4, zero_init=False)
+
 ABLATIONS = dict(
-    no_mask=Ablation(instead={"causal_mask": lambda T, S, device=None: torch.ones(T, S).bool()}),
-    no_shift=Ablation(targets=lambda tokens, targets: tokens),
-    no_positions=Ablation(instead={"rotate": lambda x, rope: x}),
-    no_residual=Ablation(
-        instead={
-            "Block.forward": lambda self, x, rope, mask, cache: self.mlp(
-                self.mlp_norm(self.attn(self.attn_norm(x), rope, mask, cache))
-            )
-        },
-        base=dict(zero_init=False),  # blocks that begin at zero would hand on nothing at all
-    ),
-    no_norm=Ablation(instead={"Norm.forward": lambda self, x: x}),
+    # docs/learn/02.md
+    no_shift=Ablation(targets=lambda tokens, targets: tokens, effect=1),
+    # 03.md. Blocks that begin at zero and do not add would hand on nothing at all
+    no_residual=Ablation(instead={"Block.forward": in_turn}, base=DEEP, effect=1),
+    no_norm=Ablation(instead={"Norm.forward": lambda self, x: x}, effect=1),
+    no_zero_init=Ablation(settings=dict(zero_init=False)),
+    # 04.md
+    no_mask=Ablation(instead={"causal_mask": everyone}, effect=1),
+    one_head=Ablation(settings=dict(n_head=1), effect=1),
     no_scale=Ablation(net=unscale),
     no_scale_no_qk_norm=Ablation(net=unscale, base=dict(qk_norm=False)),
     no_qk_norm=Ablation(settings=dict(qk_norm=False)),
-    one_head=Ablation(settings=dict(n_head=1)),
-    one_layer=Ablation(settings=dict(n_layer=1)),
-    no_zero_init=Ablation(settings=dict(zero_init=False)),
+    # 05.md
+    no_positions=Ablation(instead={"rotate": lambda x, rope: x}, effect=1),
+    learned_positions=Ablation(settings=dict(position="learned")),
+    # 06.md
     no_bend=Ablation(instead={"relu2": lambda x: x}),
     no_mlp=Ablation(instead={"MLP.forward": lambda self, x: torch.zeros_like(x)}),
-    no_decay=Ablation(settings=dict(decay=0.0)),
-    warmup=Ablation(settings=dict(warmup=0.2)),
-    no_momentum=Ablation(settings=dict(momentum=0.0)),
-    adamw=Ablation(settings=dict(optimizer="adamw", lr=0.003)),
-    no_clip=Ablation(settings=dict(grad_clip=0.0)),
     no_cap=Ablation(settings=dict(logit_cap=0.0)),
-    learned_positions=Ablation(settings=dict(position="learned")),
+    # 07.md; of AdamW's rates 0.001, 0.003, 0.01 and 0.03 the best
+    adamw=Ablation(settings=dict(optimizer="adamw", lr=0.03), effect=1),
+    no_momentum=Ablation(settings=dict(momentum=0.0)),
+    warmup=Ablation(settings=dict(warmup=0.2)),
+    no_decay=Ablation(settings=dict(decay=0.0)),
+    no_clip=Ablation(settings=dict(grad_clip=0.0)),
+    one_layer=Ablation(settings=dict(n_layer=1)),
 )
 
 

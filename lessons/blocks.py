@@ -74,7 +74,7 @@ def reaches() -> None:
             net(*windows()).backward()
             found.append(net.wte.weight.grad.norm().item())
         with_sum, without = found
-        print(f"{layers:2} layers: {with_sum:.5f}, without the sum {without:.5f}")
+        print(f"{layers:2} layers: with the sum {with_sum:.2f}, without {without:.2f}")
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ command measures how well a run copies and keeps it if that is good enough.
 """
 
 import math
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def copied(model, tokenizer, texts: int = 500) -> dict[str, float]:
     """How well a model repeats strings of the test split: nats a letter before and behind the bar,
     nats a line, and how often what should follow behind the bar is likeliest."""
     before, behind, total, right = [], [], [], []
-    for _, row in zip(range(texts), repeat.rows("test", 0), strict=False):
+    for row in islice(repeat.rows("test", 0), texts):
         text = row["text"]
         tokens = torch.cat([read(tokenizer, text), read(tokenizer, "")], dim=1)
         nats = surprise(model, tokens)

@@ -1,0 +1,335 @@
+"""docs/learn says what the code does: blocks run, answers are computed, exercises can fail, whys
+hold."""
+
+import doctest
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, script
+
+import learn
+import lessons
+from engine import settings
+from lessons import ablations, specimen
+from tasks import repeat
+
+NUMBERS = range(len(lessons.CHAPTERS))
+PAGES = sorted(lessons.PAGES.glob("*.md"))  # in all languages
+ANSWERS = lessons.PAGES / "answers"
+RIGHT, WRONG = "✓", "✗"
+
+
+def answer(number: int) -> Path:
+    return ANSWERS / f"{number:02}.py"
+
+
+# --- the specimen
+
+
+def test_the_specimen_is_small_and_whole_and_git_keeps_it():
+    files = {path.name: path.stat().st_size for path in specimen.FOLDER.iterdir()}
+    assert sum(files.values()) < 200_000
+    assert set(files) == {"model.safetensors", "state.json", "encoding.json"} | {
+        "vocab.tiktoken",
+        "manifest.json",
+    }
+    model, tokenizer = specimen.load()  # which verifies every byte
+    assert (model.num_parameters(), tokenizer.vocab_size) == (41_248, 257)
+    header = (specimen.FOLDER / "model.safetensors").read_bytes()
+    assert b"__metadata__" not in header[: 8 + int.from_bytes(header[:8], "little")]
+    if shutil.which("git"):
+        path = str(specimen.FOLDER / "model.safetensors")
+        ignored = subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode
+        assert ignored != 0
+
+
+def test_the_specimen_is_that_of_its_command():
+    from train import Settings
+
+    state = json.loads((specimen.FOLDER / "state.json").read_text(encoding="utf-8"))
+    given = settings.read_file("config/specimen.py", settings.settings_of(Settings))
+    assert given.items() <= state["settings"].items()
+
+
+def test_the_specimen_comes_near_the_ideal_and_its_heads_can_be_read():
+    model, tokenizer = specimen.load()
+    found = specimen.copied(model, tokenizer)
+    assert found["right"] > 0.99
+    assert found["behind"] < 0.01
+    letters = (len("abcd|abcd") - 1) / 2
+    assert specimen.ideal(letters) == pytest.approx(4 * 3.2581 + 2.1972, abs=1e-3)
+    strings = [row["text"] for row in islice(repeat.rows("test", 0), 500)]
+    least = specimen.ideal(sum(len(text) // 2 for text in strings) / len(strings))
+    assert least < found["line"] < 1.03 * least
+    # each head of the second layer that copies looks at the letter that it has to write
+    on_next = torch.zeros(2, 4)
+    for text in strings[:50]:
+        weights = specimen.attention(model, specimen.read(tokenizer, text))
+        bar = text.index("|") + 1
+        at = range(bar, weights.size(-1) - 1)  # the bar writes letter 1, the next one letter 2
+        on_next += torch.stack([weights[:, :, i, i - bar + 1] for i in at]).mean(0) / 50
+    assert (on_next[1] > 0.7).sum() >= 2
+    assert on_next[0].max() < 0.2
+
+
+# --- pages
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_block_of_a_page_runs_and_prints_what_stands_there(path):
+    torch.set_num_threads(1)
+    flags = doctest.ELLIPSIS | doctest.REPORT_ONLY_FIRST_FAILURE
+    failed, tried = doctest.testfile(str(path), module_relative=False, optionflags=flags)
+    assert tried
+    assert not failed
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_answer_on_a_page_is_what_the_code_gives(number, capsys):
+    torch.set_num_threads(1)
+    pages = [path for path in PAGES if path.name.startswith(f"{number:02}.")]
+    computed = [question() for question in lessons.chapter(number).QUESTIONS]
+    assert capsys.readouterr().out.count("\n") >= 2 * len(computed)  # and it shows how
+    for path in pages:
+        asked = lessons.questions(path)
+        assert [q.number for q in asked] == [f"{number}.{i + 1}" for i in range(len(computed))]
+        for question, value in zip(asked, computed, strict=True):
+            assert question.answer == lessons.as_printed(value, question.answer), question.number
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere_and_line_numbers_are_those_of_today(path):
+    text = path.read_text(encoding="utf-8")
+    assert lessons.linked(text) == text, "run python learn.py --links"
+    assert lessons.SOURCE.search(text)
+    for target in re.findall(r"\]\(([^)]*)\)", text):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        there = path.parent / file if file else path
+        assert there.is_file(), target
+        if anchor and not re.fullmatch(r"L\d+-L\d+", anchor):
+            titles = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+
+
+def test_line_numbers_follow_the_code_and_a_name_that_is_gone_is_told():
+    first, last = lessons.lines("model.py", "Attention.forward")
+    source = (ROOT / "model.py").read_text(encoding="utf-8").splitlines()
+    assert "def forward" in source[first - 1]
+    assert "return self.wo" in source[last - 1]
+    link = lessons.linked("see [`model.py: Attention.forward`](), please")
+    here = f"../../model.py#L{first}-L{last}"
+    assert link == f"see [`model.py: Attention.forward`]({here}), please"
+    with pytest.raises(ValueError, match="no Atention"):
+        lessons.lines("model.py", "Atention")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_of_a_page_are_accepted(path):
+    import prepare
+    import sample
+    import train
+
+    known = {
+        "prepare.py": (prepare.Settings, "source", "*"),
+        "sample.py": (sample.Settings, "run", "?"),
+        "learn.py": (learn.Settings, "chapter", "?"),
+    }
+    commands = re.findall(r"^python (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert commands
+    for command in commands:
+        name, *argv = shlex.split(command)
+        if name == "train.py":
+            train.read_settings(argv)
+        elif name in known:
+            cls, positional, nargs = known[name]
+            s = settings.load(cls, argv, "", positional, nargs)
+            if name == "learn.py" and s.check:
+                assert s.chapter == str(int(path.name[:2]))
+        else:
+            assert command == "-m lessons.specimen out/specimen"
+
+
+# --- exercises
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_answers_to_the_exercises_pass_and_stubs_do_not(number, tmp_path):
+    torch.set_num_threads(1)
+    lesson = lessons.chapter(number)
+    exercises = [f.__name__ for of_book, f in lessons.labelled(lesson) if not of_book]
+    assert len(exercises) == 2
+    page = lessons.page(number).read_text(encoding="utf-8")
+    letters = [page.index(f"**{number}.{letter}** `") for letter in "ab"]
+    assert all(re.search(rf"`(class )?{name}\b", page[min(letters) :]) for name in exercises)
+
+    passed = dict(lessons.check(lesson, answer(number)))
+    assert not any(passed.values()), passed
+    assert passed.keys() >= {*exercises}
+
+    stub = tmp_path / "stub.py"
+    nothing = "def {}(*args, **options):\n    return None\n"
+    stub.write_text("".join(map(nothing.format, exercises)))
+    failed = dict(lessons.check(lesson, stub))
+    assert all(failed[name] for name in exercises), failed
+
+
+# a chapter, what stands in its answer, what is put there instead, and which check notices
+MISTAKES = [
+    (0, "12 * L", "8 * L", "count"),
+    (0, "net.norm(x)", "x", "read"),
+    (1, "i += 2", "i += 1", "merge"),
+    (1, "min(joined", "max(joined", "encode"),
+    (2, "start + 1 : start + T + 1", "start : start + T", "exercises"),
+    (2, "step * rows + row", "step + row", "window_of"),
+    (3, " + eps", "", "rms_norm"),
+    (3, "return x + ", "return ", "Block"),
+    (4, " / math.sqrt(D)", "", "attend"),
+    (4, "range(i + 1)", "range(T)", "attend"),
+    (4, ".tril(S - T)", "", "causality"),
+    (4, "S - T - 3", "S - T - 4", "causal_mask"),
+    (5, "a * c - b * s", "a * c + b * s", "rotate"),
+    (5, "x[..., i], x[..., i + D // 2]", "x[..., i], x[..., i - 1]", "rotate"),
+    (5, "heads.transpose(1, 2)", "heads", "to_neighbours"),
+    (6, "logits - logits.amax(dim=-1, keepdim=True)", "logits", "cross_entropy"),
+    (6, " / math.log(2)", "", "bits_per_byte"),
+    (7, "(warmup + 1)", "warmup", "learning_rate"),
+    (7, "m / (1 - beta1**step)", "m", "adam_step"),
+    (8, "kept[:, -1:]", "1", "min_p"),
+    (8, "tokens = [logits", "tokens = tokens + [logits", "write"),
+    (9, " / 3600", "", "hours"),
+    (9, "(1 + 1 + 1)", "(1 + 1 + 2)", "training_bytes"),
+    (10, "token != end", "True", "answers"),
+    (10, " if spread else 0.0", "", "advantages"),
+    (11, "eps=eps", "eps=1", "fast_norm"),
+    (11, "(step - 1)", "step", "window_numbers"),
+]
+
+
+@pytest.mark.parametrize("number, right, wrong, check", MISTAKES)
+def test_a_mistake_is_found(number, right, wrong, check, tmp_path):
+    torch.set_num_threads(1)
+    text = answer(number).read_text(encoding="utf-8")
+    assert right in text
+    file = tmp_path / "my_file.py"
+    file.write_text(text.replace(right, wrong), encoding="utf-8")
+    assert dict(lessons.check(lessons.chapter(number), file))[check]
+
+
+def test_a_whole_copy_of_the_book_with_a_change_is_checked_and_leaves_nothing_behind(tmp_path):
+    import model
+
+    before, lesson = dict(vars(model)), lessons.chapter(4)
+    file = tmp_path / "my_model.py"
+    source = (ROOT / "model.py").read_text(encoding="utf-8")
+    file.write_text(source, encoding="utf-8")
+    found = dict(lessons.check(lesson, file))
+    assert not found["causality"]
+    assert found["causal_mask"]  # the book's own is no window
+    file.write_text(source.replace(".tril(S - T)", ".tril(S - T + 1)"), encoding="utf-8")
+    assert "leaks" in dict(lessons.check(lesson, file))["causality"]
+    assert vars(model) == before
+
+
+# --- the command
+
+
+def test_predictions_are_compared_and_none_are_needed(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", open("/dev/null"))
+    learn.main(["4"])
+    silent = capsys.readouterr().out
+    assert silent.count("= 0.503\n") == 1
+    assert RIGHT not in silent
+    learn.main(["4", "--answer=0.52,64,0,b"])  # the last is left open
+    told = capsys.readouterr().out
+    for line in ("✓ 0.503", "✗ 8.0", "✓ 0", "✓ b", "= c", "✓ 3 / 4"):
+        assert f"{line}\n" in told
+    assert "[0.248 0.248 0.503]" in told  # a real step, in numbers
+
+
+def test_a_page_in_another_language_is_enough(tmp_path, monkeypatch, capsys):
+    shutil.copytree(lessons.PAGES, tmp_path / "learn")
+    page = (tmp_path / "learn" / "08.md").read_text(encoding="utf-8")
+    page = page.replace("Half the temperature", "温度减半")
+    (tmp_path / "learn" / "08.zh.md").write_text(page, encoding="utf-8")
+    monkeypatch.setattr(lessons, "PAGES", tmp_path / "learn")
+    monkeypatch.setattr(lessons, "ROOT", tmp_path)
+    learn.main(["8", "--language=zh", "--answer=0.867"])
+    assert "8.1  温度减半" in capsys.readouterr().out
+    learn.main(["8", "--answer=0.867"])
+    assert "温度减半" not in capsys.readouterr().out
+    assert lessons.page(4, "zh").name == "04.md"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["12"], "chapter='12' should be a number from 0 to 11"),
+        (["four"], "chapter='four' should be a number from 0 to 11"),
+        (["4", "--answer=many"], "the prediction 'many' should be a number"),
+        (["4", "--answer=1,2,3,4,5,6"], "6 answers, but 04.md has 5 questions"),
+        (["4", "--check=nothing.py"], "no such file: 'nothing.py'"),
+        (["4", "--check=README.md"], "is no Python"),
+        (["4", "--check=broken.py"], "broken.py does not run: ZeroDivisionError"),
+    ],
+)
+def test_mistakes_of_readers_cost_a_sentence(argv, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("# A page\n\nThis is no Python.\n")
+    Path("broken.py").write_text("1 / 0\n")
+    monkeypatch.setattr("sys.stdin", open("/dev/null"))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        learn.main(argv)
+
+
+def test_a_file_that_is_wrong_ends_with_status_2(tmp_path):
+    file = tmp_path / "my_model.py"
+    file.write_text("def attend(q, k, v):\n    return v\n")
+    out = script("learn.py", "4", f"--check={file}", status=2)
+    assert f"{WRONG} attend" in out
+    assert f"{RIGHT} causality" in out
+
+
+def test_the_contents_name_every_chapter(capsys):
+    learn.main([])
+    assert len(capsys.readouterr().out.splitlines()) == len(NUMBERS)
+
+
+# --- whys
+
+
+def rows(path: Path) -> dict[str, list[float]]:
+    """The rows of ablations on a page: name to both means, their deviations, and how far apart."""
+    found = re.findall(r"^\| `(\w+)` \|(.*)\|$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    found = [(name, cells) for name, cells in found if name in ablations.ABLATIONS]
+    return {name: [float(x) for x in re.split(r"[|±]", cells)] for name, cells in found}
+
+
+def test_every_ablation_stands_on_a_page_and_only_large_effects_are_told():
+    english = {k: v for number in NUMBERS for k, v in rows(lessons.page(number)).items()}
+    assert english.keys() == ablations.ABLATIONS.keys()
+    for name, (*_, apart) in english.items():
+        effect = ablations.ABLATIONS[name].effect
+        assert effect * apart >= ablations.BEYOND if effect else abs(apart) < ablations.BEYOND, name
+    for path in PAGES:
+        assert all(english[name] == row for name, row in rows(path).items()), path
+
+
+TOLD = [name for name, change in ablations.ABLATIONS.items() if change.effect]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [TOLD[::2], TOLD[1::2]], ids=["even", "odd"])  # on two cores
+def test_what_the_pages_tell_of_ablations_is_found_again(names):
+    torch.set_num_threads(1)
+    for name, found in ablations.measure(names).items():
+        change = ablations.ABLATIONS[name]
+        assert change.effect * found.apart() >= ablations.BEYOND, f"{name}: {found}"
