@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CODE = [
-    path for room in ("", "engine", "objectives", "tasks") for path in (ROOT / room).glob("*.py")
+    path
+    for room in ("", "engine", "lessons", "objectives", "tasks")
+    for path in (ROOT / room).glob("*.py")
 ]  # no tests
 sys.path.insert(0, str(ROOT))
 os.environ.pop("PYTHONUNBUFFERED", None)  # as on most machines

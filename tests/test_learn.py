@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from conftest import ROOT, script
 
 import learn
 import lessons
+from dataset import Dataset
 from engine import settings
 from lessons import ablations, specimen
 from tasks import repeat
@@ -77,6 +79,29 @@ def test_the_specimen_comes_near_the_ideal_and_its_heads_can_be_read():
         on_next += torch.stack([weights[:, :, i, i - bar + 1] for i in at]).mean(0) / 50
     assert (on_next[1] > 0.7).sum() >= 2
     assert on_next[0].max() < 0.2
+
+
+def test_strings_and_their_copies_in_splits_that_share_none(tmp_path, monkeypatch):
+    import prepare
+
+    monkeypatch.setattr(repeat, "ROWS", dict(train=900, val=90, test=90))
+    out = tmp_path / "repeat"
+    prepare.main(["repeat", f"--out={out}", "--tokenizer=bytes", "--workers=1"])
+    seen, lengths = [], Counter()
+    data = Dataset(str(out))
+    assert data.kind == "text"
+    for name, count in repeat.ROWS.items():
+        split = data.split(name)
+        text = data.tokenizer.decode(split.read(0, split.tokens).tolist())
+        lines = text.split("<|endoftext|>")[:-1]
+        assert len(lines) == count
+        assert all(repeat.right(line[: len(line) // 2 + 1], line.split("|")[1]) for line in lines)
+        seen += lines
+        lengths.update(line.index("|") for line in lines)
+    assert len(set(seen)) == len(seen) == 1080
+    assert set(lengths) == {*range(4, 13)}
+    assert all(80 < count < 160 for count in lengths.values())
+    assert not repeat.right("abc|", "abd")
 
 
 # --- pages
