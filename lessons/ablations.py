@@ -4,9 +4,9 @@
 
 Each change is made from outside, by a setting or by giving model.py another function, and the same
 update of train.py learns from the same windows. The task is that of the specimen, smaller, so that
-one run takes a second or two: strings of four of eight letters. What is told is the loss
-behind the bar on strings that were not learned from, in nats a letter: 0 is a perfect copy, ln 8 =
-2.08 is guessing.
+one run takes a second or two: strings of four of eight letters. What is told is the loss behind the
+bar on strings that were not learned from, in nats a letter: 0 is a perfect copy, ln 8 = 2.08 is
+guessing.
 """
 
 import json
@@ -38,7 +38,7 @@ from tasks.repeat import BAR
 from tokenizer import bytes_tokenizer
 
 LETTERS, LENGTH = "abcdefgh", 4
-TEXTS, STRINGS = 4000, 100  # to learn from, and to be judged by
+TEXTS, FEW, STRINGS = 4000, 50, 100  # to learn from, and to be judged by
 SEEDS = (1, 2, 3)
 BEYOND = 3  # standard deviations of the seeds: what is less is not told as an effect
 
@@ -55,6 +55,9 @@ class Ablation:
     base: dict = field(default_factory=dict)  # settings that both have
     net: Callable = lambda net: None  # done to the new model
     targets: Callable | None = None  # (tokens, targets) to other targets
+    measure: str = "behind"  # or "before" the bar, where ln 8 is the least that is possible
+    few: bool = False  # learn from FEW strings, many times
+    leak: bool = False  # and be judged by the same ones
     effect: int = 0  # 1: it gets worse, -1: better; 0: at this size no difference is shown
 
 
@@ -78,6 +81,7 @@ DEEP = dict(n_layer=4, zero_init=False)
 ABLATIONS = dict(
     # docs/learn/02.md
     no_shift=Ablation(targets=lambda tokens, targets: tokens, effect=1),
+    duplicates=Ablation(few=True, leak=True, measure="before", effect=-1),
     # 03.md. Blocks that begin at zero and do not add would hand on nothing at all
     no_residual=Ablation(instead={"Block.forward": in_turn}, base=DEEP, effect=1),
     no_norm=Ablation(instead={"Norm.forward": lambda self, x: x}, effect=1),
@@ -96,7 +100,7 @@ ABLATIONS = dict(
     no_mlp=Ablation(instead={"MLP.forward": lambda self, x: torch.zeros_like(x)}),
     no_cap=Ablation(settings=dict(logit_cap=0.0)),
     # 07.md; of AdamW's rates 0.001, 0.003, 0.01 and 0.03 the best
-    adamw=Ablation(settings=dict(optimizer="adamw", lr=0.03), effect=1),
+    adamw=Ablation(settings=dict(optimizer="adamw", lr=0.03)),
     no_momentum=Ablation(settings=dict(momentum=0.0)),
     warmup=Ablation(settings=dict(warmup=0.2)),
     no_decay=Ablation(settings=dict(decay=0.0)),
@@ -105,18 +109,19 @@ ABLATIONS = dict(
 )
 
 
-def string(rng: random.Random) -> str:
-    return "".join(rng.choices(LETTERS, k=LENGTH))
+@lru_cache
+def strings(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choices(LETTERS, k=LENGTH)) for _ in range(count)]
 
 
 @lru_cache
-def texts() -> Split:
-    """The strings to learn from, as a split of a data set."""
-    rng, tokenizer = random.Random(0), bytes_tokenizer()
+def texts(count: int = TEXTS) -> Split:
+    """Strings to learn from, as a split of a data set."""
+    tokenizer = bytes_tokenizer()
     folder = tempfile.TemporaryDirectory()
     writer = ShardWriter(Path(folder.name), "train", tokenizer.vocab_size)
-    for _ in range(TEXTS):
-        text = string(rng)
+    for text in strings(count, seed=0):
         writer.write(np.array([*tokenizer.encode(f"{text}{BAR}{text}"), tokenizer.end_of_text]))
     writer.close()
     split = Split([Strip(sorted(Path(folder.name).glob("*.bin")))], tokenizer)
@@ -147,6 +152,7 @@ def learn(seed: int, change: Ablation) -> dict[str, float]:
         net = model.GPT(s.model)
         net.init_weights(seed)
         change.net(net)
+        split = texts(FEW if change.few else TEXTS)
         learner = Learner(net, objectives.find("next_token").Objective(s, texts().tokenizer))
         here = machine.pick("cpu", "float32", "false")
         here.gradients = machine.GradientSum([])
@@ -155,27 +161,30 @@ def learn(seed: int, change: Ablation) -> dict[str, float]:
         for step in range(s.steps):
             rates = (s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, learning_rate(step, *rates))
-            batch = texts().batch(step, B, T, seed)
+            batch = split.batch(step, B, T, seed)
             if change.targets:
                 batch = batch._replace(targets=change.targets(batch.tokens, batch.targets))
             exercise = learner.objective.prepare(batch, [], learner)
             loss, _ = train.update(learner, optimizers, scale, exercise, step, s, here)
-        return dict(learned=loss, behind=judged(net.eval()))
+        by = strings(FEW, seed=0) if change.leak else strings(STRINGS, seed=1)
+        return dict(learned=loss) | judged(net.eval(), by)
 
 
 @torch.no_grad()
-def judged(net) -> float:
-    """Nats of a letter behind the bar, on new strings, each read as far as it has been written: so
+def judged(net, texts: list[str]) -> dict[str, float]:
+    """Nats of a letter before and behind the bar, each text read as far as it has been written: so
     that no model can look at what is to come, whatever it could do while it learned."""
-    rng, encode = random.Random(1), texts().tokenizer.encode
-    halves = torch.tensor([encode(string(rng)) for _ in range(STRINGS)])
-    end, bar = (torch.full((STRINGS, 1), i) for i in (texts().tokenizer.end_of_text, ord(BAR)))
+    encode = bytes_tokenizer().encode
+    halves = torch.tensor([encode(text) for text in texts])
+    end = torch.full((len(texts), 1), bytes_tokenizer().end_of_text)
+    bar = torch.full((len(texts), 1), ord(BAR))
     tokens = torch.cat((end, halves, bar, halves), dim=1)
     nats = []
-    for i in range(LENGTH + 2, tokens.size(1)):
+    for i in range(1, tokens.size(1)):
         ln_p = net(tokens[:, :i])[:, -1].log_softmax(-1)
-        nats += (-ln_p.gather(-1, tokens[:, i, None])).flatten().tolist()
-    return statistics.mean(nats)
+        nats.append(-ln_p.gather(-1, tokens[:, i, None]).mean().item())
+    means = (statistics.mean(nats[:LENGTH]), statistics.mean(nats[LENGTH + 1 :]))
+    return dict(zip(("before", "behind"), means, strict=True))
 
 
 # --- tables
@@ -200,15 +209,16 @@ class Found(NamedTuple):
 
 def measure(names: Iterable[str], seeds=SEEDS, tell=lambda text: None) -> dict[str, Found]:
     """Both losses of each ablation; what several have as their base is trained once."""
-    bases: dict[str, list[float]] = {}
+    bases: dict[str, list[dict]] = {}
     found = {}
     for name in names:
         change = ABLATIONS[name]
-        key = json.dumps(change.base, sort_keys=True)
+        key = json.dumps([change.base, change.few], sort_keys=True)
         if key not in bases:
-            bases[key] = [learn(seed, Ablation(base=change.base))["behind"] for seed in seeds]
-        changed = [learn(seed, change)["behind"] for seed in seeds]
-        found[name] = Found(bases[key], changed)
+            plain = Ablation(base=change.base, few=change.few)
+            bases[key] = [learn(seed, plain) for seed in seeds]
+        pairs = (bases[key], [learn(seed, change) for seed in seeds])
+        found[name] = Found(*([run[change.measure] for run in runs] for runs in pairs))
         tell(found[name].row(name))
     return found
 

@@ -44,10 +44,11 @@ def linear() -> str:
     mlp.activation = lambda x: x
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     one = x @ (mlp.down.weight @ mlp.up.weight).T
-    print(f"down(up(x)) - x (down up)^T: at most {(mlp(x) - one).abs().max():.1e}")
+    off = (mlp(x) - one).abs().max().item()
+    print(f"down(up(x)) - x (down up)^T: at most {off:.1e}")
     mlp.activation = model.relu2
     print(f"with relu2 between them:     at most {(mlp(x) - one).abs().max():.1e}")
-    return "a"
+    return "a" if off < 1e-5 else "b"
 
 
 @torch.no_grad()

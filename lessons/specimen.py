@@ -60,14 +60,14 @@ def copied(model, tokenizer, texts: int = 500) -> dict[str, float]:
     for row in islice(repeat.rows("test", 0), texts):
         text = row["text"]
         tokens = torch.cat([read(tokenizer, text), read(tokenizer, "")], dim=1)
-        nats = surprise(model, tokens)
+        with torch.no_grad():
+            ln_p = model(tokens[:, :-1])[0].log_softmax(-1)
+        nats = -ln_p.gather(-1, tokens[0, 1:, None])[:, 0]
         half = text.index(repeat.BAR)
         before += nats[:half].tolist()
         behind += nats[half + 1 :].tolist()
         total.append(nats.sum().item())
-        with torch.no_grad():
-            likeliest = model(tokens[:, :-1])[0].argmax(-1)
-        right += (likeliest == tokens[0, 1:])[half + 1 :].tolist()
+        right += (ln_p.argmax(-1) == tokens[0, 1:])[half + 1 :].tolist()
     lists = dict(before=before, behind=behind, line=total, right=right)
     return {name: sum(values) / len(values) for name, values in lists.items()}
 
