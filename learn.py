@@ -90,6 +90,7 @@ def ask() -> str:
     try:
         return input(PREDICT).strip()
     except EOFError:
+        print()
         return ""
 
 
