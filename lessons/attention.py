@@ -66,6 +66,15 @@ def reshaped() -> str:
     return every[0] if len(every) == 1 else "c"
 
 
+@torch.no_grad()
+def without(layer: int, head: int) -> float:
+    """How many letters behind the bar the specimen gets right if a head says nothing."""
+    net, tokenizer = specimen.load()
+    D = net.config.head_dim
+    net.blocks[layer].attn.wo.weight[:, head * D : (head + 1) * D] = 0
+    return specimen.copied(net, tokenizer, 100)["right"]
+
+
 def looks_at() -> str:
     net, tokenizer = specimen.load()
     text = "quick|qui"
