@@ -19,6 +19,12 @@ The second takes splits as they were published. The third prepares several tasks
 list more.txt is a source with settings of its own, as that in quotes is. Lines of a .jsonl with
 "chosen" and "rejected", behind a "prompt" or such messages, are pairs: objectives/preference.py.
 The last makes a row of each picture of a folder, in 16 greys (engine/pictures.py).
+
+A large source is prepared in parts, by whom and in what order does not matter; train.py and
+evaluate.py join them, as in --data=data/x1,data/x2. The first one learns the vocabulary of all:
+
+    python prepare.py SOURCE --part=1/16 --out=data/x1
+    python prepare.py SOURCE --part=2/16 --out=data/x2 --tokenizer=data/x1
 """
 
 import json
@@ -39,12 +45,13 @@ import tasks
 from bpe import bpe_tokenizer
 from engine import encodings, settings, tables
 from engine.files import atomic_folder, write_json
+from engine.index import Document
 from engine.pipeline import Progress, clean_up_when_told_to_end, processes
-from engine.prepared import SPLITS, AlreadyPrepared, made_like, print_table
-from engine.settings import BelowOne, Bound, Count
-from engine.shards import ShardWriter, Strip
+from engine.prepared import SPLITS, AlreadyPrepared, made_like, print_table, recorded
+from engine.settings import BelowOne, Bound, Count, Part
+from engine.shards import ShardWriter
 from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
-from engine.spool import Document, Listed, Spool, chunks, clean, draw, read_chunk, without
+from engine.spool import Listed, Spool, chunks, clean, draw, read_chunk, without
 from engine.tables import Reading, Row
 from engine.wordfilter import WordFilter
 from robust import mistyped_prompt
@@ -64,6 +71,8 @@ class Settings:
     test: BelowOne = 0.05  # fraction of the text for the test split
     reading: Reading = field(default_factory=Reading)
     skip_bad: bool = False  # leave out documents that cannot be read
+    part: Part = ""  # such as 3/16: only these documents, which are the same whatever the rest is
+    near: BelowOne = 0.0  # leave out texts that are so alike an earlier one, such as 0.8; 0 is off
     filter: str = ""  # a list of words, one a line: documents that have one are left out
     filtered: Literal["drop", "mask"] = "drop"  # or are kept, with asterisks in its place
     noise: BelowOne = 0.0  # rows to learn from come twice, once with this share of letters mistyped
@@ -90,20 +99,22 @@ def prepare(s: Settings) -> None:
     settings.require(s.vocab_size >= 257, s, "vocab_size", least)
     settings.require(s.bpe_bytes >= PIECE, s, "bpe_bytes", f"at least {PIECE}")
     settings.require(s.filter or s.filtered == "drop", s, "filtered", "given with --filter")
+    settings.require(not (s.part and s.canaries), s, "canaries", "0 with --part: each has them")
+    number, _, parts = s.part.partition("/")
+    of_first = f"FOLDER, made by --part=1/{parts} --out=FOLDER, which learns it for all parts"
+    settings.require(s.tokenizer != "bpe" or number in ("", "1"), s, "tokenizer", of_first)
     words = WordFilter(s.filter) if s.filter else None
     s.reading.encoding = encodings.find(s.reading.encoding)
     # known at once, and so are mistakes in it; bpe is learned below
     tokenizer = None if s.tokenizer == "bpe" else find_tokenizer(s.tokenizer)
     name = parse(s.source[0].removeprefix("@"), s.reading).name
     name = "stdin" if name == "-" else Path(name).absolute().name
-    out = Path(s.out or f"data/{name.strip('.').split('.')[0] or 'text'}")
+    out = f"data/{name.strip('.').split('.')[0] or 'text'}"
+    out = Path(s.out or (f"{out}-{number}-of-{parts}" if s.part else out))
     s.source = tuple(expand(s.source))
     sources = [parse(word, s.reading) for word in s.source]
-    free = ("out", "workers", "overwrite")  # settings that do not change the result
-    wanted = {k: v for k, v in settings.flat(s).items() if k not in free}
-    wanted["filter_sha256"] = words.sha256 if words else ""
-    meta = dict(settings=json.loads(json.dumps(wanted)))  # as read back: tuples are lists
-    defaults = json.loads(json.dumps(settings.flat(Settings()))) | {"filter_sha256": ""}
+    meta = dict(settings=recorded(s, words.sha256 if words else ""))
+    defaults = recorded(Settings())
     began, report = time.monotonic(), Counter()
     try:
         found = made_like(out, meta, defaults, s.overwrite)
@@ -113,16 +124,12 @@ def prepare(s: Settings) -> None:
         for word, source in zip(s.source, sources, strict=True):
             require(word, source.name, tasks.NAMES)
         with atomic_folder(out, replace=s.overwrite) as folder:
-            with Spool(folder) as spool:
+            with Spool(folder, s.part, s.near) as spool:
                 read(s, sources, words, spool, report)
                 meta["text"] = spool.describe()
                 if words:
                     counted = ("filtered", "masked", "words masked")
                     meta["filter"] = {what: report[what] for what in counted}
-                for_rows = "0 for running text, which has no prompts"
-                settings.require(spool.kind != "text" or not s.noise, s, "noise", for_rows)
-                for_text = "0 for rows: a secret is a line of running text"
-                settings.require(spool.kind == "text" or not s.canaries, s, "canaries", for_text)
                 if tokenizer and spool.kind != "text":
                     tokenizer = tokenizer.extended(spool.tasks)
                 if tokenizer:  # the run of that name may have been trained anew
@@ -163,9 +170,11 @@ def read(s: Settings, sources: list[Source], words, spool: Spool, report: Counte
                     source.reading.require_kind(spool.kind, source.name)
     if bad.count and not s.skip_bad:
         raise ValueError(f"{bad}; --skip_bad leaves out what cannot be read")
-    if not spool.size:
+    if not spool.index.read:
         raise ValueError(f"no text left to train on in {', '.join(s.source)}")
     report["unreadable"] = bad.count
+    spool.require_kind(s)
+    report.update(spool.index.settle(spool.kind, s.near))
 
 
 def documents_of(source: Source, s: Settings) -> Iterator[tuple[str, Iterable[str] | Row]]:
@@ -214,15 +223,15 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
     """
     asked_for = dict(val=s.val, test=s.test)
     # where train was published, too, nothing of it is drawn for what came beside it
-    rest = {name: 0.0 if name in spool.published else f for name, f in asked_for.items()}
+    rest = {name: 0.0 if name in spool.index.published else f for name, f in asked_for.items()}
     fractions = {"": asked_for, "train": rest}
     place = places(spool, fractions, s.seed)
     prompts: dict[str, set[bytes]] = {"val": set(), "test": set()}
-    if spool.crossing:
+    if spool.index.crossing:
         for document in spool:
             prompts.get(place(document), set()).add(document.prompt)
     asked: set[bytes] = set()  # what is asked in two
-    with Progress("splitting", spool.size) as progress:
+    with Progress("splitting", spool.end) as progress:
         for document in spool:
             progress(document.start)
             name = place(document)
@@ -237,17 +246,9 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
                 end = document.start + document.size
                 spool.put(name, document.start, end, document.text)
     report["asked in test"] = sum(d.prompt in asked for d in spool if d.split == "test")
-    if not spool.written["train"]["bytes"]:
-        raise ValueError("nothing is left to train on: use more text, or smaller --val and --test")
-    for name, fraction in asked_for.items():
-        if (fraction or name in spool.published) and not spool.written[name]["bytes"]:
-            remedy = f"use a larger --{name}, more text, or --{name}=0"
-            if name in spool.published:
-                remedy = f"all that was published as {name} is asked in test, too: leave it out"
-            raise ValueError(
-                f"nothing fell into the {name} split ({spool.count} documents, {spool.size} bytes):"
-                f" {remedy}"
-            )
+    alike = spool.index.nearly_alike() if s.near else ()
+    report["crossing"] = sum(place(text) != place(other) for text, other in alike)
+    spool.require_splits(asked_for)
 
 
 def places(spool: Spool, fractions: dict[str, dict], seed: int) -> Callable[[Document], str]:
@@ -260,17 +261,18 @@ def places(spool: Spool, fractions: dict[str, dict], seed: int) -> Callable[[Doc
     But among a few novels chance would leave a split empty, or make it one novel. So a text larger
     than a split's share is cut in order at line ends, train | val | test; so is a single text of
     any size. Shorter ones than a page stay whole; where nothing is drawn for a split, it gets the
-    document that came nearest.
+    document that came nearest. In one part of a source all of this is as it would be in the whole.
     """
+    known = spool.index
 
     def is_cut(document: Document) -> bool:
         held_back = [f for f in fractions[document.split].values() if f]
-        share = spool.size * min(held_back, default=1)
-        return spool.kind == "text" and (spool.count == 1 or document.size > max(share, PAGE))
+        share = known.size * min(held_back, default=1)
+        return spool.kind == "text" and (known.count == 1 or document.size > max(share, PAGE))
 
     def ends(split: str, val: float, test: float) -> tuple[float, float]:
         def draws() -> Iterator[float]:
-            drawn = (d for d in spool if d.split == split and not is_cut(d))
+            drawn = (d for d in known if d.split == split and not is_cut(d))
             return (draw(document.group, seed) for document in drawn)
 
         val_end, test_end = val, val + test
@@ -282,7 +284,7 @@ def places(spool: Spool, fractions: dict[str, dict], seed: int) -> Callable[[Doc
             test_end = max(test_end, nearest) if test else val_end
         return val_end, test_end
 
-    found = {s: ends(s, **fractions[s]) for s in fractions if s in spool.published}
+    found = {s: ends(s, **fractions[s]) for s in fractions if s in known.published}
 
     def place(document: Document) -> str:
         if document.split in ("val", "test"):
@@ -344,7 +346,7 @@ def count_words(path: Path, number: int, rows: bool) -> Counter:
 
 def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
     """Writes the shards of every split, in order; returns what meta.json tells of them."""
-    splits = {}
+    splits, markers = {}, {i: name for name, i in tokenizer.tasks().items()}
     with processes(s.workers, use_tokenizer, spool.folder) as each_chunk:
         for name in SPLITS:
             path = spool.folder / f"spool_{name}"
@@ -357,16 +359,18 @@ def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
                 parts = canaries.planted(parts, path.stat().st_size, secrets, tokenizer, s.seed)
                 write_json(spool.folder / canaries.FILE, [c._asdict() for c in secrets])
                 spool.written[name]["bytes"] += sum(c.times * len(c.line) for c in secrets)
+            firsts: Counter = Counter()  # tokens of rows: the markers of their tasks
             for tokens in parts:
                 writer.write(tokens)
+                if spool.kind != "text":
+                    ends = np.flatnonzero(tokens[:-1] == tokenizer.end_of_text)
+                    firsts.update(tokens[:1].tolist() + tokens[ends + 1].tolist())
             writer.close()
             path.unlink()
             tokens = sum(shard["tokens"] for shard in writer.shards)
             splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written[name]
             if spool.kind != "text" and tokens:
-                paths = [spool.folder / shard["file"] for shard in writer.shards]
-                firsts = Counter(Strip(paths).rows(tokenizer.end_of_text)[1].tolist())
-                tasks = {name: firsts[i] for name, i in tokenizer.tasks().items() if firsts[i]}
+                tasks = {name: firsts[i] for i, name in markers.items() if firsts[i]}
                 splits[name]["tasks"] = tasks
     return splits
 

@@ -5,6 +5,7 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
+from engine import settings
 from engine.files import sha256_of
 from engine.shards import split_of, tokenizer_digest
 from tokenizer import Tokenizer, find_tokenizer
@@ -76,7 +77,7 @@ class Folder:
         """The command that prepares it, with some settings that are different."""
         kept = ("val", "test", "pattern", "field", "encoding", "answer", "task", "group", "seed")
         made = {name: self.made.get(name) for name in (*kept, "filter")}
-        made |= {name: self.made.get(name) or "" for name in ("above", "canaries")}
+        made |= {name: self.made.get(name) or "" for name in ("above", "canaries", "near", "part")}
         made["filtered"] = self.made.get("filtered") if made["filter"] else ""
         words = ["TEXT" if source == "-" else str(source) for source in self.made["source"]]
         words += [f"--prompt={column}" for column in self.made.get("prompt", ())]
@@ -101,6 +102,13 @@ class Folder:
 
 class AlreadyPrepared(Exception):
     """There is nothing to do: what has just been read is in the folder already."""
+
+
+def recorded(s, filter_sha256: str = "") -> dict:
+    """The settings that a set depends on, as meta.json has them: there, tuples are lists."""
+    free = ("out", "workers", "overwrite")
+    made = {name: value for name, value in settings.flat(s).items() if name not in free}
+    return json.loads(json.dumps(made | dict(filter_sha256=filter_sha256)))
 
 
 def made_like(out: Path, meta: dict, defaults: dict, overwrite: bool) -> bool:
@@ -144,10 +152,12 @@ def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
     def counts(kinds: tuple[str, ...], of: str = "") -> str:
         return ", ".join(f"{report[kind]:,} {kind}{of}" for kind in kinds if report[kind])
 
-    left_out = ("empty", "repeated", "unreadable", "unsure", "filtered")
+    left_out = ("empty", "repeated", "near-duplicate", "unreadable", "unsure", "filtered")
     documents = meta["text"]["documents"] + sum(report[kind] for kind in left_out)
     print(f"read     {documents:,} {what}, {report['bytes read']:,} bytes")
     print(f"removed  {counts(left_out, f' {what}') or f'no {what}'}")
+    if report["near-duplicate"]:
+        print(f"         {report['crossing']:,} of them would have stood in another split")
     for name, other in (("train", "val"), ("train", "test"), ("val", "test")):
         if report[name, other]:
             print(f"         {report[name, other]:,} {what} of {name}: {other} asks the same")
@@ -156,6 +166,8 @@ def print_table(out: Path, meta: dict, report: Counter, seconds: float) -> None:
     cleaned = ("control characters removed", "pieces brought to NFC", "words masked")
     print(f"cleaned  {counts(cleaned) or 'nothing'}")
     size, ratio = ("", f"tokens/{what[:-1]}") if rows else ("bytes", "bytes/token")
+    if part := meta["settings"]["part"]:
+        print(f"part     {part} of them, which are:")
     print(f"\n{'split':8} {what:>10} {size:>14} {'tokens':>14} {ratio:>12}")
     for split, facts in meta["splits"].items():
         if tokens := facts["tokens"]:

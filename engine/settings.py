@@ -45,6 +45,8 @@ AboveZero = Annotated[float, Bound("above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Bound("at least 0", lambda x: x >= 0)]
 Fraction = Annotated[float, Bound("from 0 to 1", lambda x: 0 <= x <= 1)]
 BelowOne = Annotated[float, Bound("at least 0, below 1", lambda x: 0 <= x < 1)]
+PART = re.compile(r"(?P<k>[1-9]\d{0,4})/(?P<n>[1-9]\d{0,4})|")
+Part = Annotated[str, Bound("k/n with k from 1 to n, such as 3/16", lambda part: is_part(part))]
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 Device = Annotated[str, Bound("auto, cpu, mps, cuda or one GPU such as cuda:1", DEVICE.fullmatch)]
 Threads = Annotated[str, Bound("auto or a number from 1 to 1024", threads.valid)]
@@ -254,6 +256,11 @@ def convert(name: str, value, setting: Setting):
     if not setting.bound.kept(found):
         raise ValueError(f"{name}={found!r} should be {setting.bound.words}")
     return found
+
+
+def is_part(part: str) -> bool:
+    found = PART.fullmatch(part)
+    return bool(found) and (not part or int(found["k"]) <= int(found["n"]))
 
 
 def require(kept, s, name: str, words: str) -> None:

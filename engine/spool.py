@@ -8,20 +8,20 @@ processes can share the work in any order. A row is a document, too: one line of
 
 import hashlib
 import re
-import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
+from engine import settings
+from engine.duplicates import Shingles
+from engine.index import ELSEWHERE, Document, Index
 from engine.prepared import SPLITS
 from engine.sources import PIECE
 from engine.tables import Row
 from engine.wordfilter import Gate, WordFilter
 
-ENTRY = struct.Struct("<Q16s16s16sBQ")  # of the index: a document, with the number of its split
 INSIDE = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
 # A place where text may be cut without changing its tokens: no published split pattern joins a
 # newline with a letter behind it, if a visible character stands before. \0 ends a document.
@@ -29,66 +29,55 @@ SAFE_CUT = re.compile(r"\0|(?<=\S)\n(?=[^\W\d_])")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
-class Document(NamedTuple):
-    start: int  # its place in the spool, in bytes
-    size: int  # bytes of UTF-8
-    digest: bytes  # of its content
-    group: bytes  # a digest, too: documents that are alike in it go to one split
-    prompt: bytes  # likewise: they must not stand in two
-    split: str  # where it was published as train, val or test; else empty
-    text: int  # bytes of what is said in it: of a row, its contents without their JSON
-
-
 class Spool:
-    """The cleaned documents of all sources in `folder`, none empty and no two alike."""
+    """The cleaned documents of all sources in `folder`, none empty and, once settled, no two alike.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    `index` knows all of them; the text of those of `part`, as 3/16, is kept, and they are what is
+    iterated over. Equal texts are of one part, and so are rows that ask the same.
+    """
+
+    def __init__(self, folder: Path, part: str = "", near: float = 0.0):
+        self.folder, self.near = folder, near
+        self.part, self.parts = map(int, (part or "1/1").split("/"))
         self.text = open(folder / "spool", "w+b")
-        self.index = open(folder / "spool_index", "w+b")
+        self.index = Index(folder)
         self.splits = {name: open(folder / f"spool_{name}", "wb") for name in SPLITS}
-        self.size = self.count = 0  # bytes, documents
-        self.seen: set[bytes] = set()  # all that grows with the input: one digest for each document
-        self.published: set[str] = set()  # the splits that documents came in, "" if in none
+        self.end = 0  # bytes of text
         self.kind = ""  # text, rows or pairs, once it is known
         self.tasks: set[str] = set()  # of rows
-        self.crossing = False  # whether a prompt may stand in two splits
-        self.digest = hashlib.sha256()  # of the whole
         self.written = {name: dict(bytes=0, documents=0) for name in SPLITS}
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error) -> None:
-        self.seen.clear()
-        for file in (self.text, self.index, *self.splits.values()):
+        self.index.close()
+        for file in (self.text, *self.splits.values()):
             file.close()
-        for name in ("spool", "spool_index"):
-            (self.folder / name).unlink()
+        (self.folder / "spool").unlink()
+
+    def __iter__(self) -> Iterator[Document]:
+        return (document for document in self.index if document.start != ELSEWHERE)
 
     def add(self, pieces: Iterable[str], split: str = "", row: Row | None = None) -> str:
-        """Takes one document, unless it is empty or has come before; returns which it was.
+        """Takes one document, unless it is empty; returns which it was.
 
-        `pieces` are those of its text; `row` is the conversation that they spell, if it is one.
-
-        It is written at once, since its digest, and so its fate, is known at its end only. A
-        published test keeps even what it repeats, so that figures on it are those of others.
+        `pieces` are those of its text; `row` is the conversation that they spell, if it is one. It
+        is written at once, since its digest, and so its part, is known at its end only.
         """
-        self.text.seek(self.size)  # where one that was not taken is written over
+        self.text.seek(self.end)  # where one that was not kept is written over
         digest, size, empty = hashlib.blake2b(digest_size=16), 0, True
+        shingles = Shingles() if self.near else None
         for piece in pieces:
             data = piece.encode(errors="replace")  # half a surrogate pair becomes a question mark
             digest.update(data)
             self.text.write(data)
             size += len(data)
             empty = empty and not piece.strip()
+            if shingles:
+                shingles.feed(piece)
         if empty:
             return "empty"
-        digest = digest.digest()
-        key = digest + split.removeprefix("train").encode()  # what is drawn may come to train, too
-        if key in self.seen and split != "test":
-            return "repeated"
-        self.seen.add(key)
         kind = "text" if not row else "pairs" if row.pair else "rows"
         if self.kind not in ("", kind):
             then = "" if "pairs" in (self.kind, kind) else ", and train on both with"
@@ -97,33 +86,49 @@ class Spool:
                 f" own{then and then + ' --data=FOLDER,FOLDER'}"
             )
         self.kind = kind
+        digest = digest.digest()
         prompt, group, text = digest, digest, size
         if row:
             text = sum(len(m["content"].encode(errors="replace")) for m in row.messages)
             prompt = digest_of(row.prompt())
             group = digest_of(row.group) if row.group else prompt
             self.tasks |= {row.task} - {""}
-        self.published.add(split)
-        self.crossing = self.crossing or split != "" or group != prompt
-        entry = ENTRY.pack(size, digest, group, prompt, (*SPLITS, "").index(split), text)
-        self.index.write(entry)
-        # of a text, only what it is: so it is in folders that were prepared before there were rows
-        self.digest.update(entry[:-8] if row or split else entry[:24])
-        self.size += size
-        self.count += 1
+        mine = int.from_bytes(prompt, "little") % self.parts == self.part - 1
+        start = self.end if mine else ELSEWHERE
+        document = Document(size, digest, group, prompt, split, text, start)
+        self.index.add(document, shingles and shingles.least)
+        self.end += size * mine
         return "taken"
 
-    def describe(self) -> dict:
-        """Equal for equal text in equal order."""
-        return dict(documents=self.count, bytes=self.size, sha256=self.digest.hexdigest())
+    def require_kind(self, s) -> None:
+        """Raises ValueError for a setting that is for another kind of documents."""
+        text = self.kind == "text"
+        for_rows = "0 for running text, which has no prompts"
+        settings.require(not (text and s.noise), s, "noise", for_rows)
+        for_text = "0 for rows: a secret is a line of running text"
+        settings.require(text or not s.canaries, s, "canaries", for_text)
+        settings.require(text or not s.near, s, "near", "0 for rows: it compares running text")
 
-    def __iter__(self) -> Iterator[Document]:
-        self.index.seek(0)
-        start = 0
-        for block in iter(lambda: self.index.read(4096 * ENTRY.size), b""):
-            for size, *digests, number, text in ENTRY.iter_unpack(block):
-                yield Document(start, size, *digests, (*SPLITS, "")[number], text)
-                start += size
+    def require_splits(self, fractions: dict[str, float]) -> None:
+        """Raises ValueError if train has nothing, or, of a whole source, another split."""
+        there = f"{self.index.count} documents, {self.index.size} bytes"
+        if not self.written["train"]["bytes"]:
+            remedy = "use more text, or smaller --val and --test"
+            if self.parts > 1:
+                remedy = f"{there} are too few for {self.parts} parts"
+            raise ValueError(f"nothing is left to train on: {remedy}")
+        for name, fraction in fractions.items() if self.parts == 1 else ():
+            published = name in self.index.published
+            if (fraction or published) and not self.written[name]["bytes"]:
+                remedy = f"use a larger --{name}, more text, or --{name}=0"
+                if published:
+                    remedy = f"all that was published as {name} is asked in test, too: leave it out"
+                raise ValueError(f"nothing fell into the {name} split ({there}): {remedy}")
+
+    def describe(self) -> dict:
+        """Equal for equal text in equal order, of all parts."""
+        known = self.index
+        return dict(documents=known.count, bytes=known.size, sha256=known.digest.hexdigest())
 
     def put(self, split: str, start: int, end: int, text: int) -> None:
         """Copies the bytes from `start` to `end` to a split, as one document, if there are any."""
