@@ -6,6 +6,7 @@
     answers   1,000 answers at once and one by one, and training on rows and on running text
     serve     serve.py with eight clients at once and one, their waiting, beside the same peers
     prepare   the whole of prepare.py with GPT-2's vocabulary, beside tiktoken's own batch call
+    growth    prepare.py on short documents, ten and a hundred times as many: time and memory
 
 Every figure comes from a process of its own. The variants take turns for `rounds` rounds, and the
 table shows medians, so that a machine that is slower for a while is slower for all. Whatever is not
@@ -40,7 +41,7 @@ GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
 
 @dataclass
 class Settings:
-    what: str = "train"  # train, decode, speculate, answers, serve or prepare
+    what: str = "train"  # train, decode, speculate, answers, serve, prepare or growth
     rounds: Positive = 3  # times that each variant runs, in a process of its own
     calls: Positive = 6  # in each of them, what is measured is done so often
     shape: Literal["gpt2", "modern"] = "gpt2"  # train, decode: ours; modern is train.py's default
@@ -384,6 +385,25 @@ def encode_tiktoken(s: Settings) -> dict:
     return figure(tokens / (time.perf_counter() - start) / 1e6, "M tokens/s", "encoding only")
 
 
+def grow(s: Settings, documents: int, *argv: str) -> dict:
+    """The same on documents of 16 random words, one in five like an earlier one; one worker."""
+    with TemporaryDirectory() as folder:
+        path, out = Path(folder) / "text.jsonl", Path(folder) / "out"
+        rng = random.Random(0)
+        words = ["".join(rng.choices("etaoinshrdlu", k=2 + i % 8)) for i in range(5000)]
+        with open(path, "w") as f:
+            for i in range(documents):
+                seed = rng.randrange(i + 1) if i % 5 == 4 else i
+                text = " ".join(random.Random(seed).choices(words, k=16))
+                print(json.dumps({"text": text}), file=f)
+        command = [sys.executable, str(ROOT / "prepare.py"), str(path), f"--out={out}"]
+        command += ["--tokenizer=bytes", "--workers=1", *argv]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=2)
+        seconds = time.perf_counter() - start
+    return figure(documents / seconds, "documents/s", f"{seconds:.0f} s", of_children=True)
+
+
 # --- all of them
 
 
@@ -427,6 +447,11 @@ VARIANTS = {
         "small, eight clients": partial(serve, clients=CLIENTS, shape=SMALL),
     },
     "prepare": {"ours": encode, "tiktoken": encode_tiktoken},
+    "growth": {f"{n:,} documents": partial(grow, documents=n) for n in (20_000, 200_000, 2_000_000)}
+    | {
+        f"200,000 documents, {argv}": lambda s, argv=argv: grow(s, 200_000, argv)
+        for argv in ("--part=1/16", "--near=0.8")
+    },
 }
 
 

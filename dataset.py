@@ -309,9 +309,10 @@ class Dataset:
     """A prepared folder, several joined by commas, or one of public shards, whose tokenizer has to
     be named.
 
-    Of several, each vocabulary has to be equal to the largest or extended by it. `kind` is "pairs"
-    if they hold pairs, "rows" if any holds rows, else "text". Raises ValueError, with the remedy,
-    for anything missing or damaged.
+    Of several, all running text is one strip, in the order in which they are named: so the windows
+    of a text that was prepared in parts go across their borders. Each vocabulary has to be equal to
+    the largest or extended by it. `kind` is "pairs" if they hold pairs, "rows" if any holds rows,
+    else "text". Raises ValueError, with the remedy, for anything missing or damaged.
     """
 
     def __init__(
@@ -360,11 +361,15 @@ class Dataset:
 
     def split(self, name: str) -> Split:
         """The split called `name`; the sizes of its shards are checked, their content is not."""
-        strips = []
+        strips, joined = [], {}
         for folder in self.folders:
-            paths = folder.paths(name)
-            if paths:
-                strips.append(Strip(paths, folder.kind, folder.text_bytes.get(name)))
+            if folder.paths(name):
+                whole = "text" if folder.kind == "text" else folder
+                joined.setdefault(whole, []).append(folder)
+        for some in joined.values():
+            sizes = [folder.text_bytes.get(name) for folder in some]
+            paths = [path for folder in some for path in folder.paths(name)]
+            strips.append(Strip(paths, some[0].kind, None if None in sizes else sum(sizes)))
         if not strips:
             raise ValueError(f"{self.folder} has no {name} split: prepare it with --{name} above 0")
         split = Split(strips, self.tokenizer, **self.learning)

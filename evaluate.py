@@ -47,7 +47,7 @@ WINDOW_TOKENS = 1 << 18  # enough for a mean by position, and for an interval
 class Settings:
     out: str = "out/small"  # folder of a run, or one checkpoint of it
     checkpoint: str = "best"  # of a run: best (lowest validation loss), latest, or a step
-    data: str = ""  # folder that prepare.py has written; by default that of the run
+    data: str = ""  # folders that prepare.py has written, as in a,b; by default those of the run
     tokenizer: str = ""  # vocabulary of a folder of public shards, which has no meta.json
     passphrase_file: str = ""  # opens locked weights, in memory alone: a file with the passphrase
     split: Literal["train", "val", "test"] = "val"  # which part of the data

@@ -20,8 +20,8 @@ list more.txt is a source with settings of its own, as that in quotes is. Lines 
 "chosen" and "rejected", behind a "prompt" or such messages, are pairs: objectives/preference.py.
 The last makes a row of each picture of a folder, in 16 greys (engine/pictures.py).
 
-A large source is prepared in parts, by whom and in what order does not matter; train.py and
-evaluate.py join them, as in --data=data/x1,data/x2. The first one learns the vocabulary of all:
+A large source is prepared in parts, by anyone in any order, and train.py --data=data/x1,data/x2
+joins them. The first one learns the vocabulary of all:
 
     python prepare.py SOURCE --part=1/16 --out=data/x1
     python prepare.py SOURCE --part=2/16 --out=data/x2 --tokenizer=data/x1
@@ -50,7 +50,7 @@ from engine.pipeline import Progress, clean_up_when_told_to_end, processes
 from engine.prepared import SPLITS, AlreadyPrepared, made_like, print_table, recorded
 from engine.settings import BelowOne, Bound, Count, Part
 from engine.shards import ShardWriter
-from engine.sources import PIECE, Complaints, Source, documents, expand, parse, require
+from engine.sources import PIECE, Complaints, Source, documents, expand, name_of, parse, require
 from engine.spool import Listed, Spool, chunks, clean, draw, read_chunk, without
 from engine.tables import Reading, Row
 from engine.wordfilter import WordFilter
@@ -95,8 +95,7 @@ def main(argv: list[str]) -> None:
 def prepare(s: Settings) -> None:
     """Writes the data set of settings `s`, or finds that it is there already. Raises ValueError."""
     settings.require(s.val + s.test < 1, s, "val", "a fraction, with test below 1")
-    least = "at least 257: the bytes and end-of-text"
-    settings.require(s.vocab_size >= 257, s, "vocab_size", least)
+    settings.require(s.vocab_size >= 257, s, "vocab_size", "at least 257: bytes and end-of-text")
     settings.require(s.bpe_bytes >= PIECE, s, "bpe_bytes", f"at least {PIECE}")
     settings.require(s.filter or s.filtered == "drop", s, "filtered", "given with --filter")
     settings.require(not (s.part and s.canaries), s, "canaries", "0 with --part: each has them")
@@ -107,10 +106,7 @@ def prepare(s: Settings) -> None:
     s.reading.encoding = encodings.find(s.reading.encoding)
     # known at once, and so are mistakes in it; bpe is learned below
     tokenizer = None if s.tokenizer == "bpe" else find_tokenizer(s.tokenizer)
-    name = parse(s.source[0].removeprefix("@"), s.reading).name
-    name = "stdin" if name == "-" else Path(name).absolute().name
-    out = f"data/{name.strip('.').split('.')[0] or 'text'}"
-    out = Path(s.out or (f"{out}-{number}-of-{parts}" if s.part else out))
+    out = Path(s.out or "data/" + name_of(s.source[0], s.reading) + s.part.replace("/", "-of-"))
     s.source = tuple(expand(s.source))
     sources = [parse(word, s.reading) for word in s.source]
     meta = dict(settings=recorded(s, words.sha256 if words else ""))
@@ -168,12 +164,13 @@ def read(s: Settings, sources: list[Source], words, spool: Spool, report: Counte
                     report[take(document, part, spool, tidy)] += 1
                     report["masked"] += report["words masked"] > before
                     source.reading.require_kind(spool.kind, source.name)
+                    if spool.index.read == 1:
+                        spool.require_kind(s)
     if bad.count and not s.skip_bad:
         raise ValueError(f"{bad}; --skip_bad leaves out what cannot be read")
     if not spool.index.read:
         raise ValueError(f"no text left to train on in {', '.join(s.source)}")
     report["unreadable"] = bad.count
-    spool.require_kind(s)
     report.update(spool.index.settle(spool.kind, s.near))
 
 
@@ -370,8 +367,9 @@ def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
             tokens = sum(shard["tokens"] for shard in writer.shards)
             splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written[name]
             if spool.kind != "text" and tokens:
-                tasks = {name: firsts[i] for i, name in markers.items() if firsts[i]}
-                splits[name]["tasks"] = tasks
+                splits[name]["tasks"] = {
+                    task: firsts[i] for i, task in markers.items() if firsts[i]
+                }
     return splits
 
 

@@ -50,7 +50,7 @@ class Settings:
     config: str = "config/small.py"  # file of settings; the command line overrides it
 
     # what goes in and out
-    data: str = "data/python"  # folder that prepare.py has written; data/python is made if missing
+    data: str = "data/python"  # folders of prepare.py, as in a,b; data/python is made if missing
     tokenizer: str = ""  # vocabulary of a folder of public shards, which has no meta.json
     out: str = ""  # folder of the run; by default out/<name of the config file>
     init_from: str = ""  # begin with the weights of this run or checkpoint

@@ -17,6 +17,7 @@ only texts that agree in a whole band meet, which those of likeness s do with pr
 as equal digests are. Of all that meet in a band, each is compared with the first.
 """
 
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ NONE = 2**32 - 1  # the values of a text without shingles
 # Scripts that write no spaces: each of their characters counts as a word, and 模型 is two.
 ALONE = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 WORD = regex.compile(rf"(?V1)[{ALONE}]|[\w--[{ALONE}]]+")
+ASCII_WORD = re.compile(r"\w+")  # the same where there is nothing else, and three times as fast
 ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: multiplied by it, bits spread
 
 
@@ -90,7 +92,7 @@ class Shingles:
         self.words = np.zeros(0, np.uint64)  # hashes of the last ones, which a shingle may join
 
     def feed(self, piece: str) -> None:
-        words = WORD.findall(piece.lower())
+        words = (ASCII_WORD if piece.isascii() else WORD).findall(piece.lower())
         new = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
         words = np.concatenate([self.words, new])
         self.words = words[-(SHINGLE - 1) :]

@@ -206,3 +206,12 @@ def verify(folder: Path, needed: Iterable[str], skip: Iterable[str] = ()) -> int
         if sha256_of(path) != sha256:
             raise ValueError(f"{folder} is damaged: {name} is not what was written (sha256)")
     return len(expected)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder and those in it, sorted, with the names of one folder in memory."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            yield from files_below(Path(entry.path))
+        elif entry.is_file():
+            yield Path(entry.path)

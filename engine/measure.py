@@ -28,11 +28,13 @@ def timed(calls: int, function: Callable) -> float:
     return statistics.median(times[WARM_UP:])
 
 
-def figure(value: float, unit: str, more: str = "") -> dict:
+def figure(value: float, unit: str, more: str = "", of_children: bool = False) -> dict:
+    """With the peak of memory of this process, or of the largest of its children."""
     peak = None
     if resource:
         scale = 1e6 if sys.platform == "darwin" else 1e3  # ru_maxrss is in bytes there, else in kB
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+        whose = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
+        peak = resource.getrusage(whose).ru_maxrss / scale
     return dict(value=value, unit=unit, peak_mb=peak, more=more)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine import encodings, pictures, settings, tables
+from engine.files import files_below
 from engine.tables import Reading, Row, Unreadable
 
 PIECE = 1 << 20  # bytes of text handled at a time
@@ -121,6 +122,13 @@ def parse(word: str, common: Reading) -> Source:
     return Source(name, split, reading)
 
 
+def name_of(word: str, common: Reading) -> str:
+    """What to call the data that are prepared of a source. Raises ValueError."""
+    name = parse(word.removeprefix("@"), common).name
+    name = "stdin" if name == "-" else Path(name).absolute().name
+    return name.strip(".").split(".")[0] or "text"
+
+
 def require(word: str, name: str, tasks: Iterable[str] = ()) -> None:
     """Raises ValueError if there is no source `name`, or if `word`, which names it, says more than
     a built-in task can obey."""
@@ -151,13 +159,13 @@ def documents(source: str, reading: Reading | None = None) -> Iterator[Iterable[
         pattern = reading.pattern
         if reading.answer and pattern == Reading.pattern:
             pattern = TABLES
-        files = [
-            p for p in path.rglob("*") if p.is_file() and matches(p.relative_to(path), pattern)
-        ]
-        if not files:
+        found = False
+        for p in files_below(path):
+            if matches(p.relative_to(path), pattern):
+                found = True
+                yield from file_documents(p, reading)
+        if not found:
             raise ValueError(f"no file in {path} matches --pattern={pattern}")
-        for p in sorted(files):
-            yield from file_documents(p, reading)
     elif source == "python":
         for p in library():
             yield from file_documents(p, Reading())
