@@ -367,9 +367,7 @@ def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
             tokens = sum(shard["tokens"] for shard in writer.shards)
             splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written[name]
             if spool.kind != "text" and tokens:
-                splits[name]["tasks"] = {
-                    task: firsts[i] for i, task in markers.items() if firsts[i]
-                }
+                splits[name]["tasks"] = {n: firsts[i] for i, n in markers.items() if firsts[i]}
     return splits
 
 
