@@ -26,8 +26,8 @@ import numpy as np
 import regex
 
 RUN = 1 << 16  # records that are sorted as they come
-AT_ONCE = 1 << 18  # records of all runs that are compared at a time
-PAIRS = 1 << 12  # pairs whose pages of a file are in memory at a time
+AT_ONCE = 1 << 17  # records of all runs that are compared at a time
+PAIRS = 1 << 10  # pairs whose pages of a file are in memory at a time
 RECORD = np.dtype([("key", "<u8", 2), ("order", "<u8")])
 SHINGLE = 5  # words
 HASHES = 128  # values of a signature
@@ -49,7 +49,8 @@ def repeats(
     is told at once and goes no further: so not even a million equal ones are gathered.
     """
     ranges = -(-most // AT_ONCE)
-    edges = []  # of each run: at which record of the file each range of keys begins
+    # of each run: at which record of the file each range of keys begins. Of 100 million, 9 MB
+    edges = []
     with open(path, "w+b") as file:
         for block in blocks:
             for i in range(0, len(block), RUN):
@@ -59,7 +60,6 @@ def repeats(
                 begin = file.tell() // RECORD.itemsize
                 edges.append(begin + np.searchsorted(number, np.arange(ranges + 1)))
                 file.write(run.tobytes())
-        path.unlink()
         for k in range(ranges if len(edges) > 1 else 0):
             gathered = []
             for begin, end in (edge[k : k + 2].tolist() for edge in edges):
@@ -67,6 +67,7 @@ def repeats(
                 gathered.append(file.read((end - begin) * RECORD.itemsize))
             _, later, first = unique(np.frombuffer(b"".join(gathered), RECORD))
             yield later, first
+    path.unlink()
 
 
 def unique(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -56,7 +56,7 @@ class Index:
 
     def add(self, document: Document, signature: np.ndarray | None) -> None:
         number = PUBLISHED.index(document.split)
-        self.entries.write(ENTRY.pack(*document._replace(split=number)))
+        self.entries.write(ENTRY.pack(*document[:4], number, *document[5:]))
         if signature is not None:
             self.signatures.write(signature.astype("<u4").tobytes())
         self.read += 1

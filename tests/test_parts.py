@@ -146,7 +146,7 @@ def test_repeats_are_found_exactly_across_all_runs_and_ranges(tmp_path, monkeypa
     for record in np.sort(records, order="order"):
         first.setdefault(tuple(record["key"].tolist()), int(record["order"]))
     wanted = {int(r["order"]) for r in records} - set(first.values())
-    for run, at_once in ((1 << 16, 1 << 18), (100, 300), (7, 50)):
+    for run, at_once in ((1 << 16, 1 << 17), (100, 300), (7, 50)):
         monkeypatch.setattr(duplicates, "RUN", run)
         monkeypatch.setattr(duplicates, "AT_ONCE", at_once)
         blocks = np.split(records, [1, 2000, 2001])
@@ -161,7 +161,7 @@ def test_a_set_is_the_same_beyond_the_bound_of_memory(tmp_path, monkeypatch):
     texts = texts_of(300, words=12)
     texts += [*texts[::3], *[edited(text, 1, 5) for text in texts[::7]]]
     source = jsonl(tmp_path / "s.jsonl", [{"text": text} for text in texts])
-    for name, bound in (("a", 1 << 18), ("b", 64)):
+    for name, bound in (("a", 1 << 17), ("b", 64)):
         monkeypatch.setattr(duplicates, "AT_ONCE", bound)
         monkeypatch.setattr(duplicates, "RUN", min(bound, 1 << 16))
         argv = [source, f"--out={tmp_path / name}", "--near=0.3", "--tokenizer=bytes"]
