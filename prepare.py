@@ -242,9 +242,9 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
             else:
                 end = document.start + document.size
                 spool.put(name, document.start, end, document.text)
-    report["asked in test"] = sum(d.prompt in asked for d in spool if d.split == "test")
-    alike = spool.index.nearly_alike() if s.near else ()
-    report["crossing"] = sum(place(text) != place(other) for text, other in alike)
+    if asked:
+        report["asked in test"] = sum(d.prompt in asked for d in spool if d.split == "test")
+    report["crossing"] = sum(place(a) != place(b) for a, b in spool.index.nearly_alike())
     spool.require_splits(asked_for)
 
 
@@ -366,7 +366,7 @@ def encode(s: Settings, spool: Spool, tokenizer: Tokenizer) -> dict:
             path.unlink()
             tokens = sum(shard["tokens"] for shard in writer.shards)
             splits[name] = dict(shards=writer.shards, tokens=tokens) | spool.written[name]
-            if spool.kind != "text" and tokens:
+            if firsts:
                 splits[name]["tasks"] = {n: firsts[i] for i, n in markers.items() if firsts[i]}
     return splits
 

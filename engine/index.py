@@ -46,6 +46,7 @@ class Index:
         self.like = open(folder / "spool_like", "w+b", buffering=0)
         self.size = self.count = 0  # bytes and documents that stay
         self.published: set[str] = set()  # the splits that they came in, "" if in none
+        self.near = 0.0  # how alike texts were that have left
         self.crossing = False  # whether a prompt may stand in two splits
         self.digest = hashlib.sha256()  # of the whole
 
@@ -68,6 +69,7 @@ class Index:
         texts that are nearly alike the first stays; but train leaves before a published val, and
         that before test. What is like one that has left leaves too: it is a copy of a copy.
         """
+        self.near = near
         self.like.truncate(8 * self.read)  # zeros, which take no room: nobody has left
         left: Counter = Counter()
         path = self.folder / "spool_sorted"
@@ -133,12 +135,13 @@ class Index:
 
     def __iter__(self) -> Iterator[Document]:
         for _, entries, like in self.blocks():
-            for document in ENTRY.iter_unpack(entries[like == 0].tobytes()):
-                yield named(document)
+            kept = entries[like == 0].tobytes() if like.any() else entries
+            for size, digest, group, prompt, number, text, start in ENTRY.iter_unpack(kept):
+                yield Document(size, digest, group, prompt, PUBLISHED[number], text, start)
 
     def nearly_alike(self) -> Iterator[tuple[Document, Document]]:
         """Each text that has left for being nearly alike another, and that one."""
-        for _, entries, like in self.blocks():
+        for _, entries, like in self.blocks() if self.near else ():
             some = zip(ENTRY.iter_unpack(entries[like > 0].tobytes()), like[like > 0], strict=True)
             for left, other in some:
                 self.entries.seek((int(other) - 1) * ENTRY.size)

@@ -57,6 +57,8 @@ class Spool:
         (self.folder / "spool").unlink()
 
     def __iter__(self) -> Iterator[Document]:
+        if self.parts == 1:
+            return iter(self.index)
         return (document for document in self.index if document.start != ELSEWHERE)
 
     def add(self, pieces: Iterable[str], split: str = "", row: Row | None = None) -> str:
