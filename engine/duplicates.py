@@ -21,13 +21,14 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import regex
 
 RUN = 1 << 16  # records that are sorted as they come
 AT_ONCE = 1 << 17  # records of all runs that are compared at a time
-PAIRS = 1 << 10  # pairs whose pages of a file are in memory at a time
+PAIRS = 1 << 10  # signatures that are compared at a time
 RECORD = np.dtype([("key", "<u8", 2), ("order", "<u8")])
 SHINGLE = 5  # words
 HASHES = 128  # values of a signature
@@ -137,11 +138,16 @@ def band_keys(signatures: np.ndarray, orders: np.ndarray, bands: int) -> np.ndar
     return records.reshape(-1)
 
 
-def alike(path: Path, a: np.ndarray, b: np.ndarray, near: float) -> np.ndarray:
+def alike(file: BinaryIO, a: np.ndarray, b: np.ndarray, near: float) -> np.ndarray:
     """Which of the pairs have signatures, by number in the file, that agree in a share `near`."""
+
+    def read(number: int) -> bytes:
+        file.seek(4 * HASHES * number)
+        return file.read(4 * HASHES)
+
     found = [np.zeros(0, bool)]
     for i in range(0, len(a), PAIRS):
-        # anew each time: the pages that were read leave with the old one
-        table = np.memmap(path, "<u4", "r").reshape(-1, HASHES)
-        found.append((table[a[i : i + PAIRS]] == table[b[i : i + PAIRS]]).mean(1) >= near)
+        some = [b"".join(map(read, numbers[i : i + PAIRS].tolist())) for numbers in (a, b)]
+        x, y = (np.frombuffer(data, "<u4").reshape(-1, HASHES) for data in some)
+        found.append((x == y).mean(1) >= near)
     return np.concatenate(found)

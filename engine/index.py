@@ -42,7 +42,7 @@ class Index:
         self.folder, self.read = folder, 0  # documents of which it knows
         self.entries = open(folder / "spool_index", "w+b")
         self.signatures = open(folder / "spool_signatures", "w+b")
-        # 1 + the number of what each document is like, or 0; unbuffered, since a map changes it
+        # 1 + the number of what each document is like, or 0; unbuffered, since single ones change
         self.like = open(folder / "spool_like", "w+b", buffering=0)
         self.size = self.count = 0  # bytes and documents that stay
         self.published: set[str] = set()  # the splits that they came in, "" if in none
@@ -81,7 +81,7 @@ class Index:
             for later, first in duplicates.repeats(self.bands(bands), self.read * bands, path):
                 of_test = later <= NUMBER
                 later, first = (orders[~of_test] & NUMBER for orders in (later, first))
-                found = duplicates.alike(Path(self.signatures.name), later, first, near)
+                found = duplicates.alike(self.signatures, later, first, near)
                 self.mark(later[found], first[found])
         for _, entries, like in self.blocks():
             kept = entries[like == 0]
@@ -129,9 +129,9 @@ class Index:
             yield duplicates.band_keys(signatures[like == 0], orders[like == 0], count)
 
     def mark(self, later: np.ndarray, first: np.ndarray) -> None:
-        for i in range(0, len(later), duplicates.PAIRS):
-            table = np.memmap(self.like.name, "<u8", "r+")  # anew: see `duplicates.alike`
-            table[later[i : i + duplicates.PAIRS]] = first[i : i + duplicates.PAIRS] + np.uint64(1)
+        for number, before in zip(later.tolist(), first.tolist(), strict=True):
+            self.like.seek(8 * number)
+            self.like.write(struct.pack("<Q", before + 1))
 
     def __iter__(self) -> Iterator[Document]:
         for _, entries, like in self.blocks():
