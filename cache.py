@@ -40,6 +40,9 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_kv_head, size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        # the embeddings that `before` hands on, behind a 0 for what stands before a text
+        places = 1 + size if config.smear else 0
+        self.past = torch.zeros(batch, places, config.n_embd, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.long)  # (B), on the CPU: Python asks for them
         self.whole = whole  # S is always `size`, and not only as far as the longest text goes
 
@@ -71,10 +74,22 @@ class KVCache:
                 stored.scatter_(2, at, new.to(stored.dtype))
         return self.k[layer, :, :, : self.end], self.v[layer, :, :, : self.end]
 
+    def before(self, x: Tensor) -> Tensor:
+        """Stores the embeddings x (B, T, C) of the new tokens and returns those of the tokens one
+        place before (B, T, C)."""
+        T = x.size(1)
+        if self.at is None:
+            self.past[:, self.end - T + 1 : self.end + 1] = x
+            return self.past[:, self.end - T : self.end].to(x.dtype)
+        at = self.at[..., None].expand_as(x)
+        self.past.scatter_(1, at + 1, x.to(self.past.dtype))
+        return self.past.gather(1, at).to(x.dtype)
+
     def take(self, rows: list[int]) -> None:
         """Row i becomes a copy of what row rows[i] was: to repeat, drop, or reorder texts."""
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
+        self.past = self.past[rows]
         self.lengths = self.lengths[rows]
 
     def first(self, count: int) -> "KVCache":
@@ -85,6 +100,7 @@ class KVCache:
         """Rows from `begin` to `end`, in the same memory."""
         part = copy.copy(self)
         part.k, part.v = self.k[:, begin:end], self.v[:, begin:end]
+        part.past = self.past[begin:end]
         part.lengths = self.lengths[begin:end]
         return part
 
@@ -93,6 +109,7 @@ class KVCache:
         end = int(self.lengths[row])
         self.k[:, to, :, :end] = self.k[:, row, :, :end]
         self.v[:, to, :, :end] = self.v[:, row, :, :end]
+        self.past[to] = self.past[row]
         self.lengths[to] = self.lengths[row]
 
     def put(self, rows: list[int], other: "KVCache") -> None:
@@ -101,4 +118,5 @@ class KVCache:
         end = int(other.lengths.max())
         self.k[:, rows, :, :end] = other.k[:, :, :, :end]
         self.v[:, rows, :, :end] = other.v[:, :, :, :end]
+        self.past[rows, : other.past.size(1)] = other.past
         self.lengths[rows] = other.lengths

@@ -54,6 +54,7 @@ class GPT(nn.Module):
         self.wte = embedding(c, c.vocab_size)  # a vector for each token; the name is GPT-2's
         if c.position == "learned":
             self.wpe = embedding(c, c.block_size)  # and one for each position
+        self.smear = nn.Parameter(torch.ones(c.n_embd)) if c.smear else None
         self.embed_norm = Norm(c.n_embd, c) if c.embed_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
@@ -86,6 +87,8 @@ class GPT(nn.Module):
             mask = causal if mask is None else mask
         elif positions is None:
             positions = torch.arange(T, device=tokens.device)  # (T)
+        if self.smear is not None:
+            x = self.smeared(x, positions, cache)
         rope = None
         if self.config.position == "learned":
             x = x + self.wpe(positions)
@@ -97,6 +100,21 @@ class GPT(nn.Module):
         if cache is not None:
             cache.lengths += T
         return self.norm(x)
+
+    def smeared(self, x: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
+        """Embeddings x (B, T, C), each with a share, learned for each channel, of the one before.
+
+        "Where is Nora?": found is "Nora went to the attic", if the attic knows that it stands
+        behind Nora. Attention has to learn that as well, one layer looking back so that the next
+        can find it, and neither pays without the other: for long nothing is learned, then all at
+        once (arXiv:2209.11895, where smeared keys make it come sooner). Here it is there at once.
+        """
+        if cache is not None:
+            before = cache.before(x)
+        else:
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, C), moved on by one place
+            before = before * (positions > 0)[..., None]  # nothing stands before a text
+        return x + self.smear * before
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) to float32 logits (..., V)."""
