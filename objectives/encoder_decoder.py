@@ -45,6 +45,9 @@ class Objective(Base):
     def __init__(self, s, tokenizer):
         super().__init__(s, tokenizer)
         settings.require(s.train_on == "answers", s, "train_on", "answers: prompts are only read")
+        settings.require(
+            not s.model.smear, s.model, "smear", "false with objective=encoder_decoder"
+        )
 
     def require(self, data):
         super().require(data)

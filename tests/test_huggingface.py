@@ -757,9 +757,10 @@ def test_files_have_the_permissions_that_the_umask_leaves(both, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o750}
 
 
-def test_shapes_that_transformers_lacks_are_refused_by_name(train, tmp_path):
-    run = train("run", "--mlp=swiglu")
-    with pytest.raises(ValueError, match=r"NanoChatForCausalLM, but for mlp=swiglu"):
+@pytest.mark.parametrize("other", ["mlp=swiglu", "smear=True"])
+def test_shapes_that_transformers_lacks_are_refused_by_name(other, train, tmp_path):
+    run = train("run", f"--{other}")
+    with pytest.raises(ValueError, match=rf"NanoChatForCausalLM, but for {other}"):
         huggingface.main(["export", str(run), str(tmp_path / "out")])
 
 

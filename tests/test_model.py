@@ -14,6 +14,7 @@ LLAMA |= dict(n_kv_head=2)
 SHAPES = {"modern": {}, "grouped": dict(n_kv_head=2, head_dim=10), "gpt2": GPT2, "llama": LLAMA}
 SHAPES["qwen3"] = LLAMA | dict(qk_norm=True, tied=True)
 SHAPES["qwen2"] = LLAMA | dict(qkv_bias=True, rope_factor=8.0, rope_original=8)
+SHAPES["smear"] = dict(smear=True)
 
 
 def make(shape: str, seed: int = 0, zero_init: bool = False, **more) -> GPT:
@@ -304,3 +305,12 @@ def test_a_mask_may_be_a_window_or_the_edges_of_a_graph(kind):
                 other[0, changed] = (other[0, changed] + 1) % 50
                 differs = (model.trunk(other, mask) - before).abs().amax(dim=-1)[0] > 1e-6
                 assert differs.tolist() == reached[:, changed].tolist()
+
+
+def test_nothing_is_smeared_over_the_border_of_two_texts():
+    model, x = make("smear"), tokens(2, 12)
+    row = torch.arange(12) // 7  # two texts of 7 and 5 tokens in a window
+    mask = (row[:, None] == row) & torch.ones(12, 12, dtype=torch.bool).tril()
+    together = model(x, mask=mask, positions=torch.arange(12) - 7 * row)
+    for text in (slice(0, 7), slice(7, 12)):
+        torch.testing.assert_close(together[:, text], model(x[:, text]), atol=1e-5, rtol=1e-5)
