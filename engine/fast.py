@@ -79,8 +79,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, K, S, D): (B, H, T, D)."""
     (B, H, T, D), K, S = q.shape, k.size(1), k.size(2)
-    unlike = mask is not None and q.dtype == torch.float32  # there the fused kernel is as fast
-    if q.device.type == "cpu" and 1 < T == S <= SHORT and not unlike:
+    if q.device.type == "cpu" and 1 < T == S <= SHORT and q.dtype != torch.float32:
         # the fused kernel's bfloat16 gradient takes 2 to 7 times as long
         k = k.repeat_interleave(H // K, dim=1)
         v = v.repeat_interleave(H // K, dim=1)
