@@ -11,7 +11,7 @@ with other tokens, a curve is fitted to their losses, and says what the planned 
     loss = E + A / N^a + B / D^b          (arXiv:2203.15556, section 3.3)
 
 E is what no model can know of the text; the second term is what N parameters cannot express, the
-third what D tokens have not taught. docs/scaling.md has an example, and how good it was.
+third what D tokens have not taught.
 """
 
 import json
