@@ -1,4 +1,4 @@
-"""Every page has its Chinese twin, with equal code, numbers, links and pictures, no section of which
+"""Every page has its Chinese twin, with equal code, numbers, links and pictures; no section of it
 renders an English one that has changed since."""
 
 import re
