@@ -20,7 +20,7 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 DIGEST = re.compile(r"^<!-- en: (\w*) -->\n", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)]*)\)")
 CODE = re.compile(r"`([^`]+)`")
-NUMBER = re.compile(r"[0-9]+(?:[.,][0-9]+)*(?:\.[a-z]\b)?")  # 1,310,720; 0.5; exercise 4.a
+NUMBER = re.compile(r"(?<![A-Za-z0-9])[0-9]+(?:[.,][0-9]+)*(?:\.[a-z]\b)?")  # 0.5; 4.a; not AVX2
 WRITTEN = r"#L\d+-L\d+|^\| `\w+` \|.*±.*$"  # by --links and --ablations, in both languages
 
 # what a Chinese page must not have, outside code: a pattern, and what it should be
@@ -63,16 +63,23 @@ def digest(section: str) -> str:
 
 
 def stamped(english: str, chinese: str) -> str:
-    """The Chinese page with the digests of the English sections. Raises ValueError if it has other
-    sections."""
+    """The Chinese page with the digests of the English sections, and their code blocks where it has
+    as many. Raises ValueError if it has other sections."""
     here, there = sections(chinese), sections(english)
     if len(here) != len(there):
         raise ValueError(f"{len(there)} sections in English, {len(here)} in Chinese")
     done = []
     for ours, theirs in zip(here, there, strict=True):
-        head, _, rest = DIGEST.sub("", ours).partition("\n")
+        head, _, rest = DIGEST.sub("", with_code(ours, theirs)).partition("\n")
         done.append(f"{head}\n<!-- en: {digest(theirs)} -->\n{rest}")
     return "".join(done)
+
+
+def with_code(ours: str, theirs: str) -> str:
+    code = FENCED.findall(theirs)
+    if len(code) != len(FENCED.findall(ours)):
+        return ours  # `differences` will say so
+    return FENCED.sub(lambda _: code.pop(0), ours)
 
 
 def shared(section: str) -> dict[str, object]:

@@ -124,6 +124,10 @@ def test_the_command_writes_the_digests_and_names_what_had_changed(tmp_path, mon
     assert not languages.differences(ENGLISH, chinese.read_text(encoding="utf-8"))
     learn.main(["--digests"])
     assert not capsys.readouterr().out
+    code = ENGLISH.replace("learn.py 4", "learn.py 4 --answer=8")
+    (tmp_path / "04.md").write_text(code, encoding="utf-8")
+    learn.main(["--digests"])
+    assert not languages.differences(code, chinese.read_text(encoding="utf-8"))
     chinese.write_text("# 4 · 注意力\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"04\.zh\.md: 2 sections in English, 1 in Chinese"):
         learn.main(["--digests"])
