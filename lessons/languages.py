@@ -18,6 +18,7 @@ import lessons
 
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 DIGEST = re.compile(r"^<!-- en: (\w*) -->\n", re.MULTILINE)
+PICTURE = re.compile(r"!\[.*?\]\((.*?)\)")
 LINK = re.compile(r"\]\(([^)]*)\)")
 CODE = re.compile(r"`([^`]+)`")
 NUMBER = re.compile(r"(?<![A-Za-z0-9])[0-9]+(?:[.,][0-9]+)*(?:\.[a-z]\b)?")  # 0.5; 4.a; not AVX2
@@ -94,7 +95,7 @@ def shared(section: str) -> dict[str, object]:
     return {
         "level": len(title(section)) - len(title(section).lstrip("#")),
         "code blocks": FENCED.findall(section),
-        "pictures": re.findall(r"!\[.*?\]\((.*?)\)", prose),
+        "pictures": PICTURE.findall(prose),
         "links": Counter(links),
         "tables": [(row.count("|"), *sorted(NUMBER.findall(row))) for row in rows],
         "numbers": Counter(NUMBER.findall(rest)),
@@ -126,8 +127,8 @@ def differences(english: str, chinese: str) -> list[str]:
 
 
 def plain(section: str) -> str:
-    """The words of a section: without code, where links lead to, and digests. Bold is ⟦bold⟧."""
-    text = LINK.sub("]", FENCED.sub("", DIGEST.sub("", section)))
+    """The words of a section, without code, pictures and where links lead. Bold is ⟦bold⟧."""
+    text = LINK.sub("]", PICTURE.sub("", FENCED.sub("", DIGEST.sub("", section))))
     return re.sub(r"\*\*(.+?)\*\*", r"⟦\1⟧", CODE.sub("`·`", text), flags=re.DOTALL)
 
 
