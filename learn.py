@@ -2,6 +2,7 @@
 
     python learn.py 4                       chapter 4, attention: predict, see, compare
     python learn.py 4 --answer=0.5,b        the predictions, where nobody sits at a terminal
+    python learn.py 4 --language=zh         中文
     python learn.py 4 --check=my_model.py   do the exercises of the chapter come out right?
 
 Each chapter is a page of docs/learn, and asks what will happen before it runs the real code, with
@@ -17,6 +18,7 @@ from typing import Literal
 
 import lessons
 from engine import settings
+from lessons import languages
 
 PREDICT, RIGHT, WRONG, IS = "? ", "✓", "✗", "="  # signs, which no language has to translate
 
@@ -28,6 +30,7 @@ class Settings:
     check: str = ""  # a file of yours, with the functions that you have written or changed
     language: Literal["en", "zh"] = "en"  # of the pages; English where another is not written
     links: bool = False  # for authors: bring the line numbers in docs/learn up to date
+    digests: bool = False  # for authors: the Chinese pages render the English ones of today
     ablations: bool = False  # for authors: measure every why anew, and write it into docs/learn
 
 
@@ -35,6 +38,8 @@ def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Learn how a GPT works.", "chapter")
     if s.links:
         return update_pages(lessons.linked)
+    if s.digests:
+        return write_digests()
     if s.ablations:
         from lessons import ablations
 
@@ -116,6 +121,26 @@ def update_pages(change) -> None:
         if (after := change(before)) != before:
             path.write_text(after, encoding="utf-8")
             print(f"wrote {path.relative_to(lessons.ROOT)}")
+
+
+def write_digests() -> None:
+    """Says of every Chinese page that it renders the English one of today, and names the sections
+    that it said so of before and that have changed since."""
+    for english, chinese in languages.pairs():
+        if not chinese.exists():
+            continue
+        text, before = english.read_text(encoding="utf-8"), chinese.read_text(encoding="utf-8")
+        try:
+            after = languages.stamped(text, before)
+        except ValueError as e:
+            raise ValueError(f"{chinese.name}: {e}") from None
+        if after == before:
+            continue
+        chinese.write_text(after, encoding="utf-8")
+        print(f"wrote {chinese.relative_to(lessons.ROOT)}")
+        for section, old in zip(*map(languages.sections, (text, before)), strict=True):
+            if languages.digest(section) not in languages.DIGEST.findall(old):
+                print(f"    {languages.title(section)}")
 
 
 if __name__ == "__main__":

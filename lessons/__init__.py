@@ -58,7 +58,8 @@ def page(number: int, language: str = "en") -> Path:
 
 
 def questions(path: Path) -> list[Question]:
-    return [Question(*map(str.strip, q)) for q in QUESTION.findall(path.read_text("utf-8"))]
+    text = re.sub(r"^<!--.*-->\n", "", path.read_text("utf-8"), flags=re.MULTILINE)
+    return [Question(*map(str.strip, q)) for q in QUESTION.findall(text)]
 
 
 def chapter(number: int) -> ModuleType:
