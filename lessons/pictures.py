@@ -1,6 +1,6 @@
 """The pictures of docs/learn: what each shows, computed by the code that its chapter explains.
 
-    python -m lessons.pictures              redraws all of docs/learn/pictures
+    python -m lessons.pictures              redraws all of docs/learn/pictures, and page.html
     python -m lessons.pictures rotary       this one
 
 A picture is two functions of one name: here the one that returns its numbers, in lessons/drawing.py
@@ -27,7 +27,7 @@ import optim
 import pick
 from engine import settings
 from engine.files import atomic_file
-from lessons import PAGES, blocks, specimen, tokens, writing
+from lessons import PAGES, blocks, live, specimen, tokens, writing
 from shape import GPTConfig
 from tasks import repeat
 from tokenizer import bytes_tokenizer
@@ -197,17 +197,20 @@ PICTURES = {f.__name__: f for functions in CHAPTERS.values() for f in functions}
 
 
 def main(argv: list[str]) -> None:
+    names = (*PICTURES, live.PAGE.stem)
     for name in argv:
-        if name not in PICTURES:
-            raise ValueError(f"there is no picture {name!r:.60}: there are {', '.join(PICTURES)}")
+        if name not in names:
+            raise ValueError(f"there is no picture {name!r:.60}: there are {', '.join(names)}")
     settings.require_package("matplotlib", True)
     from lessons import drawing
 
     torch.set_num_threads(1)
-    for name in argv or PICTURES:
-        path = FOLDER / f"{name}.svg"
+    for name in argv or names:
+        drawn = name in PICTURES
+        path = FOLDER / f"{name}.svg" if drawn else live.PAGE
+        text = drawing.picture(name, rounded(PICTURES[name]())) if drawn else live.content()
         with atomic_file(path) as partial:
-            partial.write_text(drawing.picture(name, rounded(PICTURES[name]())), encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
         print(f"wrote {path.name}: {path.stat().st_size:,} bytes")
 
 
