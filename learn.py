@@ -51,14 +51,18 @@ def main(argv: list[str]) -> None:
     known = s.chapter.isdecimal() and int(s.chapter) <= last
     settings.require(known, s, "chapter", f"a number from 0 to {last}")
     number = int(s.chapter)
+    if s.check:
+        return check(loaded(number), number, Path(s.check))
+    answers = ",".join(s.answer).split(",") if s.answer else []
+    teach(number, lessons.page(number, s.language), answers)
+
+
+def loaded(number: int):
+    """The code of a chapter. It loads torch, which takes seconds: so not before it is needed."""
     import torch
 
     torch.set_num_threads(1)  # the work is small; and the last digits are the same for everyone
-    lesson = lessons.chapter(number)
-    if s.check:
-        return check(lesson, number, Path(s.check))
-    answers = ",".join(s.answer).split(",") if s.answer else []
-    teach(lesson, lessons.page(number, s.language), answers)
+    return lessons.chapter(number)
 
 
 def contents(language: str) -> None:
@@ -68,17 +72,17 @@ def contents(language: str) -> None:
         print(f"python learn.py {number:<3} {title:50} {path.relative_to(lessons.ROOT)}")
 
 
-def teach(lesson, path: Path, answers: list[str]) -> None:
+def teach(number: int, path: Path, answers: list[str]) -> None:
     """Asks each question of a page, runs the code that it is about, and says what came out."""
     asked = lessons.questions(path)
     if len(answers) > len(asked):
         raise ValueError(f"{len(answers)} answers, but {path.name} has {len(asked)} questions")
     print(f"{path.relative_to(lessons.ROOT)}\n")
     score = []
-    for i, (question, compute) in enumerate(zip(asked, lesson.QUESTIONS, strict=True)):
+    for i, question in enumerate(asked):
         print(f"{question.number}  {question.title}\n\n{question.body}\n")
         word = answers[i] if i < len(answers) else ask()
-        value = compute()
+        value = loaded(number).QUESTIONS[i]()
         sign = IS
         if word:
             score.append(lessons.predicted(word, value))
