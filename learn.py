@@ -83,10 +83,16 @@ def teach(number: int, path: Path, answers: list[str]) -> None:
         print(f"{question.number}  {question.title}\n\n{question.body}\n")
         word = answers[i] if i < len(answers) else ask()
         value = loaded(number).QUESTIONS[i]()
-        sign = IS
-        if word:
-            score.append(lessons.predicted(word, value))
-            sign = RIGHT if score[-1] else WRONG
+        while word:
+            try:
+                score.append(lessons.predicted(word, value))
+                break
+            except ValueError as e:
+                if i < len(answers):
+                    raise
+                print(e)
+                word = ask()
+        sign = (RIGHT if score[-1] else WRONG) if word else IS
         print(f"\n{sign} {lessons.as_printed(value, question.answer)}\n\n{question.reveal}\n")
     if score:
         print(f"{RIGHT} {sum(score)} / {len(score)}")

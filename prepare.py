@@ -32,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -59,6 +59,7 @@ from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, find_tokenizer
 
 PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
 Secrets = Annotated[int, Bound("from 0 to 1000", range(1001).__contains__)]
+Near = Annotated[float, Bound("0 (off), or from 0.1 to below 1", lambda x: x == 0 or 0.1 <= x < 1)]
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Settings:
     reading: Reading = field(default_factory=Reading)
     skip_bad: bool = False  # leave out documents that cannot be read
     part: Part = ""  # such as 3/16: only these documents, which are the same whatever the rest is
-    near: BelowOne = 0.0  # leave out texts that are so alike an earlier one, such as 0.8; 0 is off
+    near: Near = 0.0  # leave out texts that are so alike an earlier one, such as 0.8; 0 is off
     filter: str = ""  # a list of words, one a line: documents that have one are left out
     filtered: Literal["drop", "mask"] = "drop"  # or are kept, with asterisks in its place
     noise: BelowOne = 0.0  # rows to learn from come twice, once with this share of letters mistyped
@@ -106,7 +107,8 @@ def prepare(s: Settings) -> None:
     s.reading.encoding = encodings.find(s.reading.encoding)
     # known at once, and so are mistakes in it; bpe is learned below
     tokenizer = None if s.tokenizer == "bpe" else find_tokenizer(s.tokenizer)
-    out = Path(s.out or "data/" + name_of(s.source[0], s.reading) + s.part.replace("/", "-of-"))
+    part = s.part and f"-{s.part.replace('/', '-of-')}"
+    out = Path(s.out or "data/" + name_of(s.source[0], s.reading) + part)
     s.source = tuple(expand(s.source))
     sources = [parse(word, s.reading) for word in s.source]
     meta = dict(settings=recorded(s, words.sha256 if words else ""))
@@ -244,8 +246,8 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
                 spool.put(name, document.start, end, document.text)
     if asked:
         report["asked in test"] = sum(d.prompt in asked for d in spool if d.split == "test")
-    report["crossing"] = sum(place(a) != place(b) for a, b in spool.index.nearly_alike())
     spool.require_splits(asked_for)
+    report["crossing"] = sum(place(a) != place(b) for a, b in spool.index.nearly_alike())
 
 
 def places(spool: Spool, fractions: dict[str, dict], seed: int) -> Callable[[Document], str]:
@@ -267,11 +269,13 @@ def places(spool: Spool, fractions: dict[str, dict], seed: int) -> Callable[[Doc
         share = known.size * min(held_back, default=1)
         return spool.kind == "text" and (known.count == 1 or document.size > max(share, PAGE))
 
-    def ends(split: str, val: float, test: float) -> tuple[float, float]:
+    @cache
+    def ends(split: str) -> tuple[float, float]:
         def draws() -> Iterator[float]:
             drawn = (d for d in known if d.split == split and not is_cut(d))
             return (draw(document.group, seed) for document in drawn)
 
+        val, test = fractions[split]["val"], fractions[split]["test"]
         val_end, test_end = val, val + test
         first = min(draws(), default=1.0)
         second = min((u for u in draws() if u > first), default=1.0)
@@ -281,15 +285,13 @@ def places(spool: Spool, fractions: dict[str, dict], seed: int) -> Callable[[Doc
             test_end = max(test_end, nearest) if test else val_end
         return val_end, test_end
 
-    found = {s: ends(s, **fractions[s]) for s in fractions if s in known.published}
-
     def place(document: Document) -> str:
         if document.split in ("val", "test"):
             return document.split
         if is_cut(document):
             return ""
         u = draw(document.group, seed)
-        val_end, test_end = found[document.split]
+        val_end, test_end = ends(document.split)
         return "val" if u <= val_end else "test" if u <= test_end else "train"
 
     return place

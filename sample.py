@@ -117,6 +117,7 @@ def main(argv: list[str]) -> None:
     locked.use(s.passphrase_file, path, *([smaller] if smaller else []))
     model, tokenizer, state = load_weights(path)
     objectives.require_writer(state, s.run)
+    draft = load_draft(smaller, tokenizer, s) if smaller else None
 
     from engine import inference, machine
 
@@ -127,7 +128,8 @@ def main(argv: list[str]) -> None:
     model = model.eval().to(here.device, here.dtype)
     machine.use_threads(s.threads, here, model, rows)
     model = inference.ready(model, s.quantize, rows, parts=s.fast, several=bool(s.speculate))
-    draft = load_draft(smaller, tokenizer, here, s) if smaller else None
+    if draft:
+        draft = inference.ready(draft.eval().to(here.device, here.dtype), parts=s.fast)
     if s.grid:
         draw(model, tokenizer, s)
     elif talking:
@@ -137,9 +139,8 @@ def main(argv: list[str]) -> None:
         write_samples(model, tokenizer, [turn("user", prompt)], s, echo, draft)
 
 
-def load_draft(path, tokenizer, here, s: Settings):
+def load_draft(path, tokenizer, s: Settings):
     """The smaller model that --speculate names. Raises ValueError for another tokenizer."""
-    from engine import inference
     from engine.checkpoint import load_weights
 
     small, theirs, state = load_weights(path)
@@ -147,8 +148,7 @@ def load_draft(path, tokenizer, here, s: Settings):
     same = "lookup, or a run with the very tokenizer of the large one (prepare.py --tokenizer=RUN)"
     alike = tokenizer.extends(theirs) and theirs.extends(tokenizer)
     settings.require(alike, s, "speculate", same)
-    small = small.eval().to(here.device, here.dtype)
-    return inference.ready(small, parts=s.fast)
+    return small
 
 
 @lru_cache

@@ -14,7 +14,8 @@ only texts that agree in a whole band meet, which those of likeness s do with pr
     1 - (1 - s^r)^b        r = 8, b = 16:    s = 0.5  0.06    0.7  0.61    0.8  0.95    0.9  1.00
 
 (Leskovec, Rajaraman, Ullman 2020, section 3.4). A band is a key of 64 bits: equal ones are found
-as equal digests are. Of all that meet in a band, each is compared with the first.
+as equal digests are. Of all that meet in a band, each is compared with the first of its run, and
+the firsts of the runs with the first of all: so RUN is part of what is found.
 """
 
 import re

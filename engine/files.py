@@ -210,8 +210,13 @@ def verify(folder: Path, needed: Iterable[str], skip: Iterable[str] = ()) -> int
 
 def files_below(folder: Path) -> Iterator[Path]:
     """All files of a folder and those in it, sorted, with the names of one folder in memory."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except PermissionError:  # such as lost+found
+        return
+    for entry in entries:
+        path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
-            yield from files_below(Path(entry.path))
-        elif entry.is_file():
-            yield Path(entry.path)
+            yield from files_below(path)
+        elif path.is_file():  # also of links that lead nowhere, or to themselves, this is false
+            yield path

@@ -38,7 +38,8 @@ def generate(
     is not of float32 keeps its own.
     """
     if speculate and num_samples > 1:
-        raise ValueError(f"speculate serves one sample: num_samples={num_samples} goes without")
+        raise ValueError(f"num_samples={num_samples} should be 1 with speculate")
+    require_guesser(speculate, model, options)
     ready, threads = twin(model, num_samples, dtype, bool(speculate))
     if speculate:
         guess = speculation.lookup
@@ -57,6 +58,18 @@ def generate(
         yield new
 
 
+def require_guesser(speculate: str | GPT, model: GPT, options: dict) -> None:
+    """Raises ValueError for what cannot guess what `model` writes."""
+    if isinstance(speculate, str):
+        if speculate not in ("", "lookup"):
+            raise ValueError(f"speculate={speculate!r} should be 'lookup', or a smaller model")
+        return
+    if speculate.config.vocab_size != model.config.vocab_size:
+        raise ValueError("speculate should be a model with the same tokenizer")
+    if "pick" in options:
+        raise ValueError("speculate by a model follows temperature and the like: leave out pick")
+
+
 def twin(model: GPT, rows: int, dtype: str, several: bool = False) -> tuple[GPT, int]:
     """One that generates `rows` texts as `model` would, see `ready`; the threads for it."""
     like, parameters = model.wte.weight, [*model.parameters()]
@@ -68,7 +81,7 @@ def twin(model: GPT, rows: int, dtype: str, several: bool = False) -> tuple[GPT,
         threads = torch.get_num_threads()
     if isinstance(model, inference.FastGPT):  # is ready itself
         return model, threads
-    state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+    state = [*map(mark, parameters), *map(structure, model.modules())]
     made, form = twins.setdefault(model, {}), (rows > 1, several, here.dtype)
     if form not in made or made[form][0] != state:
         shared = {
@@ -78,6 +91,17 @@ def twin(model: GPT, rows: int, dtype: str, several: bool = False) -> tuple[GPT,
         inference.ready(ready, rows=rows, several=several)
         made[form] = state, ready
     return made[form][1], threads
+
+
+def mark(p: torch.Tensor) -> tuple[int, int]:
+    """Changes with the numbers of p. Its version does not: a fused optimizer leaves that alone."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
+    return p.data_ptr(), int(p.detach().contiguous().view(bits).sum(dtype=torch.int64))
+
+
+def structure(m: nn.Module) -> tuple:
+    """Of what else somebody may have changed: a part put in another's place, hooks."""
+    return type(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)
 
 
 @contextmanager

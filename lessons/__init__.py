@@ -106,7 +106,7 @@ def replaced(name: str, path: Path) -> Iterator[dict]:
         defined = {node.name for node in tree.body if isinstance(node, kinds)}
         try:
             exec(compile(text, str(path), "exec"), vars(module))
-        except Exception as e:  # whatever it is, it is a mistake in the file
+        except (Exception, SystemExit) as e:  # whatever it is, it is a mistake in the file
             raise ValueError(f"{path} does not run: {type(e).__name__}: {e}") from e
         yield {key: vars(module)[key] for key in defined}
     except (SyntaxError, UnicodeDecodeError) as e:
@@ -129,7 +129,7 @@ def check(lesson: ModuleType, path: Path) -> Iterator[tuple[str, str]]:
             try:
                 function() if of_book else function(defined[function.__name__])
                 yield function.__name__, ""
-            except Exception as e:  # the reader's code may fail in any way
+            except (Exception, SystemExit) as e:  # the reader's code may fail in any way
                 yield function.__name__, str(e) if type(e) is Wrong else f"{type(e).__name__}: {e}"
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 import lessons
-from lessons import pictures, specimen
+from lessons import live, pictures, specimen
 from tasks import repeat
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -125,3 +125,14 @@ def test_the_script_redraws_what_is_asked_for_and_refuses_what_is_not_there(
     assert [path.name for path in tmp_path.iterdir()] == ["chances.svg"]
     assert capsys.readouterr().out.startswith("wrote chances.svg: ")
     assert (ROOT / "docs" / "learn" / "pictures" / "chances.svg").is_file()
+
+
+def test_the_page_is_made_of_the_specimen_and_small_and_alone():
+    page = live.PAGE.read_text(encoding="utf-8")
+    assert page == live.content(), "python -m lessons.pictures page"
+    assert len(page) < 300_000
+    assert "http" not in page.replace("http-equiv", "") and "src=" not in page
+    c = specimen.load()[0].config  # page.html knows these parts, and no others
+    parts = (c.position, c.norm, c.mlp, c.mask, c.tied, c.bias, c.rope_factor, c.n_kv_head)
+    assert parts == ("rotary", "rms", "relu2", "causal", False, False, 1, c.n_head)
+    assert c.embed_norm and c.qk_norm and c.norm_weight

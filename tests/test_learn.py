@@ -112,7 +112,9 @@ def test_strings_and_their_copies_in_splits_that_share_none(tmp_path, monkeypatc
 def test_every_block_of_a_page_runs_and_prints_what_stands_there(path):
     torch.set_num_threads(1)
     flags = doctest.ELLIPSIS | doctest.REPORT_ONLY_FIRST_FAILURE
-    failed, tried = doctest.testfile(str(path), module_relative=False, optionflags=flags)
+    failed, tried = doctest.testfile(
+        str(path), module_relative=False, optionflags=flags, encoding="utf-8"
+    )
     assert tried
     assert not failed
 

@@ -11,17 +11,6 @@ from lessons import live, specimen
 TEXT = "nutshell|nutsh"
 
 
-def test_the_page_is_made_of_the_specimen_and_small_and_alone():
-    page = live.PAGE.read_text(encoding="utf-8")
-    assert page == live.content(), "python -m lessons.pictures page"
-    assert len(page) < 300_000
-    assert "http" not in page.replace("http-equiv", "") and "src=" not in page
-    c = specimen.load()[0].config  # page.html knows these parts, and no others
-    parts = (c.position, c.norm, c.mlp, c.mask, c.tied, c.bias, c.rope_factor, c.n_kv_head)
-    assert parts == ("rotary", "rms", "relu2", "causal", False, False, 1, c.n_head)
-    assert c.embed_norm and c.qk_norm and c.norm_weight
-
-
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("live"))

@@ -315,6 +315,7 @@ PREPARE = [
     prepare("more parts than documents", ["one.txt", "--part=1/9999"], ["1 documents", "9999"]),
     prepare("canaries in a part", ["docs", "--part=1/3", "--canaries=9"], ["canaries=9", "--part"]),
     prepare("likeness of 1", ["docs", "--near=1"], "near=1.0"),
+    prepare("no likeness", ["docs", "--near=0.01"], "near=0.01 should be 0 (off), or from 0.1"),
     prepare("likeness of rows", ["r.csv", "--prompt=a", "--answer=b", "--near=0.8"],
             ["near=0.8", "rows"], write("r.csv", "a,b\nx,y\n")),
     prepare("another part is there", ["docs", "--out=data", "--part=1/2"],

@@ -233,3 +233,16 @@ def test_of_likes_in_published_splits_train_leaves(tmp_path):
     found = read(tmp_path / "out")
     assert sorted(found["test"]) == sorted(copies)
     assert len(set(found["train"]) & set(texts)) <= 3 and len(found["train"]) >= 20
+
+
+def test_of_a_source_all_of_which_is_like_a_test_nothing_is_left(tmp_path, capsys):
+    texts = texts_of(20)
+    copies = [{"text": edited(text, 1, seed=1)} for text in texts]
+    test = f"test={jsonl(tmp_path / 'test.jsonl', copies)}"
+    more = jsonl(tmp_path / "more.jsonl", [{"text": text} for text in texts])
+    argv = [test, "--near=0.3", "--val=0", "--tokenizer=bytes", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        prepare.main([f"train={more}", *argv])
+    train = [{"text": text} for text in texts_of(20, seed=9)]
+    prepare.main([f"train={jsonl(tmp_path / 'train.jsonl', train)}", str(more), *argv])
+    assert len(read(tmp_path / "out")["train"]) == 20

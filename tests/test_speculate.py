@@ -254,10 +254,9 @@ def test_the_command_writes_the_same_sooner(run, capsys, tmp_path):
 def test_a_draft_with_another_tokenizer_is_refused(run):
     here, other = checkpoint.load_model(str(run))[1], SimpleNamespace(extends=lambda other: False)
     s = sample.Settings(str(run), speculate=str(run.parent / "small"))
-    place = SimpleNamespace(device="cpu", dtype=torch.float32)
-    assert sample.load_draft(checkpoint.find(s.speculate), here, place, s)
+    assert sample.load_draft(checkpoint.find(s.speculate), here, s)
     with pytest.raises(ValueError, match="speculate=.*should be lookup, or a run with the very"):
-        sample.load_draft(checkpoint.find(s.speculate), other, place, s)
+        sample.load_draft(checkpoint.find(s.speculate), other, s)
 
 
 def test_generate_from_python_is_fast_and_leaves_the_model_as_it_is(run):
@@ -280,13 +279,22 @@ def test_generate_from_python_is_fast_and_leaves_the_model_as_it_is(run):
     assert type(model) is GPT and model(torch.tensor([prompt])).shape[1] == len(prompt)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
-    with torch.no_grad():
-        model.head.weight.add_(0.1 * torch.randn(model.head.weight.shape))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.02, fused=True)
+    model(torch.tensor([prompt]), torch.tensor([prompt])).backward()
+    optimizer.step()  # which tells no version of the weights
     both(seed=3)  # what was learned since counts
+    model.blocks[0].mlp.register_forward_hook(lambda module, given, y: 2 * y)
+    both(seed=3)
     greedy = dict(temperature=0, dtype="float32")
     plain = list(sample.generate(model, prompt, 50, **greedy))
     for guess in ("lookup", sample.load_model(str(run.parent / "small"))[0]):
         assert list(sample.generate(model, prompt, 50, speculate=guess, **greedy)) == plain
+    for guess, mistake in (
+        ("Lookup", "'lookup'"),
+        (GPT(GPTConfig(vocab_size=60)), "same tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=mistake):
+            next(sample.generate(model, prompt, 5, speculate=guess))
     with pytest.raises(ValueError, match="num_samples=2"):
         next(sample.generate(model, prompt, 5, num_samples=2, speculate="lookup"))
 
