@@ -28,8 +28,8 @@ Settings, in shape.py, choose the parts; these combinations are published:
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary.
 
-Unless --fast=false is given, faster forms of embedding, norm, attention and head (engine/fast.py)
-take the places of these, where they compute the same. Change this file, and it is obeyed.
+Unless --fast=false is given, faster forms of most modules (engine/fast.py) take their places, where
+they compute the same. Change this file, and it is obeyed.
 """
 
 import math
@@ -114,7 +114,7 @@ class GPT(nn.Module):
         else:
             before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, C), moved on by one place
             before = before * (positions > 0)[..., None]  # nothing stands before a text
-        return x + self.smear * before
+        return x + self.smear.to(x.dtype) * before
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) to float32 logits (..., V)."""

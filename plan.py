@@ -38,9 +38,18 @@ CARDS = dict(
 )  # fmt: skip
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 AMOUNT = re.compile(r"(\d+(?:\.\d+)?)([kMBT]?)")
+
+
+def amount(text: str) -> float:
+    """What 1.5B stands for; 0 for what is no number."""
+    found = AMOUNT.fullmatch(text)
+    return float(found[1]) * UNITS[found[2]] if found else 0.0
+
+
 Share = Annotated[float, Bound("above 0, at most 1", lambda x: 0 < x <= 1)]
 KNOWN = "a number such as 124M, 1.5B or 30B"
-Amount = Annotated[str, Bound(KNOWN, lambda text: text == "" or AMOUNT.fullmatch(text))]
+Amount = Annotated[str, Bound(KNOWN, lambda text: text == "" or amount(text) > 0)]
+SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim")  # of a shape
 RESERVED = 0.1  # of a card's memory: the framework's own, and what lies between blocks
 
 
@@ -65,6 +74,8 @@ def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Plan a training run.", "runs", nargs="*")
     c = replace(s.model, vocab_size=s.vocab_size)
     if s.params:
+        own = [k for k in SIZES if getattr(s.model, k) != getattr(Settings().model, k)]
+        settings.require(not own, s, "params", f"left out with --{own[0] if own else ''}")
         c = shape_of(amount(s.params), c)
     N, T = c.parameters(), c.block_size
     D = amount(s.tokens) if s.tokens else 20.0 * N
@@ -79,7 +90,7 @@ def main(argv: list[str]) -> None:
     # the batch that is just not wasteful grows with the compute (arXiv:2401.02954, section 3.1)
     least = T * s.gpus
     windows = max(1, round(0.2920 * (per_token * D) ** 0.3271 / least))  # of each card
-    print_memory(s, c, windows)
+    windows = print_memory(s, c, windows)
     updates = math.ceil(D / (windows * least))
     rule = "a rule of thumb: arXiv:2401.02954"
     print(f"batch    --batch_tokens={windows * least} --steps={updates} ({rule})")
@@ -107,8 +118,11 @@ def shape_of(params: float, c: GPTConfig) -> GPTConfig:
     return min(fits)[2]
 
 
-def print_memory(s: Settings, c: GPTConfig, windows: int) -> None:
-    """What a card has to hold, and how many of its `windows` of an update fit into one pass."""
+def print_memory(s: Settings, c: GPTConfig, windows: int) -> int:
+    """What a card has to hold, and how many of its `windows` of an update fit into one pass.
+
+    Returns the nearest number of windows from there up that passes of one size make up.
+    """
     memory, parts = s.memory or CARDS[s.gpu][0], s.gpus if s.shard else 1
     weights, moments = (x / parts for x in state(c, s.optimizer))
     # in 16 bits; where kernels are compiled, logits stand in memory as such, as float32 and with
@@ -122,18 +136,15 @@ def print_memory(s: Settings, c: GPTConfig, windows: int) -> None:
     if left < window:
         more = "more --gpus" if s.shard else "--shard=true"
         print(f"         too little: {more}, a shorter --block_size, or a card of more memory")
-        return
-    rows = min(int(left // window), windows)
-    print(f"         --device_batch={rows}, passes to an update: {math.ceil(windows / rows)}")
+        return windows
+    passes = math.ceil(windows / int(left // window))
+    rows = math.ceil(windows / passes)
+    print(f"         --device_batch={rows}, passes to an update: {passes}")
+    return rows * passes
 
 
 def gigabytes(x: float) -> str:
     return f"{x / 1e9:.3g} GB"
-
-
-def amount(text: str) -> float:
-    number, unit = AMOUNT.fullmatch(text).groups()
-    return float(number) * UNITS[unit]
 
 
 def words(x: float) -> str:
@@ -174,7 +185,7 @@ def measured(run: Path) -> tuple[float, float, float]:
     last validation loss. Raises ValueError."""
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
-        row = [r for r in map(json.loads, lines) if "val_loss" in r][-1]
+        row = [r for r in map(json.loads, lines) if r.get("val_loss") is not None][-1]
         state = json.loads(max(run.glob("step-*/state.json")).read_text())
         return products(GPTConfig(**state["model"]), 0) / 6, row["tokens"], row["val_loss"]
     except (OSError, ValueError, IndexError, KeyError, TypeError) as e:

@@ -56,7 +56,7 @@ def largest_error(
         for t, s, f in zip(true, slow, fast, strict=True):
             size = max(rms(t), 0.1 * usual)  # a gradient that is zero has no digits to compare
             rounding = max(1e-4, 2 * torch.finfo(kind).eps) * size
-            worst = max(worst, rms(f - t) / (2 * rms(s - t) + rounding))
+            worst = max(worst, rms(f - t) / (2 * rms(s - t) + rounding + 1e-30))
     return worst
 
 

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.agreement import SHORT, largest_error
-from engine.gradients import ActivatedLinear, PiecewiseCrossEntropy, RMSNormalise
+from engine.gradients import (
+    ActivatedLinear,
+    PiecewiseCrossEntropy,
+    RMSNormalise,
+    working_type,
+)
 from engine.machine import Machine
 from model import IGNORE, MLP, Attention, Head, Norm, gelu, relu2
 from shape import GPTConfig
@@ -40,14 +45,19 @@ class FastNorm(Norm):
         return x if self.weight is None else x * self.weight
 
 
+def untouched(layer: nn.Module) -> bool:
+    """Whether it is no layer of somebody's own, and has no hook."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
 class FastAttention(Attention):
     """One product for queries, keys and values; the fused kernel, or a faster one on a CPU."""
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of x (B, T, C), side by side: (B, T, (H + 2 K) D)."""
         layers = (self.wq, self.wk, self.wv)
-        if any(type(w) is not nn.Linear or w._forward_hooks for w in layers):
-            return torch.cat([w(x) for w in layers], dim=-1)  # somebody's own layers, or a hook
+        if not all(map(untouched, layers)):
+            return torch.cat([w(x) for w in layers], dim=-1)
         bias = None if self.wq.bias is None else torch.cat([w.bias for w in layers])
         return F.linear(x, torch.cat([w.weight for w in layers]), bias)
 
@@ -110,9 +120,11 @@ class FastMLP(MLP):
     """Of the wide layer in the middle, half of what autograd would keep."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = type(self.down) is nn.Linear and not self.down._forward_hooks
         known = self.gate is None and self.activation in (gelu, relu2)
-        if not (plain and known and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if (
+            not (untouched(self.down) and known and torch.is_grad_enabled())
+            or torch.compiler.is_compiling()
+        ):
             return super().forward(x)
         down = self.down
         return ActivatedLinear.apply(self.up(x), down.weight, down.bias, self.activation)
@@ -136,10 +148,12 @@ class FastHead(Head):
         """In pieces, but for float16, whose small gradients need scaling first, and for compiled
         kernels, which join these steps themselves."""
         weight = embedding if self.weight is None else self.weight
-        whole = x.dtype == torch.float16 or torch.compiler.is_compiling()
-        if reduction == "none" or weight.dtype == torch.float16 or whole:
+        whole = working_type(x) == torch.float16 or torch.compiler.is_compiling()
+        if reduction == "none" or whole:
             return super().cross_entropy(x, targets, embedding, reduction, smoothing)
         x, targets = x.flatten(0, -2), targets.flatten()
+        if not torch.is_grad_enabled():
+            x, weight = x.detach(), weight.detach()  # or a Function would prepare for gradients
         loss = PiecewiseCrossEntropy.apply(x, weight, targets, self.cap, smoothing)
         return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 

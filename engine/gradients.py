@@ -48,20 +48,21 @@ class ActivatedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, activation) -> Tensor:
         """x (..., inputs) to (..., outputs)."""
         ctx.save_for_backward(x, weight)
-        ctx.activation, ctx.bias = activation, bias is not None
+        ctx.activation = activation
         return F.linear(activation(x), weight, bias)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         x, weight = ctx.saved_tensors
+        _, wants_weight, wants_bias, _ = ctx.needs_input_grad
         rows, flat = g.flatten(0, -2), x.flatten(0, -2)  # (N, outputs), (N, inputs)
         da = rows @ weight.to(g.dtype)
         if ctx.activation is gelu:
             dx = torch.ops.aten.gelu_backward(da, flat, approximate="tanh")
         else:
             dx = da.mul_(flat.relu()).mul_(2)
-        dw = (rows.mT @ ctx.activation(flat)).to(weight.dtype)
-        db = rows.sum(dim=0).to(weight.dtype) if ctx.bias else None
+        dw = (rows.mT @ ctx.activation(flat)).to(weight.dtype) if wants_weight else None
+        db = rows.sum(dim=0).to(weight.dtype) if wants_bias else None
         return dx.view(x.shape), dw, db, None
 
 

@@ -45,7 +45,8 @@ def most_windows(learner: nn.Module, inputs: tuple, here: Machine) -> tuple[int,
     share = len(inputs[0])
     sizes = [n for n in range(1, share + 1) if share % n == 0]
     # what a pass takes grows in a line: the slope is that of one window, the rest are weights
-    one, two = (pass_bytes(learner, inputs, min(n, share), here) for n in (1, 2))
+    # The first pass of all also takes what stays, such as workspaces of the GPU's libraries
+    _, one, two = (pass_bytes(learner, inputs, min(n, share), here) for n in (1, 1, 2))
     each, fixed = max(two - one, 1), max(2 * one - two, 0)
     room = SHARE[here.device.type] * free_bytes(here) - moments(learner)
     fits = max(n for n in sizes if n == 1 or fixed + n * each <= room)

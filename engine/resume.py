@@ -62,9 +62,14 @@ def same_data(data, here) -> str | None:
     digest = here.first_does(data.verify)
     if here.world == int(os.environ.get("LOCAL_WORLD_SIZE", here.world)):
         return digest
-    mine = digest
+    mine, problem = digest, None
     if here.rank and os.environ["LOCAL_RANK"] == "0":
-        mine = data.verify()
+        try:
+            mine = data.verify()
+        except (ValueError, OSError) as e:
+            problem = e
+    if here.any(problem is not None):
+        raise problem or SystemExit(2)
     start = 12  # hexadecimal digits, which a float64 holds exactly
     of_first = int(here.from_first(int((digest or "0")[:start], 16)))
     differs = mine is not None and int(mine[:start], 16) != of_first

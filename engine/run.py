@@ -333,16 +333,19 @@ class Run:
         if not (self.stopping or self.saves(step)):
             return
 
-        def write():
+        def describe() -> dict:
             learner, settings_now = self.learner, settings.flat(self.s)
             state = dict(step=step, settings=settings_now, model=asdict(learner.gpt.config))
             state |= dict(objective=dict(name=self.s.objective, **learner.objective.facts()))
             state |= dict(kept=self.digest_of_kept)
             state |= dict(data_digest=self.digest, metrics=self.log_file.mark())
             state |= dict(loss_scale=self.scale.state(), seconds=self.elapsed())
-            state |= dict(machine=self.circumstances)
-            checkpoint.save(self.folder, step, learner, self.optimizers, state, self.tokenizer)
+            return state | dict(machine=self.circumstances)
 
+        def write():
+            checkpoint.save(self.folder, step, self.learner, self.optimizers, state, self.tokenizer)
+
+        state = self.here.first_does(describe)  # may fail, before anything is handed over
         hand_over = partial(checkpoint.hand_over, self.learner, self.optimizers)
         self.here.first_does(write, meanwhile=hand_over)
         self.saved = step

@@ -201,8 +201,8 @@ def read_file(path: str, settings: dict[str, Setting]) -> dict:
     root = Path(__file__).parent.parent
     file = Path(path) if Path(path).is_file() else root / path  # config/small.py, from any folder
     if not file.is_file():
-        there = ", ".join(sorted(f"config/{file.name}" for file in (root / "config").glob("*.py")))
-        raise ValueError(f"no config file {path!r}: there are {there}")
+        there = ", ".join(sorted(file.stem for file in (root / "config").glob("*.py")))
+        raise ValueError(f"no config file {path!r}: config/NAME.py, where NAME is {there}")
     try:
         # JSON and YAML can be valid Python that does nothing
         if file.suffix != ".py":

@@ -98,3 +98,4 @@ def write_safetensors(path: Path, shapes: dict[str, list[int]], tensors: Iterabl
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             f.write(tensor.float().contiguous().cpu().numpy())
+        assert f.tell() == 8 + len(text) + size, "parts that do not add up to these shapes"

@@ -45,9 +45,6 @@ class Objective(Base):
     def __init__(self, s, tokenizer):
         super().__init__(s, tokenizer)
         settings.require(s.train_on == "answers", s, "train_on", "answers: prompts are only read")
-        settings.require(
-            not s.model.smear, s.model, "smear", "false with objective=encoder_decoder"
-        )
 
     def require(self, data):
         super().require(data)
@@ -55,6 +52,8 @@ class Objective(Base):
             raise ValueError(f"{data.folder} holds running text, which has no prompt to encode")
 
     def heads(self, gpt):
+        unsmeared = "false with objective=encoder_decoder, also in what it begins with"
+        settings.require(not gpt.config.smear, gpt.config, "smear", unsmeared)
         c = replace(gpt.config, n_layer=self.own.encoder_layers, tied=True)
         encoder = GPT(c)
         encoder.wte = nn.Identity()  # it reads the embeddings of the trunk

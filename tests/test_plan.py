@@ -1,6 +1,7 @@
 """What plan.py says beforehand, beside what is counted and kept when it happens."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import plan
 from engine import arithmetic, fast
 from model import GPT, GPTConfig
 from optim import make_optimizers
-from train import Settings
+from train import Settings, windows_in_a_pass
 
 SMALL = dict(vocab_size=61, block_size=64, n_layer=2, n_head=4, n_embd=32)
 
@@ -111,14 +112,27 @@ def test_what_does_not_fit_is_said(capsys):
     assert "too little: more --gpus" in capsys.readouterr().out
     plan.main(["--params=7B", "--gpus=8", "--shard=false"])
     assert "too little: --shard=true" in capsys.readouterr().out
-    plan.main(["--params=7B", "--gpus=8"])
-    assert "--device_batch=" in capsys.readouterr().out
+    plan.main(["--params=1.5B", "--tokens=30B", "--gpus=8"])
+    said = dict(re.findall(r"--(\w+)=(\d+)", capsys.readouterr().out))
+    share = int(said["batch_tokens"]) // 2048 // 8
+    rows = int(said["device_batch"])
+    assert 1 < rows < share and windows_in_a_pass(share, Settings(device_batch=rows)) == rows
 
 
-@pytest.mark.parametrize("wrong", ["--params=7x", "--tokens=10", "--mfu=0", "--gpu=h1000"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--params=7x",
+        "--params=0",
+        "--params=1M --n_layer=3",
+        "--tokens=10",
+        "--mfu=0",
+        "--gpu=h1000",
+    ],
+)
 def test_mistakes(wrong):
     with pytest.raises(ValueError, match=wrong[2:].split("=")[0]):
-        plan.main([wrong])
+        plan.main(wrong.split())
 
 
 def test_runs_that_say_nothing(tmp_path):
