@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_model import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -138,3 +139,16 @@ def test_mistakes(wrong):
 def test_runs_that_say_nothing(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
         plan.main([str(tmp_path)])
+
+
+def test_the_table_of_what_fits_is_that_of_the_formulas(capsys):
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs/hardware.md").read_text(), re.M)
+    assert len(rows) == 4
+    for memory, cells in rows:
+        for i, size in enumerate(cells.split(" | ")):
+            more = [f"--memory={memory}", "--block_size=1024", f"--gpus={8 if i > 1 else 1}"]
+            more += [f"--optimizer={('muon', 'adamw')[i % 2]}", "--tokens=1B"]
+            plan.main([f"--params={size}", *more])
+            assert "--device_batch=" in capsys.readouterr().out
+            plan.main([f"--params={1.2 * plan.amount(size) / 1e9:.3f}B", *more])
+            assert "too little" in capsys.readouterr().out
