@@ -358,7 +358,9 @@ OTHER = [n for n in TOLD if n not in USUAL]  # about as much work: one for each 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [USUAL, OTHER], ids=["usual", "other"])
+@pytest.mark.parametrize(
+    "names", [USUAL, pytest.param(OTHER, marks=pytest.mark.soak)], ids=["usual", "other"]
+)
 def test_what_the_pages_tell_of_ablations_is_found_again(names):
     torch.set_num_threads(1)
     told = {k: v for number in NUMBERS for k, v in rows(lessons.page(number)).items()}
