@@ -104,10 +104,10 @@ class GPT(nn.Module):
     def smeared(self, x: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         """Embeddings x (B, T, C), each with a share, learned for each channel, of the one before.
 
-        "Where is Nora?": found is "Nora went to the attic", if the attic knows that it stands
-        behind Nora. Attention has to learn that as well, one layer looking back so that the next
-        can find it, and neither pays without the other: for long nothing is learned, then all at
-        once (arXiv:2209.11895, where smeared keys make it come sooner). Here it is there at once.
+        To find what stood behind a word when it comes again, a position has to know which word is
+        before it. Attention learns that, too, one layer looking back so that the next can find it,
+        but neither pays without the other: for long nothing is learned, then all at once
+        (arXiv:2209.11895, where smeared keys make it come sooner). What it brought: docs/tasks.md.
         """
         if cache is not None:
             before = cache.before(x)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model import IGNORE, MLP, Attention, Head, KVCache, Norm, rotary
 from shape import GPTConfig
 
-SHORT = 512  # longest context for which plain products beat the fused kernel on a CPU
+SHORT = 512  # longest context for which plain products beat the fused kernel in bfloat16
 
 
 def largest_error(
