@@ -38,8 +38,12 @@ FORBIDDEN = {
 
 
 def pairs() -> list[tuple[Path, Path]]:
-    """Every English page and its Chinese one, which may not exist."""
-    english = [lessons.ROOT / "README.md", *sorted(lessons.PAGES.glob("[0-9][0-9].md"))]
+    """Every English page and its Chinese one, which may not exist; of other pages than README and
+    the chapters, those that have one."""
+    readmes = [lessons.ROOT / "README.md", lessons.ROOT / "engine" / "README.md"]
+    docs = sorted((lessons.ROOT / "docs").glob("*.md"))
+    docs = [path for path in docs if path.with_suffix(".zh.md").exists()]
+    english = [*readmes, *docs, *sorted(lessons.PAGES.glob("[0-9][0-9].md"))]
     return [(path, path.with_suffix(".zh.md")) for path in english]
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 import lessons
-from lessons import live, pictures, specimen
+from lessons import first_run, live, pictures, specimen
 from tasks import repeat
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -136,3 +136,33 @@ def test_the_page_is_made_of_the_specimen_and_small_and_alone():
     parts = (c.position, c.norm, c.mlp, c.mask, c.tied, c.bias, c.rope_factor, c.n_kv_head)
     assert parts == ("rotary", "rms", "relu2", "causal", False, False, 1, c.n_head)
     assert c.embed_norm and c.qk_norm and c.norm_weight
+
+
+def test_the_first_picture_is_drawn_from_a_run_and_again_from_what_it_keeps(
+    train, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    stored = first_run.PICTURE.read_text(encoding="utf-8")
+    assert texts(first_run.drawn(pictures.kept(first_run.PICTURE))) == texts(stored)
+    assert len(stored) < 20_000 and not re.search(r"<script|<image|href=\"(?!#)", stored)
+    monkeypatch.setattr(first_run, "PICTURE", tmp_path / "first.svg")
+    monkeypatch.setattr(first_run, "ROOT", tmp_path)
+    run = train("run")
+    first_run.main([str(run)])
+    drawn, data = first_run.PICTURE.read_text(encoding="utf-8"), pictures.kept(first_run.PICTURE)
+    rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    bits = [row["val_bpb"] for row in rows if "val_bpb" in row]
+    assert data["evaluated"] == [
+        [4, pytest.approx(bits[0], 1e-3)],
+        [8, pytest.approx(bits[1], 1e-3)],
+    ]
+    # bytes: 257 equally likely tokens before the first step, a little more than one for each byte
+    assert data["step"] == [*range(9)] and 8 < data["bits"][0] < 8.5
+    assert [*data["packed"]] == ["gzip -9", "xz -9e"] and [*data["texts"]] == ["0", "4", "8"]
+    assert {"step 0", "step 4", "step 8", f"{bits[1]:.3f}"} < {*texts(drawn)}
+    first_run.main([])
+    assert first_run.PICTURE.read_text(encoding="utf-8") == drawn
+    with pytest.raises(ValueError, match="name one run"):
+        first_run.main(["a", "b"])
+    with pytest.raises(ValueError, match="1 evaluations: config/small.py makes two"):
+        first_run.main([str(train("once", "--eval_every=8"))])

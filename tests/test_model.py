@@ -1,6 +1,7 @@
 """The model: causal, exactly initialised, able to learn, and the same with and without a cache."""
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ SHAPES = {"modern": {}, "grouped": dict(n_kv_head=2, head_dim=10), "gpt2": GPT2,
 SHAPES["qwen3"] = LLAMA | dict(qk_norm=True, tied=True)
 SHAPES["qwen2"] = LLAMA | dict(qkv_bias=True, rope_factor=8.0, rope_original=8)
 SHAPES["smear"] = dict(smear=True)
+# and a bend that someone has added to shape.py
+BENDS = get_args(get_type_hints(GPTConfig)["mlp"])
+SHAPES |= {mlp: dict(mlp=mlp) for mlp in BENDS if mlp not in ("relu2", "gelu", "swiglu")}
 
 
 def make(shape: str, seed: int = 0, zero_init: bool = False, **more) -> GPT:

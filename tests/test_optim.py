@@ -1,6 +1,7 @@
 """Optimizers against their papers in plain arithmetic: AdamW, NAdam, Muon; who gets which rate."""
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_decay_shrinks_matrices_and_nothing_else(optimizer):
         torch.testing.assert_close(after[name], factor * w, atol=1e-7, rtol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw", "nadamw"])
+@pytest.mark.parametrize("optimizer", get_args(get_type_hints(Settings)["optimizer"]))
 def test_every_parameter_is_updated_by_exactly_one_optimizer(optimizer):
     model, parameters = model_with_gradients()
     optimizers = make_optimizers(model, Settings(optimizer=optimizer), torch.float32)

@@ -563,9 +563,9 @@ def test_locked_and_unlocked_a_signed_run_stays_signed(signed):
     weights.main(["verify", "run", "--key=me.pub"])
 
 
-def test_the_commands_of_the_readme_run(place):
+def test_the_commands_of_its_page_run(place):
     """In their order, on this run."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python weights\.py (.*)$", text, re.MULTILINE)
     done = [command.split()[0] for command in commands]
     assert done == ["lock", "unlock", "keys", "sign", "verify"]
