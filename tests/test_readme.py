@@ -82,11 +82,17 @@ for line in sys.stdin:
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(1, 2)
         sys.argv = words[words[0] == "-m":]
-        if words[0] == "-m":
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(words[0], run_name="__main__")
-        os._exit(0)
+        status = 0
+        try:
+            if words[0] == "-m":
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as e:
+            status = e.code or 0
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # at once: to take down all that is loaded lasts longer than the command
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
