@@ -27,7 +27,8 @@ from engine.pace import Pace
 from engine.stop import Stop
 from model import GPT
 
-NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None, pace=None)  # the state of a run at step 0
+# the state of a run at step 0
+NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None, pace=None)
 
 
 class Run:
