@@ -221,7 +221,7 @@ def one_pass(s: Settings, positions: int) -> dict:
     from engine.inference import ready
     from speculate import read
 
-    here = machine.pick(rows=1)
+    here = machine.pick(rows=1, size=our_shape(s).parameters())
     model = our_model(s).eval().to(here.device, here.dtype)
     machine.use_threads("auto", here, model, 1)
     model = ready(model, parts=s.fast, several=True)
@@ -248,7 +248,7 @@ def write(s: Settings, temperature: float, guess: bool) -> dict:
 
     model, tokenizer = load_model(s.run)
     unused = [*tokenizer.unused, *range(model.config.vocab_size, s.vocab_size)]
-    here = machine.pick(rows=1)
+    here = machine.pick(rows=1, size=our_shape(s).parameters())
     model = wider(model, s.n_layer, s.n_embd, s.vocab_size).to(here.device, here.dtype)
     machine.use_threads("auto", here, model, 1)
     model = ready(model, parts=s.fast, several=guess)

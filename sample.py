@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
     if s.chat or s.task:
         tokenizer.encode_row([], s.task)  # a model that has not learned from rows is refused
     rows = max(s.num_samples, s.beam, PICTURES if s.grid else 1)
-    here = machine.pick(s.device, s.dtype, "false", rows=rows)
+    here = machine.pick(s.device, s.dtype, "false", rows, model.config.parameters())
     model = model.eval().to(here.device, here.dtype)
     machine.use_threads(s.threads, here, model, rows)
     model = inference.ready(model, s.quantize, rows, parts=s.fast, several=bool(s.speculate))

@@ -22,6 +22,7 @@ AVAILABLE = torch.get_num_threads()  # torch knows affinity, physical cores and 
 BUCKET = 25_000_000  # bytes of gradients in one message, as measured in arXiv:2006.15704
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
 PR_SET_PDEATHSIG = 1  # of prctl, from linux/prctl.h
+LARGE = 100_000_000  # parameters from which one row is faster in bfloat16 with AVX2: docs/speed.md
 
 
 @dataclass
@@ -95,16 +96,21 @@ class Machine:
 
 
 def pick(
-    device: str = "auto", dtype: str = "auto", compile: str = "auto", rows: int = 0
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: str = "auto",
+    rows: int = 0,
+    size: int = 0,
 ) -> Machine:
-    """Chooses what is "auto"; `rows` is 0 to train, else the number of texts to generate at once.
+    """Chooses what is "auto"; `rows` is 0 to train, else the number of texts to generate at once by
+    a model of `size` parameters.
 
     Raises ValueError for what is not to be had here.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = pick_device(device, world)
     why = [f"{world} process{'es' if world > 1 else ''} on {chosen}"]
-    fast, reason = (dtype, "as asked") if dtype != "auto" else fast_dtype(chosen, rows)
+    fast, reason = (dtype, "as asked") if dtype != "auto" else fast_dtype(chosen, rows, size)
     why.append(f"{fast} ({reason})")
     compiled, reason = compile == "true", "as asked"
     if compile == "auto":
@@ -138,8 +144,8 @@ def pick_device(device: str, world: int) -> torch.device:
     return torch.device("cuda", index)  # torch.cuda.set_device needs an index
 
 
-def fast_dtype(device: torch.device, rows: int = 0) -> tuple[str, str]:
-    """The fastest sound number type on a device to train, or to generate `rows` texts; and why."""
+def fast_dtype(device: torch.device, rows: int = 0, size: int = 0) -> tuple[str, str]:
+    """The fastest sound number type on a device; and why. `rows` and `size` as in `pick`."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
         return ("bfloat16", "fast on this GPU") if fast else ("float16", "for want of bfloat16")
@@ -147,9 +153,9 @@ def fast_dtype(device: torch.device, rows: int = 0) -> tuple[str, str]:
         return "float32", "the safe choice there"
     if fast_bfloat16():
         return "bfloat16", "fast here"
-    if rows == 1 and torch.cpu.get_capabilities().get("avx2"):
+    if rows == 1 and size >= LARGE and torch.cpu.get_capabilities().get("avx2"):
         # one row waits for the weights to come from memory. Half the bytes come sooner, even where
-        # they must be widened before the product: 1.6 times as fast, with 124M parameters
+        # they must be widened before the product; of a smaller model, which waits less, later
         return "bfloat16", "half the bytes to read"
     return "float32", "bfloat16 is slow here"  # up to forty times slower, being emulated
 

@@ -9,7 +9,7 @@ from engine.files import lock_file
 
 # What may differ when a run is resumed; anything else would make it another run. First where things
 # are and what is shown, then where and how it is computed: the data and the mathematics stay.
-FREE = {"config", "data", "tokenizer", "out", "init_from", "fresh", "steps", "patience"}
+FREE = {"config", "data", "tokenizer", "out", "init_from", "fresh", "steps", "minutes", "patience"}
 FREE |= {"eval_tokens", "log_every", "eval_every", "save_every"}
 FREE |= {"sample_tokens", "sample_prompt"}
 FREE |= {"tensorboard", "wandb", "eval_only", "split", "show_batch"}

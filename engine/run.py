@@ -23,10 +23,12 @@ from engine.files import WINDOWS, require_space, write_durably
 from engine.learner import Learner, told
 from engine.machine import Machine
 from engine.metrics import MetricsLog, best_row, since_best, start_trackers
+from engine.pace import Pace
 from engine.stop import Stop
 from model import GPT
 
-NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None)  # the state of a run at step 0
+# the state of a run at step 0
+NEW = dict(metrics=None, seconds=0.0, loss_scale=None, machine=None, pace=None)
 
 
 class Run:
@@ -140,6 +142,8 @@ class Run:
         self.validate, self.tokenizer = validate, data.tokenizer
         learned, held_out = (f"{data.split(name).tokens:,} tokens" for name in ("train", "val"))
         known = f"vocabulary {data.tokenizer.vocab_size:,}"
+        found, seconds = self.state.get("pace"), here.from_first(self.elapsed())
+        self.pace = Pace(s, self.step, found, seconds, data.split("val").tokens)
         here.say(f"data: {s.data}, {learned} to train on, {held_out} to validate, {known}")
         if packed := data.split("train").describe(s.model.block_size, s.seed):
             here.say(packed)
@@ -220,11 +224,13 @@ class Run:
 
     def saves(self, step: int) -> bool:
         """What is evaluated is saved before: an evaluation that fails costs nothing else."""
-        return self.due(step, self.s.save_every) or self.evaluates(step)
+        return self.due(step, self.s.save_every) or self.evaluates(step) or step == self.pace.due
 
     def steps(self) -> Iterator[int]:
         """Yields the number of each update that is left: what it is called when it is made."""
-        for step in range(self.step + 1, self.s.steps + 1):
+        step = self.step
+        while step < self.s.steps:  # which `fit` may change
+            step += 1
             self.current = step
             self.began = time.monotonic()
             yield step
@@ -262,6 +268,7 @@ class Run:
     def log(self, step: int, loss: float, lr: float, norm: float) -> None:
         """Records the update that made `step`, and says how fast things go."""
         self.busy += time.monotonic() - self.began  # of updates alone
+        self.fit(step)
         if not self.due(step, self.s.log_every):
             return
         known = norm if math.isfinite(norm) else None  # JSON has no infinity
@@ -277,6 +284,18 @@ class Run:
             f"step {step} of {self.s.steps}  loss {loss:.4f}{also}  lr {lr:.2e}"
             f"  gradient {norm:.3f}  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
         )
+
+    def fit(self, step: int) -> None:
+        """Chooses the number of steps by `s.minutes`, when their speed is known. It is kept by the
+        checkpoint that is saved then."""
+        seconds_a_step = self.pace.measure(step, time.monotonic())
+        if seconds_a_step is None:
+            return
+        seconds_a_step, seconds = map(self.here.from_first, (seconds_a_step, self.elapsed()))
+        self.pace.choose(step, seconds, seconds_a_step)
+        self.here.say(str(self.pace))
+        now = resume.as_file(settings.flat(self.s))
+        self.here.first_does(partial(write_durably, self.folder / "config.json", now))
 
     def means_told(self) -> dict[str, float]:
         """What the objective has to tell of the last step besides its loss, of all processes."""
@@ -337,7 +356,7 @@ class Run:
             learner, settings_now = self.learner, settings.flat(self.s)
             state = dict(step=step, settings=settings_now, model=asdict(learner.gpt.config))
             state |= dict(objective=dict(name=self.s.objective, **learner.objective.facts()))
-            state |= dict(kept=self.digest_of_kept)
+            state |= dict(kept=self.digest_of_kept, pace=self.pace.found)
             state |= dict(data_digest=self.digest, metrics=self.log_file.mark())
             state |= dict(loss_scale=self.scale.state(), seconds=self.elapsed())
             return state | dict(machine=self.circumstances)

@@ -75,7 +75,7 @@ def twin(model: GPT, rows: int, dtype: str, several: bool = False) -> tuple[GPT,
     like, parameters = model.wte.weight, [*model.parameters()]
     if like.dtype != torch.float32:
         dtype = str(like.dtype).removeprefix("torch.")
-    here = machine.pick(str(like.device), dtype, "false", rows)
+    here = machine.pick(str(like.device), dtype, "false", rows, model.config.parameters())
     with using(torch.get_num_threads()):
         machine.use_threads("auto", here, model, rows)
         threads = torch.get_num_threads()

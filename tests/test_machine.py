@@ -91,7 +91,7 @@ def test_the_machine_line_fits_100_columns(gpus, monkeypatch):
             gpus(8, capability)
         for fast in (True, False):
             monkeypatch.setattr(machine, "fast_bfloat16", lambda fast=fast: fast)
-            for here in (machine.pick(), machine.pick(rows=1)):
+            for here in (machine.pick(), machine.pick(rows=1, size=10**9)):
                 why = here.why.replace("1 process", "1024 processes")
                 assert len(f"machine: {why}") <= 100, why
 
@@ -100,19 +100,20 @@ def test_the_machine_line_fits_100_columns(gpus, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "able, rows, dtype",
+    "able, rows, size, dtype",
     [
-        (dict(avx2=True, avx512_bf16=True), 1, torch.bfloat16),
-        (dict(avx2=True, avx512_bf16=True), 8, torch.bfloat16),
-        (dict(avx2=True), 1, torch.bfloat16),  # reads half as much, and widens as it reads
-        (dict(avx2=True), 8, torch.float32),  # would emulate its products
-        (dict(avx2=True), 0, torch.float32),  # training
-        (dict(), 1, torch.float32),
+        (dict(avx2=True, avx512_bf16=True), 1, 10**6, torch.bfloat16),
+        (dict(avx2=True, avx512_bf16=True), 8, 10**6, torch.bfloat16),
+        (dict(avx2=True), 1, 10**9, torch.bfloat16),  # reads half as much, and widens as it reads
+        (dict(avx2=True), 1, 10**6, torch.float32),  # widening takes longer than reading
+        (dict(avx2=True), 8, 10**9, torch.float32),  # would emulate its products
+        (dict(avx2=True), 0, 0, torch.float32),  # training
+        (dict(), 1, 10**9, torch.float32),
     ],
 )
-def test_generating_takes_the_faster_number_type(monkeypatch, able, rows, dtype):
+def test_generating_takes_the_faster_number_type(monkeypatch, able, rows, size, dtype):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able)
-    assert machine.pick("cpu", rows=rows).dtype == dtype
+    assert machine.pick("cpu", rows=rows, size=size).dtype == dtype
 
 
 def test_a_prompt_is_not_read_in_emulated_bfloat16(monkeypatch):
@@ -178,7 +179,7 @@ def test_threads_know_how_to_wait_before_torch_is_loaded(command, set_by_user, t
     if set_by_user:
         env["OMP_WAIT_POLICY"] = set_by_user
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    expected = (set_by_user,) if set_by_user else ("passive", "spin 1000")
+    expected = (set_by_user,) if set_by_user else ("passive", "spin 3000")
     assert done.stdout.endswith(expected), done.stdout + done.stderr
 
 
