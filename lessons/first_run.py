@@ -3,10 +3,11 @@
     python -m lessons.first_run out/small     of a run: its loss, gzip and xz of its text, samples
     python -m lessons.first_run               again, from the numbers and texts that the SVG keeps
 
-The run has two checkpoints, one of half way. Each writes the first sample of seed 1, nothing is
-chosen; and before the first step the weights are those of the seed, so all tokens are equally
-likely. Bits per byte of single batches are an estimate, as in plot.py: their tokens are taken to
-have as many bytes as those of the validation text.
+A run of config/small.py has two checkpoints, one of half way (or, where few steps fit into its
+minutes, one). Each writes the first sample of seed 1, nothing is chosen; and before the first step
+the weights are those of the seed, so all tokens are equally likely. Bits per byte of single batches
+are an estimate, as in plot.py: their tokens are taken to have as many bytes as those of the
+validation text.
 """
 
 import math
@@ -36,9 +37,9 @@ def measured(run: Path) -> dict:
 
     torch.set_num_threads(1)
     rows = read_metrics(run)
-    found = [row for row in rows if "val_bpb" in row]
-    if len(found) != 2:
-        raise ValueError(f"{run} has {len(found)} evaluations: config/small.py makes two")
+    found = [row for row in rows if row.get("val_bpb")][-2:]
+    if not found:
+        raise ValueError(f"{run} has no row with bits per byte (val_bpb): there is nothing to draw")
     bits = found[-1]["val_bpb"] / found[-1]["val_loss"]  # bits a byte for each nat a token
     losses = [(row["step"], bits * row["loss"]) for row in rows if "loss" in row]
     steps, losses = zip(*losses, strict=True)
@@ -79,7 +80,7 @@ def drawn(data: dict) -> str:
         axes = figure.add_axes((0.07, 0.135, 0.42, 0.84))
         steps, last = data["step"], data["step"][-1]
         points = [(0, data["bits"][0]), *data["evaluated"]]
-        colors = (ORANGE, GREEN, BLUE)
+        colors = (ORANGE, GREEN, BLUE) if len(points) == 3 else (ORANGE, BLUE)
         axes.plot(steps, data["bits"], color=mixed(BLUE, 0.3), lw=0.8)
         whole = slice(3, -3)  # where a mean has neighbours on both sides
         axes.plot(steps[whole], plot.smoothed(data["bits"], 0.75)[whole], color=mixed(BLUE, 0.75))

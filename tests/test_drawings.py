@@ -164,5 +164,8 @@ def test_the_first_picture_is_drawn_from_a_run_and_again_from_what_it_keeps(
     assert first_run.PICTURE.read_text(encoding="utf-8") == drawn
     with pytest.raises(ValueError, match="name one run"):
         first_run.main(["a", "b"])
-    with pytest.raises(ValueError, match="1 evaluations: config/small.py makes two"):
-        first_run.main([str(train("once", "--eval_every=8"))])
+    first_run.main([str(train("once", "--eval_every=8"))])
+    assert {"step 0", "step 8"} < {*texts(first_run.PICTURE.read_text(encoding="utf-8"))}
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="no row with bits per byte"):
+        first_run.main([str(tmp_path / "none")])
