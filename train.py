@@ -386,6 +386,9 @@ def read_settings(argv: list[str]):
     s = settings.load(cls, argv, "Train a GPT.", "config")
     plainly = f'said plainly in {s.config}: objective = "{s.objective}"'
     settings.require(s.objective == (name or "next_token"), s, "objective", plainly)
+    given = {word.split("=")[0] for word in argv}
+    if "--steps" in given and "--minutes" not in given:
+        s.minutes = 0  # of a config file: who asks for steps gets them
     return s
 
 

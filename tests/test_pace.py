@@ -9,6 +9,7 @@ from test_train import interrupted, rows, weights
 from engine import pace
 from engine.metrics import read_metrics
 from engine.pace import Pace
+from train import read_settings
 
 
 @pytest.fixture
@@ -54,6 +55,14 @@ def test_a_run_that_is_resumed_has_the_number_that_it_had(train, soon, monkeypat
     more = train("run", "--steps=1000", "--minutes=2", "--eval_tokens=1")  # asked for longer
     assert f"steps was {found}, is " in capsys.readouterr().out
     assert rows(more)[-1]["step"] > found
+
+
+def test_steps_of_the_command_line_count_more_than_minutes_of_a_file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("minutes = 2\nsteps = 10\n")
+    assert read_settings([str(path)]).minutes == 2
+    assert read_settings([str(path), "--steps=9"]).minutes == 0
+    assert read_settings([str(path), "--steps=9", "--minutes=1"]).minutes == 1
 
 
 def test_evaluations_are_reckoned_with():
