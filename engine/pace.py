@@ -51,4 +51,4 @@ class Pace:
         fitting = (
             f"minutes={self.s.minutes:g}: {self.s.steps} of {self.asked} steps fit, at {speed}"
         )
-        return f"{fitting}; 0 takes all"
+        return f"minutes={self.s.minutes:g}: {some}; 0 takes all"
