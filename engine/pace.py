@@ -48,7 +48,5 @@ class Pace:
         speed = f"{1e3 * self.found['seconds_a_step']:.0f} ms a step"
         if self.s.steps == self.asked:
             return f"minutes={self.s.minutes:g}: all {self.asked} steps fit, at {speed}"
-        fitting = (
-            f"minutes={self.s.minutes:g}: {self.s.steps} of {self.asked} steps fit, at {speed}"
-        )
+        some = f"{self.s.steps} of {self.asked} steps fit, at {speed}"
         return f"minutes={self.s.minutes:g}: {some}; 0 takes all"

@@ -11,7 +11,7 @@ from tasks.repeat import BAR
 
 BOOK = "pick"
 LOGITS = torch.tensor([[2.0, 1.0, 0.0]])
-EVENLY = 10_000  # draws, by numbers evenly spread over [0, 1): frequencies are then probabilities
+EVENLY = 100_000  # draws, by numbers evenly spread over [0, 1): frequencies are then probabilities
 
 
 def frequencies(picker, logits, **options) -> list[float]:
