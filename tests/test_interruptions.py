@@ -61,9 +61,7 @@ def finish(data, out, launcher=()) -> None:
 
         assert train.main(arguments(data, out, *BUSY)) == 0
         return
-    process = start(data, out, *BUSY, launcher=launcher)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    forked.together(2, "train.py", *arguments(data, out, *BUSY))
 
 
 @pytest.fixture(scope="module")
