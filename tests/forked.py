@@ -4,6 +4,7 @@ A new Python needs several seconds for that, and the tests start dozens. What a 
 it begins is not seen in these: tests of that start a new Python.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -46,7 +47,8 @@ class Forked:
         return self.process.exitcode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.process.kill()

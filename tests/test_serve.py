@@ -593,6 +593,7 @@ def test_a_drain_has_an_end_and_a_second_ctrl_c_is_obeyed(run, signals):
     connections = [http.client.HTTPConnection(url.split("//")[1]) for _ in range(40)]
     for connection in connections:
         connection.request("POST", "/v1/completions", body, JSON)
+    connections[0].getresponse()  # the first is being answered, and the others wait
     for _ in range(signals):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
