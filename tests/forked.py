@@ -74,6 +74,7 @@ def work(writing, argv: list[str], env: dict, before: Callable | None, stdin: st
     module = argv[0] == "-m"
     sys.argv = argv[module:]
     if module:
+        sys.modules.pop(argv[1], None)  # or runpy warns
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(str(ROOT / argv[0]), run_name="__main__")  # which may be absolute
