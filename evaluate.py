@@ -272,7 +272,10 @@ def compressors(split: Split, tokenizer: "Tokenizer") -> str:
     if not text:
         return ""
     gz = len(gzip.compress(text, 9)) * 8 / len(text)
-    xz = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) * 8 / len(text)
+    # a dictionary larger than the text finds no more in it, and costs 600 MB of memory
+    best = dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME)
+    best["dict_size"] = min(max(4096, len(text)), 64 << 20)  # the least there is, that of -9
+    xz = len(lzma.compress(text, filters=[best])) * 8 / len(text)
     return f"gzip -9 {gz:.3f}, xz -9e {xz:.3f}"
 
 

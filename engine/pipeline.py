@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -27,7 +28,8 @@ def clean_up_when_told_to_end() -> None:
 def processes(count: int, prepare: Callable | None = None, *arguments):
     """A function that has chunks of a spool file worked on by `count` processes (0: all cores).
 
-    Each process calls `prepare(*arguments)` first.
+    Each process calls `prepare(*arguments)` first. A single chunk is worked on in this one, since
+    it takes less time than another process to begin.
     """
     if not count:  # all that this process may use
         mine = hasattr(os, "sched_getaffinity")
@@ -38,12 +40,17 @@ def processes(count: int, prepare: Callable | None = None, *arguments):
         numbers = range(chunks(path)) if numbers is None else numbers
         left, waiting = iter(numbers), deque()
         with Progress(what, len(numbers) * PIECE) as progress:
+            if len(numbers) == 1:
+                ready_here()
+                yield function(path, *numbers)
+                return
             for done in range(len(numbers)):
                 some = islice(left, 2 * count - len(waiting))
                 waiting.extend(pool.submit(function, path, number) for number in some)
                 yield waiting.popleft().result()
                 progress((done + 1) * PIECE)
 
+    ready_here = cache(lambda: prepare and prepare(*arguments))  # once
     start = dict(initializer=start_process, initargs=(prepare, arguments))
     try:
         with ProcessPoolExecutor(count, get_context("spawn"), **start) as pool:

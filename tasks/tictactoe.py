@@ -39,8 +39,8 @@ def rows(split: str, seed: int, val: float = VAL, test: float = TEST) -> Iterato
 def game(rng: random.Random) -> str:
     """The moves of a game that is played at random, up to a move that is drawn, too."""
     moves = ""
-    while free(moves):
-        moves += rng.choice(free(moves))
+    while left := free(moves):
+        moves += rng.choice(left)
     return moves[: rng.randint(1, len(moves))]
 
 
@@ -67,7 +67,7 @@ def free(moves: str) -> str:
 def won(moves: str) -> bool:
     """Whether the last move has won: X has the moves 1, 3, 5 ..., O the others."""
     own = moves[::-1][::2]
-    return any(a in own and b in own and c in own for a, b, c in LINES)
+    return len(own) > 2 and any(a in own and b in own and c in own for a, b, c in LINES)
 
 
 def value(moves: str) -> int:

@@ -4,11 +4,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from conftest import script as script_of_its_own
 
 import evaluate
 import huggingface
@@ -17,8 +17,6 @@ import train as script
 from dataset import Dataset
 from engine import machine, settings
 from engine.learner import Learner, total
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def plain(gpt) -> Learner:
@@ -121,7 +119,7 @@ def two_processes_as_one(tmp_path: Path, data: Path, *argv: str) -> None:
         out = tmp_path / name
         given = [str(tmp_path / "empty.py"), f"--data={data}", f"--out={out}", *TINY, *argv]
         if name == "two":
-            script_of_its_own("train.py", *given, launcher=TORCHRUN)
+            forked.together(2, "train.py", *given)
         else:
             assert script.main(given) == 0
         rows.append([json.loads(line) for line in open(out / "metrics.jsonl")])

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections import Counter
 
+import forked
 import pytest
 import regex
 import torch
@@ -765,9 +766,6 @@ def test_shapes_that_transformers_lacks_are_refused_by_name(other, train, tmp_pa
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence_and_status_2(both, tmp_path):
-    import subprocess
-    import sys
-
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("")
@@ -780,8 +778,6 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_status_2(both, tmp_pa
         ("import", "gpt2", str(tmp_path / "out")): "no such folder: 'gpt2', and no model of that",
         ("export", theirs, str(tmp_path / "out")): "holds no checkpoint",
     }.items():
-        command = [sys.executable, huggingface.__file__, *argv]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100)
-        assert done.returncode == 2 and sentence in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1
+        said = forked.run("huggingface.py", *argv, status=2)
+        assert sentence in said and said.count("\n") == 1, said
     assert list(full.iterdir()) == [full / "file"] and not (tmp_path / "out").exists()

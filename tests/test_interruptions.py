@@ -13,10 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import CODE, ROOT, TINY
+from forked import Forked
 from test_train import rows, training, weights
 
 from engine import checkpoint, tensors
@@ -37,8 +40,11 @@ def arguments(data, out, *settings) -> list[str]:
     return [str(empty), f"--data={data}", f"--out={out}", *TINY, *settings]
 
 
-def start(data, out, *settings, launcher=()) -> subprocess.Popen:
+def start(data, out, *settings, launcher=(), anew=False):
+    """A process that trains. What it does while it loads torch is seen in those begun `anew`."""
     argv = [*launcher, str(ROOT / "train.py"), *arguments(data, out, *settings)]
+    if not anew:
+        return Forked(*argv)
     return subprocess.Popen(
         [sys.executable, *argv],
         stdout=subprocess.PIPE,
@@ -55,9 +61,7 @@ def finish(data, out, launcher=()) -> None:
 
         assert train.main(arguments(data, out, *BUSY)) == 0
         return
-    process = start(data, out, *BUSY, launcher=launcher)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    forked.together(2, "train.py", *arguments(data, out, *BUSY))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def assert_equal_runs(run, whole) -> None:
     assert [row["step"] for row in training(run)] == list(range(1, 81))
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
+def wait_for(condition, process) -> None:
     while not condition():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.005)
@@ -310,12 +314,13 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(train, monkeypatch):
 
 def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
     """A limit on the size of files stands in for a full disk, below all of our own code."""
-    (tmp_path / "empty.py").write_text("")
-    argv = [str(tmp_path / "empty.py"), f"--data={data}", f"--out={tmp_path / 'run'}", *TINY]
-    command = f"ulimit -f 40; exec {sys.executable} {ROOT / 'train.py'} {' '.join(argv)}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8")
-    assert done.returncode == 2, done.stderr
-    assert re.fullmatch(r"train.py: error: .*step-00000004 could not be saved.*\n", done.stderr)
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    argv = arguments(data, tmp_path / "run")
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (40 << 10, 40 << 10))
+    said = forked.run("train.py", *argv, before=limit, status=2)
+    (error,) = [line for line in said.splitlines() if "error" in line or "Traceback" in line]
+    assert re.fullmatch(r"train.py: error: .*step-00000004 could not be saved.*", error)
+    assert said.endswith(f"{error}\n")
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
@@ -334,7 +339,7 @@ def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
 def test_stopped_at_random_moments(data, tmp_path, stops, launcher, uninterrupted):
     rng = random.Random(stops)
     for i in range(stops):
-        process = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
+        process = start(data, tmp_path / "parts", *BUSY, launcher=launcher, anew=not launcher)
         process.stdout.readline()
         time.sleep(rng.uniform(0, 3))
         asked = time.monotonic()

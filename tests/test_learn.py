@@ -12,9 +12,10 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT
 
 import learn
 import lessons
@@ -322,7 +323,7 @@ def test_mistakes_of_readers_cost_a_sentence(argv, words, monkeypatch, tmp_path)
 def test_a_file_that_is_wrong_ends_with_status_2(tmp_path):
     file = tmp_path / "my_model.py"
     file.write_text("def attend(q, k, v):\n    return v\n")
-    out = script("learn.py", "4", f"--check={file}", status=2)
+    out = forked.run("learn.py", "4", f"--check={file}", status=2)
     assert f"{WRONG} attend" in out
     assert f"{RIGHT} causality" in out
 

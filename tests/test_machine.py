@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 import torch
-from conftest import ROOT, TINY, script
+from conftest import ROOT, TINY
 
 from engine import machine, threads
 from engine.metrics import read_metrics
@@ -341,8 +342,7 @@ sys.stdout.write(f"equal in {here.rank}\\n")
 
 def test_gradients_are_summed_in_buckets_during_the_backward_pass(tmp_path):
     (tmp_path / "sums.py").write_text(SUMS)
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    output = script(tmp_path / "sums.py", launcher=TORCHRUN, env=env)
+    output = forked.together(2, tmp_path / "sums.py")
     assert sorted(re.findall(r"equal in \d", output)) == ["equal in 0", "equal in 1"], output
 
 
@@ -374,18 +374,13 @@ def test_a_mistake_of_any_process_is_said_once(data, tmp_path, mistake, faulty, 
     code = FAULTS.replace("MISTAKE", mistake).replace("FAULTY", repr(faulty))
     (tmp_path / "faults.py").write_text(code)
     argv = [tmp_path / "empty.py", f"--data={data}", f"--out={tmp_path / 'run'}", *TINY]
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, str(tmp_path / "faults.py"), *map(str, argv)],
-        capture_output=True,
-        encoding="utf-8",
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
-    errors = re.findall(r"^train.py: error: (.*)$", done.stderr, re.MULTILINE)
-    assert len(errors) == 1 and errors[0].startswith(said), done.stderr
-    assert "[rank" not in done.stderr  # as torch begins the lines of a traceback
-    culprit = re.search(r"Root Cause.*?exitcode +: (\d+)", done.stderr, re.DOTALL)
-    assert culprit and culprit[1] == "2", done.stderr
+    env = {"PYTHONPATH": str(ROOT)}
+    output = forked.run(*TORCHRUN, tmp_path / "faults.py", *argv, env=env, status=1)
+    errors = re.findall(r"^train.py: error: (.*)$", output, re.MULTILINE)
+    assert len(errors) == 1 and errors[0].startswith(said), output
+    assert "[rank" not in output  # as torch begins the lines of a traceback
+    culprit = re.search(r"Root Cause.*?exitcode +: (\d+)", output, re.DOTALL)
+    assert culprit and culprit[1] == "2", output
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
@@ -395,11 +390,7 @@ def test_the_end_of_the_launcher_saves_and_ends_the_run(data, tmp_path):
     out = tmp_path / "run"
     argv = [tmp_path / "empty.py", f"--data={data}", f"--out={out}", *TINY]
     argv += ["--steps=1000000", "--save_every=1000000", "--eval_every=1000000"]
-    launcher = subprocess.Popen(
-        [sys.executable, *TORCHRUN, str(ROOT / "train.py"), *map(str, argv)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    launcher = forked.Forked(*TORCHRUN, ROOT / "train.py", *argv)
     children = []
     while not read_metrics(out):
         assert launcher.poll() is None

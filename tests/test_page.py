@@ -5,14 +5,15 @@ import contextlib
 import json
 import re
 import shutil
+import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
 
+import forked
 import pytest
-from conftest import ROOT, TINY, make_text
+from conftest import TINY, make_text
 from test_rows import BYTES, talk
 
 import prepare
@@ -99,13 +100,12 @@ def server(tmp_path_factory):
     (folder / "tiny.py").write_text("")
     argv = [str(folder / "tiny.py"), f"--data={folder / 'rows'}", f"--out={folder / 'run'}"]
     assert script.main([*argv, *TINY, "--block_size=512", "--batch_tokens=512"]) == 0
-    command = [sys.executable, ROOT / "serve.py", folder / "run", "--port=0", "--threads=1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = forked.Forked("serve.py", folder / "run", "--port=0", "--threads=1")
     try:
         lines = (re.search(r"serving on (\S+)", line) for line in process.stdout)
         yield next(filter(None, lines))[1]
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         process.wait()
 
 
@@ -201,7 +201,7 @@ def test_text_is_seen_while_it_comes_and_stop_keeps_it(page):
     page.run("at('go').click()")
     finished(page)
     kept = text(page)
-    assert kept.startswith("the model ") and 10 < len(pieces(page)) < 450
+    assert kept.startswith("the model ") and 8 < len(pieces(page)) < 450
     assert page.run("return at('status').textContent").endswith("stopped")
     assert page.run("return at('go').textContent") == "Write"
     time.sleep(0.3)

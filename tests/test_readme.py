@@ -2,13 +2,11 @@
 each, and so does Python; files, tests, symbols and links exist; what is to be read is as long."""
 
 import importlib.util
-import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 
+import forked
 import pytest
 from conftest import ROOT
 
@@ -72,33 +70,7 @@ def small(command: str) -> str | None:
     return command.replace("--vocab_size=4096", "--vocab_size=300")
 
 
-FORKING = """
-import json, os, runpy, sys
-import torch._dynamo, train, evaluate, prepare, sample  # once for all commands
-for line in sys.stdin:
-    words, there, out = json.loads(line)
-    if not os.fork():
-        sys.stdin = open(there)
-        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
-        os.dup2(1, 2)
-        sys.argv = words[words[0] == "-m":]
-        status = 0
-        try:
-            if words[0] == "-m":
-                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(words[0], run_name="__main__")
-        except SystemExit as e:
-            status = e.code or 0
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # at once: to take down all that is loaded lasts longer than the command
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
-
-def test_every_command_of_the_readme_runs(place):
-    """Each in a child of one process that has loaded torch already."""
+def test_every_command_of_the_readme_runs(place, monkeypatch):
     ran = [line for line in dict.fromkeys(COMMANDS) if small(line)]
     # shakespeare needs a network, and stands prepared already
     ran = [line for line in ran if " prepare.py shakespeare" not in line]
@@ -106,25 +78,13 @@ def test_every_command_of_the_readme_runs(place):
     assert {"prepare", "train", "sample", "plot", "block0"} <= scripts, ran
     if not importlib.util.find_spec("matplotlib"):
         ran = [line for line in ran if " plot.py" not in line]
-    process = subprocess.Popen(
-        [sys.executable, "-c", FORKING],
-        cwd=place,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(place)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        for command in ran:
-            words, _, there = small(command).partition(" < ")
-            line = [shlex.split(words)[1:], there or os.devnull, str(place / "printed")]
-            process.stdin.write(json.dumps(line) + "\n")
-            process.stdin.flush()
-            status = process.stdout.readline().strip()
-            mistake = "stpes" in command  # shown on purpose
-            wanted = "2" if mistake else "0"
-            assert status == wanted, f"{command}\n{(place / 'printed').read_text()}"
-            (place / "printed").unlink()
+    monkeypatch.chdir(place)
+    for command in ran:
+        words, _, there = small(command).partition(" < ")
+        mistake = "stpes" in command  # shown on purpose
+        argv = shlex.split(words)[1:]
+        argv[0] = argv[0] if argv[0] == "-m" else place / argv[0]
+        forked.run(*argv, status=2 if mistake else 0, stdin=there or os.devnull)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: all but plot.py ran")
 
 

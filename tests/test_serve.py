@@ -10,15 +10,14 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
+import forked
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, script
+from conftest import ROOT, TINY
 
 import prepare
 import serve
@@ -145,7 +144,7 @@ def test_the_official_client_gets_the_text_of_sample_py(served, run):
     whole = client.completions.create(**asked)
     text = whole.choices[0].text
     spoken = [str(run), "--prompt=the model", "--max_tokens=40", "--seed=3", "--device=cpu"]
-    assert script("sample.py", *spoken).rstrip("\n") == ("the model" + text).rstrip("\n")
+    assert forked.run("sample.py", *spoken).rstrip("\n") == ("the model" + text).rstrip("\n")
     assert whole.choices[0].finish_reason == "length"
     assert whole.usage.prompt_tokens == 9 and whole.usage.completion_tokens == 40
     more = client.completions.create(**asked | dict(n=3, seed=3))
@@ -564,8 +563,7 @@ def test_a_deadline(run, monkeypatch):
 
 
 def start(run, *argv):
-    command = [sys.executable, str(ROOT / "serve.py"), str(run), "--port=0", "--device=cpu", *argv]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = forked.Forked("serve.py", run, "--port=0", "--device=cpu", *argv)
     for line in process.stdout:
         if line.startswith("serving on "):
             return process, line.split()[2]
@@ -595,6 +593,7 @@ def test_a_drain_has_an_end_and_a_second_ctrl_c_is_obeyed(run, signals):
     connections = [http.client.HTTPConnection(url.split("//")[1]) for _ in range(40)]
     for connection in connections:
         connection.request("POST", "/v1/completions", body, JSON)
+    connections[0].getresponse()  # the first is being answered, and the others wait
     for _ in range(signals):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)

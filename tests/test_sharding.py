@@ -6,11 +6,9 @@ them: starting them takes no time.
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY
+from forked import context, environments
 from safetensors.torch import load_file
 from test_train import rows
 
@@ -34,18 +33,12 @@ def processes(tmp_path_factory, data):
     `full` the one whose checkpoint finds no room; `copies` are the data of one machine each."""
     folder = tmp_path_factory.mktemp("sharding")
     (folder / "empty.py").write_text("")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch._dynamo"])
 
     def run(world: int, name: str, *settings: str, dies: int = 0, full: int = 0, copies=()):
         out = folder / name
         argv = [str(folder / "empty.py"), f"--data={data}", f"--out={out}", *TINY, *FOUR, *settings]
-        with socket.create_server(("localhost", 0)) as free:
-            port = str(free.getsockname()[1])
-        env = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=str(world))
         reports, ranks = [folder / f"report{rank}" for rank in range(world)], []
-        for rank in range(world):
-            mine = env | dict(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+        for rank, mine in enumerate(environments(world)):
             dying, own = dies if rank == world - 1 else 0, argv
             if copies:  # each process is a machine of its own
                 mine |= dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")

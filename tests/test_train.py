@@ -5,13 +5,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import torch
-from conftest import ROOT, TINY, script
+from conftest import TINY
 
 from engine import checkpoint
 from engine.metrics import read_metrics
@@ -96,9 +95,8 @@ def test_accumulation_equals_a_big_batch(train):
 def test_two_processes_train_as_one(train, data, tmp_path):
     settings = ["--dtype=float32", "--steps=20", "--eval_every=20"]
     one = train("one", *settings)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = [tmp_path / "empty.py", f"--data={data}", f"--out={tmp_path / 'two'}", *TINY, *settings]
-    script("train.py", *argv, "--device_batch=2", launcher=launcher)  # in two passes each
+    forked.together(2, "train.py", *argv, "--device_batch=2")  # in two passes each
     two = tmp_path / "two"
     for a, b in zip(rows(one), rows(two), strict=True):
         assert a.keys() == b.keys()
@@ -204,14 +202,13 @@ def test_two_runs_in_one_folder_are_refused(train, tmp_path):
 
 def test_sigterm_saves_and_exits_with_status_0(data, tmp_path, train):
     train("other", "--steps=1")  # writes empty.py
-    argv = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "empty.py"), f"--data={data}"]
-    argv += [f"--out={tmp_path / 'run'}", *TINY, "--steps=100000"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, encoding="utf-8")
+    argv = [tmp_path / "empty.py", f"--data={data}", f"--out={tmp_path / 'run'}", *TINY]
+    process = forked.Forked("train.py", *argv, "--steps=100000")
     while not read_metrics(tmp_path / "run"):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 0, out
     assert "the same command continues" in out
     assert checkpoint.newest(tmp_path / "run")[0] > 0
 

@@ -7,9 +7,10 @@ by metrics.jsonl, and by the weights in the checkpoints.
 import json
 import math
 
+import forked
 import pytest
 import torch
-from conftest import TINY, script, write_shards
+from conftest import TINY, write_shards
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -189,9 +190,8 @@ def test_every_micro_batch_drops_something_else(train, one_window):
 
 def test_every_process_drops_something_else(train, one_window, tmp_path):
     alone = losses(train, "alone", one_window, 1)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = [tmp_path / "empty.py", f"--data={one_window}", f"--out={tmp_path / 'two'}", *TINY]
-    script("train.py", *argv, *DROPPING, "--batch_tokens=64", launcher=launcher)
+    forked.together(2, "train.py", *argv, *DROPPING, "--batch_tokens=64")
     for a, b in zip(alone, column(tmp_path / "two", "loss"), strict=True):
         assert abs(a - b) > 1e-4
 
