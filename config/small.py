@@ -8,7 +8,7 @@
 
 data = "data/python"
 
-block_size = 256
+block_size = 128  # of 1,536 tokens a step, twelve short windows teach more than six long ones
 n_layer = 4
 n_head = 4
 n_embd = 128
