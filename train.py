@@ -80,7 +80,7 @@ class Settings:
     grad_clip: NotNegative = 1.0  # largest norm of the gradient; 0 is no bound
 
     # what is kept and shown; the last step is always saved and evaluated
-    log_every: Positive = 10  # steps between rows of metrics.jsonl
+    log_every: Positive = 10  # steps between rows of metrics.jsonl, which begins with step 1
     eval_every: Positive = 500  # steps between evaluations on the validation split
     eval_tokens: Count = 0  # tokens of it to evaluate on, evenly spread; 0 is all
     save_every: Positive = 500  # steps between checkpoints

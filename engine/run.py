@@ -269,7 +269,7 @@ class Run:
         """Records the update that made `step`, and says how fast things go."""
         self.busy += time.monotonic() - self.began  # of updates alone
         self.fit(step)
-        if not self.due(step, self.s.log_every):
+        if not (self.due(step, self.s.log_every) or step == 1):  # whose loss should be ln V
             return
         known = norm if math.isfinite(norm) else None  # JSON has no infinity
         tokens = step * self.s.batch_tokens

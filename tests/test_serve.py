@@ -549,7 +549,7 @@ def test_a_full_line_is_429_and_the_official_client_comes_back(run, monkeypatch)
         assert refused.json()["error"]["code"] == "queue_full"
         threading.Timer(0.3, go_on.set).start()
         text = running.client(max_retries=50).completions.create(model="tiny", **body)
-        assert text.choices[0].finish_reason == "length"
+        assert text.choices[0].finish_reason in ("length", "stop")  # an end by chance, too
         wait(lambda: [end.status_code for end in ends] == [200])
 
 
