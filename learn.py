@@ -6,9 +6,10 @@
     python learn.py 4 --check=my_model.py   do the exercises of the chapter come out right?
 
 Each chapter is a page of docs/learn, and asks what will happen before it runs the real code, with
-real numbers. Who predicts learns more than who reads, even if the prediction is wrong (Richland et
-al. 2009). A file to be checked is a copy of the chapter's file of the book with something changed,
-or no more than what is changed. The files in lessons/ import the book and copy nothing of it.
+real numbers. Those who predict learn more than those who only read, even when they are wrong
+(Richland et al. 2009). A file to be checked is a copy of the chapter's file of the book with
+something changed, or no more than what is changed. The files in lessons/ import the book and copy
+nothing of it.
 """
 
 import sys

@@ -66,7 +66,7 @@ class Settings:
     price: NotNegative = 2.0  # of an hour of one card, in your money
     shard: bool = True  # each card keeps its share of parameters, gradients and moments
     optimizer: Literal["muon", "adamw"] = "muon"  # as in train.py
-    vocab_size: Positive = 50257  # tokens that there are
+    vocab_size: Positive = 50257  # tokens that there are; by default GPT-2's
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0, block_size=2048))
 
 

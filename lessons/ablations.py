@@ -101,10 +101,8 @@ ABLATIONS = dict(
     no_cap=Ablation(settings=dict(logit_cap=0.0)),
     # 07.md; of AdamW's rates 0.001, 0.003, 0.01 and 0.03 the best
     adamw=Ablation(settings=dict(optimizer="adamw", lr=0.03)),
-    no_momentum=Ablation(settings=dict(momentum=0.0)),
     warmup=Ablation(settings=dict(warmup=0.2)),
     no_decay=Ablation(settings=dict(decay=0.0)),
-    no_clip=Ablation(settings=dict(grad_clip=0.0)),
     one_layer=Ablation(settings=dict(n_layer=1)),
 )
 

@@ -1,4 +1,4 @@
-"""The specimen in a browser: docs/learn/page.html, made of lessons/page.html and the weights.
+"""The specimen in a browser: docs/learn/page.html, made from lessons/page.html and the weights.
 
 Everything is inside, and the network is never asked. The model itself is there, in plain JavaScript
 that says what model.py says for the parts that the specimen has, so it reads any text: type one,
