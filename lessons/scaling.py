@@ -29,7 +29,7 @@ BUDGETS = {  # and the sizes, layers and width, of their runs
     1e11: ((1, 16), (1, 32), (2, 64)),
     3e11: ((1, 16), (1, 32), (2, 64), (3, 96)),
     1e12: ((1, 32), (2, 64), (3, 96), (4, 128)),
-    3e12: ((3, 96),),
+    3e12: ((2, 64), (3, 96), (4, 128)),
     5e12: ((9, 288),),
 }
 # does one rate suit all sizes, and how much is chance? Size, budget, what is different
@@ -138,19 +138,23 @@ def tables(runs: dict[float, np.ndarray], others: list[dict]):
             said = [at(c, N, D) for c in (curve, *less)]
             whole = shape(int(layers), int(width)).parameters()
             cells = [short(budget), f"{layers:.0f} x {width:.0f}", words(whole), words(N)]
-            cells += [words(D), f"{loss:.4f}", f"{bits:.4f}", f"{said[0]:.4f}"]
-            fits = budget <= FITTED
-            cells += [f"{loss - said[0]:+.4f}" if fits else f"{min(said):.3f} to {max(said):.3f}"]
+            cells += [words(D), f"{loss:.4f}", f"{bits:.4f}"]
+            unseen = f" ({min(said):.3f} to {max(said):.3f})" if budget > FITTED else ""
+            cells += [f"{said[0]:.4f}{unseen}", f"{loss - said[0]:+.4f}"]
             yield f"| {' | '.join(cells)} |"
     yield "\n| operations | best N, of the runs | loss | N, of the curve | D | loss | D / N |"
     yield "|" + "---|" * 7
+    found = {}
     for budget, (_, _, N, _, loss, _) in runs.items():
         if len(N) < 3:
             continue
+        found[budget], _ = valley(N, loss)
         (near, least), (far, D, said) = valley(N, loss), lowest(curve, budget)
         cells = [short(budget), words(near), f"{least:.3f}", words(far), words(D), f"{said:.3f}"]
         yield f"| {' | '.join(cells)} | {D / far:.3g} |"
-    yield "\n| operations | layers x width | changed | loss | without |"
+    growth, _ = np.polyfit(np.log([*found]), np.log([*found.values()]), 1)
+    yield f"\n    best N of the runs: as operations^{growth:.2f}\n"
+    yield "| operations | layers x width | changed | loss | without |"
     yield "|" + "---|" * 5
     for row in others:
         layers, _, _, _, loss, _ = runs[row["budget"]]

@@ -1,18 +1,34 @@
 """What docs/scaling.md says follows from the runs that it keeps, and they can be made again."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
+import plan
+from engine.arithmetic import products
 from lessons import scaling
+from shape import GPTConfig
+
+PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 def test_the_numbers_of_the_page_are_those_of_its_runs():
-    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     for line in "\n".join(scaling.tables(*scaling.read())).splitlines():
-        assert line in page.splitlines(), "python -m lessons.scaling"
+        assert line in PAGE.splitlines(), "python -m lessons.scaling"
+
+
+def test_the_operations_of_the_page_are_those_of_the_formula():
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| .+ \| ([\d.]+M) \| ([\d.]+) \|$", PAGE, re.M)
+    assert len(rows) == 8
+    for T, C, said, ratio in rows:
+        T, C = int(T), int(C)
+        c = GPTConfig(2048, T, n_layer=4, n_head=C // 32, n_embd=C)
+        one = products(GPTConfig(2048, 256, n_layer=4, n_embd=128), 256)
+        assert said == plan.words(products(c, T))
+        assert float(ratio) == pytest.approx(products(c, T) / one, abs=0.006)
 
 
 def test_every_run_learned_from_what_its_budget_pays_for():
