@@ -307,3 +307,25 @@ def cache(tokens, without, with_cache):
         axes.text(left, 8.3, name, va="center", fontsize=9, color=color)
         axes.text(left + unit * 11 + 0.2, 0.8, f"= {total}", va="center", fontsize=9, color=color)
     return figure
+
+
+# --- docs/scaling.md
+
+
+def isoflop(budgets, runs, fitted, N, curves, every, least):
+    figure, (left, right) = plots(2, 2.9, sharey=True)
+    colors = (BLUE, ORANGE, GREEN, VIOLET, INK)
+    for budget, (sizes, losses), curve, color in zip(budgets, runs, curves, colors, strict=True):
+        known = budget <= fitted
+        shown = [(n, y) for n, y in zip(N, curve, strict=True) if y < 7]
+        left.semilogx(
+            *zip(*shown, strict=True), color=color, lw=1, ls="-" if known else (0, (3, 2))
+        )
+        dot = dict(marker="o", ms=4, ls="", color=color, mfc=color if known else "white")
+        left.semilogx(sizes, losses, label=f"{budget:.0e}".replace("+", ""), **dot)
+        right.semilogx([budget] * len(losses), losses, **dot)
+    right.semilogx(every, least, color=GREY, lw=1, ls=(0, (3, 2)))
+    left.set(xlabel="N", ylabel="loss")
+    left.legend(fontsize=7)
+    right.set(xlabel="operations")
+    return figure

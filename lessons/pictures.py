@@ -1,4 +1,5 @@
-"""The pictures of docs/learn: what each shows, computed by the code that its chapter explains.
+"""The pictures of docs/learn: what each shows, computed by the code that its chapter explains; and
+that of docs/scaling.md.
 
     python -m lessons.pictures              redraws all of docs/learn/pictures, and page.html
     python -m lessons.pictures rotary       this one
@@ -18,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import torch
 
 import bpe
@@ -27,7 +29,7 @@ import optim
 import pick
 from engine import settings
 from engine.files import atomic_file
-from lessons import PAGES, blocks, live, specimen, tokens, writing
+from lessons import PAGES, blocks, live, scaling, specimen, tokens, writing
 from shape import GPTConfig
 from tasks import repeat
 from tokenizer import bytes_tokenizer
@@ -191,9 +193,32 @@ def cache() -> dict:
     return dict(tokens=shown(tokenizer, [*prompt, *text]), without=without, with_cache=sizes)
 
 
+# --- docs/scaling.md
+
+
+def isoflop() -> dict:
+    """Runs of each budget of operations, and the curve through those up to FITTED: loss over N, and
+    the least loss over operations."""
+    runs, _ = scaling.read()
+    curve, *_ = scaling.curves(runs)
+    known = np.array(sorted((scaling.parameters(*x), scaling.cost(*x)) for x in scaling.KNOWN)).T
+    N = np.geomspace(*known[0, [0, -1]], 24)
+    every = np.geomspace(min(runs) / 2, max(runs) * 2, 12)
+    return dict(
+        budgets=[*runs],
+        runs=[columns[[2, 4]].tolist() for columns in runs.values()],
+        fitted=scaling.FITTED,
+        N=N.tolist(),
+        curves=[scaling.at(curve, N, x / np.interp(N, *known)).tolist() for x in runs],
+        every=every.tolist(),
+        least=[scaling.lowest(curve, x)[-1] for x in every],
+    )
+
+
 CHAPTERS = {0: (surprise, block), 1: (merges,), 2: (windows,), 3: (block,), 4: (attention,)}
 CHAPTERS |= {5: (rotary,), 6: (lens,), 7: (rates, muon), 8: (chances, cache)}
 PICTURES = {f.__name__: f for functions in CHAPTERS.values() for f in functions}
+PICTURES |= {isoflop.__name__: isoflop}
 
 
 def main(argv: list[str]) -> None:
