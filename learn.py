@@ -121,7 +121,7 @@ def check(lesson, number: int, path: Path) -> None:
         print(f"{WRONG} {name}: {problem}" if problem else f"{RIGHT} {name}")
         wrong += bool(problem)
     for name in exercises:
-        print(f"- {name}")
+        print(f"- {name}: not in {path.name}")
     if wrong:
         raise ValueError(f"{path} is not right yet in chapter {number}: {wrong} of its checks fail")
 
