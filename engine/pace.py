@@ -2,7 +2,7 @@
 
 MEASURED = 50  # steps that the speed is taken from
 WARMING = 10  # steps before those, which also make things ready
-EVALUATION = 3  # times as fast as learning from it, a token is evaluated
+EVALUATION = 3  # times as fast as learned, a token is evaluated: the backward pass costs two more
 ENDING = 5.0  # seconds for what comes behind the last evaluation: the sample, the compressors
 
 
@@ -17,7 +17,7 @@ class Pace:
         self.s, self.asked, self.held_out = s, s.steps, held_out
         self.found = found or {}
         self.due = 0  # the step behind which the number is chosen, if it is still to be
-        self.since = None  # (step, time) from which on steps are measured
+        self.since = None  # the time from which on steps are measured
         if not s.minutes:
             self.found = {}
         elif not self.found:
