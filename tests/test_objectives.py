@@ -4,10 +4,15 @@ import math
 import sys
 from types import SimpleNamespace
 
+import promises
 import pytest
+from conftest import ROOT
 
 import objectives
 from engine.learner import total
+
+# what learns from more than plain text, or needs more than its name; each has a test of its own
+ELSEWHERE = ("classify", "distil", "encoder_decoder", "preference", "reward", "vae")
 
 TOY = '''
 """Toy: how large is the embedding of what is read?"""
@@ -65,6 +70,21 @@ def test_one_more_objective_is_one_file(toy, train, capsys):
     assert float(said.split("size ")[1].split()[0]) == pytest.approx(3, abs=0.5)
     with pytest.raises(ValueError, match="causal or prefix"):
         train("other", *own, "--mask=full")
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_each_falls_towards_0_from_above_and_is_shared_out_alike(name, data):
+    """A new file is taken up. One whose terms may be below 0 wants a test with its own bounds."""
+    if name in ELSEWHERE:
+        assert (ROOT / "tests" / f"test_{name}.py").exists()
+        return
+    learner, batch, keys = promises.make(data, f"--objective={name}")
+    before = promises.means(learner, batch, keys)
+    assert before["total"] > 0 and min(before.values()) >= -1e-4
+    promises.shared_out_alike(learner, batch, keys)
+    promises.learns_by_heart(learner, batch, keys)
+    after = promises.means(learner, batch, keys)
+    assert after["total"] < 0.8 * before["total"] and min(after.values()) >= -1e-4
 
 
 def test_the_loss_is_the_weighted_sum_of_means():
