@@ -15,6 +15,7 @@ What only one of them can do is its own command: `python -m objectives.masked`.
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
 from functools import lru_cache
@@ -119,6 +120,15 @@ def find(name: str):
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}"
         raise ValueError(f"objective={name!r} is unknown: {hint}")
     return importlib.import_module(f"objectives.{name}")
+
+
+def owner(setting: str) -> str:
+    """Whose setting this is, as in "objective=masked"; nothing if it is nobody's. It
+    reads the files, since to load them takes seconds."""
+    line = re.compile(rf"^    {re.escape(setting)}: .*  # ", re.MULTILINE)
+    files = sorted(path for folder in __path__ for path in Path(folder).glob("[a-z]*.py"))
+    found = [path.stem for path in files if line.search(path.read_text(encoding="utf-8"))]
+    return f"objective={' or '.join(found)}" if found else ""
 
 
 def name_of(state: dict) -> str:

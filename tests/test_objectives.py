@@ -132,6 +132,14 @@ def test_the_objective_in_a_config_file_brings_its_settings(data, tmp_path):
     config.write_text('objective = "masked"\nmask_fraction = 0.3\n')
     assert command.read_settings([str(config)]).own.mask_fraction == 0.3
     assert command.read_settings([str(config), "--mask_fraction=0.2"]).own.mask_fraction == 0.2
+    whose = "mask_fraction is a setting of objective=masked"
+    with pytest.raises(ValueError, match=whose):
+        command.read_settings(["--mask_fraction=0.2"])
+    config.write_text("mask_fraction = 0.2\n")
+    with pytest.raises(ValueError, match=whose):
+        command.read_settings([str(config), "--objective=vae"])
+    with pytest.raises(ValueError, match="temperature is a setting of objective=distil or reward"):
+        command.read_settings(["--temperature=2"])
     config.write_text('_name = "masked"\nobjective = _name\n')
     with pytest.raises(ValueError, match="said plainly"):
         command.main([str(config), f"--data={data}"])

@@ -132,6 +132,16 @@ def test_a_dataclass_inside_is_set_by_the_same_names(tmp_path):
     assert settings.make(Settings, values) == s
 
 
+def test_a_comment_that_is_on_another_line_is_missed_in_one_sentence():
+    @dataclass
+    class Wrapped:
+        steps: int = 10  # how many
+        shape: Literal["round", "square"] = "round"  # how it looks
+
+    with pytest.raises(ValueError, match=r"Wrapped\.shape lacks the comment that --help shows"):
+        settings_of(Wrapped)
+
+
 def test_what_an_older_file_lacks_has_its_default():
     assert settings.known(Settings, {"steps": 4, "gone": 1, "width": 6}) == settings.flat(
         settings.make(Settings, {"steps": 4, "width": 6})
