@@ -52,6 +52,7 @@ Device = Annotated[str, Bound("auto, cpu, mps, cuda or one GPU such as cuda:1", 
 Threads = Annotated[str, Bound("auto or a number from 1 to 1024", threads.valid)]
 PICTURE = re.compile(r"(.*\.(png|svg|pdf))?")  # nothing is no picture
 Picture = Annotated[str, Bound("a name that ends in .png, .svg or .pdf", PICTURE.fullmatch)]
+Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Compile = Literal["auto", "true", "false"]
 

@@ -124,6 +124,27 @@ def test_what_does_not_fit_is_said(capsys):
     assert 1 < rows < share and windows_in_a_pass(share, Settings(device_batch=rows)) == rows
 
 
+def test_a_measured_speed_tells_the_time_and_no_card_counts(capsys):
+    shape = ["--n_layer=4", "--vocab_size=2048", "--block_size=256", "--tokens=3M"]
+    plan.main([*shape, "--tokens_per_second=12k"])
+    said = capsys.readouterr().out
+    assert "4.17 minutes at the 12k tokens/s" in said and "--memory=GB" in said
+    assert not any(word in said for word in ("80 GB", "TFLOP", "cost", "device_batch"))
+    measured = [*shape, "--tokens_per_second=120k", "--memory=0.1", "--price=3"]
+    plan.main(measured)
+    said = capsys.readouterr().out
+    assert "25 seconds" in said and "a card has 0.1 GB" in said and "--device_batch=" in said
+    assert "0.00694 card hours, 0.0208 at 3 an hour" in said
+    plan.main([*measured, "--tokens=1000M"])
+    assert "2.31 hours" in capsys.readouterr().out
+
+
+def test_a_shape_that_is_far_from_what_was_asked_for_is_told(capsys):
+    for params, far in (("1.3M", True), ("124M", False)):
+        plan.main([f"--params={params}", f"--vocab_size={2048 if far else 50257}"])
+        assert ("the nearest of 64 channels" in capsys.readouterr().out) == far
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -132,6 +153,7 @@ def test_what_does_not_fit_is_said(capsys):
         "--params=1M --n_layer=3",
         "--tokens=10",
         "--mfu=0",
+        "--tokens_per_second=0",
         "--gpu=h1000",
     ],
 )
