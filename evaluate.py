@@ -85,6 +85,7 @@ class Settings:
     canaries: bool = False  # which planted secrets, and how much of the text, are known by heart?
 
     # machine
+    quantize: settings.Quantize = ""  # int8: what do eight bits cost? of `out`, not of a baseline
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of matrix products
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
@@ -109,6 +110,8 @@ def main(argv: list[str]) -> int:
     locked.use(s.passphrase_file, *map(Path, filter(None, (s.out, s.baseline))))
     here = start(s)
     run = Opened(s.out, s.checkpoint)
+    if s.probe or s.nearest or s.map or s.canaries:
+        refuse(s, ("quantize",), "is for losses and answers")
     if s.probe or s.nearest or s.map:
         import probe
 
@@ -127,7 +130,7 @@ def main(argv: list[str]) -> int:
     data = None if s.label else run.data(s)
     if data and not objectives.find(run.objective).Objective.generates:
         of_writers = ("baseline", "generate", "task", "limit", "marker", "noise", "choices")
-        of_writers += ("exchange", "pairs")
+        of_writers += ("exchange", "pairs", "quantize")
         refuse(s, of_writers, f"is for what writes, unlike objective={run.objective}")
         tell_loss(s, run, data, here)
         return 0
@@ -195,12 +198,15 @@ class Opened:
 
         return restored(self.path, self.model, self.tokenizer, self.state)
 
-    def make_ready(self, s, here: "Machine") -> None:
-        from engine import fast, machine
+    def make_ready(self, s, here: "Machine", quantize: str = "") -> None:
+        from engine import fast, inference, machine
 
         self.model.to(here.device)
         machine.use_threads(s.threads, here, self.model, EVAL_TOKENS)
-        fast.use(self.model, here, s.fast)
+        if quantize:
+            inference.ready(self.model, quantize, parts=s.fast)
+        else:
+            fast.use(self.model, here, s.fast)
 
     def require_markers(self) -> None:
         if not self.tokenizer.markers:
@@ -284,7 +290,7 @@ def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
 
     learner = run.learner()
     objectives.Base.require(learner.objective, data)  # not its own, which may import what is named
-    run.make_ready(s, here)
+    run.make_ready(s, here, getattr(s, "quantize", ""))  # train.py's settings have none
     learner.to(here.device)
     split = data.split(s.split)
     found = evaluate(learner, split, here, None, s.device_batch, s.eval_tokens)
@@ -325,7 +331,7 @@ def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> i
     if s.generate:
         import exam
 
-        model = exam.ready(run.model, here, s)
+        model = run.model if s.quantize else exam.ready(run.model, here, s)
         exam.variety(s, model, run.tokenizer, split, answers_file(s, run, "drawn.jsonl"))
     return 0
 
@@ -372,7 +378,11 @@ def evaluate_rows(s: Settings, run: Opened, data: Dataset | None, here: "Machine
         opened.require_markers()
     if here.rank:
         return 0
-    models = [(exam.ready(opened.model, here, s), opened.tokenizer) for opened in runs]
+    bits = (s.quantize, "")  # the baseline as it is
+    models = [
+        (exam.ready(opened.model, here, s, quantize), opened.tokenizer)
+        for opened, quantize in zip(runs, bits, strict=False)
+    ]
     if s.label:
         exam.label(s, *models[0], answers_file(s, run, "labelled.jsonl"))
     else:

@@ -150,11 +150,11 @@ def write_lines(file: Path, lines: Iterable[dict]) -> None:
     print(f"\nwrote {file}: {text.count(chr(10)):,} lines")
 
 
-def ready(model: GPT, here: Machine, s) -> GPT:
+def ready(model: GPT, here: Machine, s, quantize: str = "") -> GPT:
     """The model, made to answer many prompts at once as fast as it can."""
     model = model.eval().to(here.device, here.dtype)
     machine.use_threads(s.threads, here, model, s.slots)
-    return inference.ready(model, rows=s.slots, parts=s.fast)
+    return inference.ready(model, quantize, rows=s.slots, parts=s.fast)
 
 
 def rows_of(split: Split, limit: int = 0, task: str = "") -> dict[str, list[Row]]:

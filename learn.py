@@ -12,7 +12,9 @@ something changed, or no more than what is changed. The files in lessons/ import
 nothing of it.
 """
 
+import re
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,10 +69,27 @@ def loaded(number: int):
 
 
 def contents(language: str) -> None:
-    for number in range(len(lessons.CHAPTERS)):
-        path = lessons.page(number, language)
-        title = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        print(f"python learn.py {number:<3} {title:50} {path.relative_to(lessons.ROOT)}")
+    pages = [lessons.page(number, language) for number in range(len(lessons.CHAPTERS))]
+    titles = [path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for path in pages]
+    for number, (title, path) in enumerate(zip(titles, pages, strict=True)):
+        gap = " " * (max(map(columns, titles)) - columns(title))
+        print(f"python learn.py {number:<3} {title}{gap} {path.relative_to(lessons.ROOT)}")
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows it: a Chinese character takes two."""
+    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+
+
+def plain(text: str) -> str:
+    """Markdown without what a terminal cannot show: bold, and where links lead. Code stays."""
+    code, link, bold = r"```.*?```|`[^`]*`", r"!?\[([^]]*)\]\([^)]*\)", r"\*\*(.+?)\*\*"
+
+    def shown(found: re.Match) -> str:
+        inner = found[1] or found[2]
+        return plain(inner) if inner else found[0]
+
+    return re.sub(f"{code}|{link}|{bold}", shown, text, flags=re.DOTALL)
 
 
 def teach(number: int, path: Path, answers: list[str]) -> None:
@@ -81,7 +100,7 @@ def teach(number: int, path: Path, answers: list[str]) -> None:
     print(f"{path.relative_to(lessons.ROOT)}\n")
     score = []
     for i, question in enumerate(asked):
-        print(f"{question.number}  {question.title}\n\n{question.body}\n")
+        print(f"{question.number}  {plain(question.title)}\n\n{plain(question.body)}\n")
         word = answers[i] if i < len(answers) else ask()
         value = loaded(number).QUESTIONS[i]()
         while word:
@@ -94,7 +113,8 @@ def teach(number: int, path: Path, answers: list[str]) -> None:
                 print(e)
                 word = ask()
         sign = (RIGHT if score[-1] else WRONG) if word else IS
-        print(f"\n{sign} {lessons.as_printed(value, question.answer)}\n\n{question.reveal}\n")
+        said = lessons.as_printed(value, question.answer)
+        print(f"\n{sign} {said}\n\n{plain(question.reveal)}\n")
     if score:
         print(f"{RIGHT} {sum(score)} / {len(score)}")
 
@@ -111,13 +131,16 @@ def ask() -> str:
 
 
 def check(lesson, number: int, path: Path) -> None:
-    """Tells which checks a file passes. Raises ValueError unless it passes all."""
+    """Tells which checks a file passes: those of its exercises, and behind the name of the book's
+    file those that hold for the book, whoever wrote it. Raises ValueError unless it passes all."""
     if not path.is_file():
         raise ValueError(f"no such file: {str(path)!r}")
     exercises = [f.__name__ for of_book, f in lessons.labelled(lesson) if not of_book]
+    books = {f.__name__ for of_book, f in lessons.labelled(lesson) if of_book}
     wrong = 0
     for name, problem in lessons.check(lesson, path):
         exercises = [other for other in exercises if other != name]
+        name = f"{lesson.BOOK}.py: {name}" if name in books else name
         print(f"{WRONG} {name}: {problem}" if problem else f"{RIGHT} {name}")
         wrong += bool(problem)
     for name in exercises:

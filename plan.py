@@ -2,10 +2,12 @@
 
     python plan.py --params=1.5B --tokens=30B --gpus=8
     python plan.py --n_layer=12 --n_embd=768 --n_head=12 --vocab_size=50257 --gpu=rtx4090
+    python plan.py --n_layer=4 --vocab_size=2048 --tokens=10M --tokens_per_second=12k --memory=8
     python plan.py --params=10M --tokens=40M out/s1 out/s2 out/s3 out/s4 out/s5
 
 All of it is arithmetic (engine/arithmetic.py); only the share of a card's peak that training
-reaches (`mfu`) is experience, and yours may differ. With runs of yours, each of another size or
+reaches (`mfu`) is experience, and yours may differ: `tokens_per_second`, which train.py prints, is
+better, and all there is for a CPU. With runs of yours, each of another size or
 with other tokens, a curve is fitted to their losses, and says what the planned run should reach:
 
     loss = E + A / N^a + B / D^b          (arXiv:2203.15556, section 3.3)
@@ -61,9 +63,10 @@ class Settings:
     gpus: Positive = 1  # cards, of all machines
     gpu: Literal[tuple(CARDS)] = "h100"  # which card
     memory: NotNegative = 0.0  # GB of one, if not that card's
+    tokens_per_second: Amount = ""  # of all together, as a run has measured: then no peak counts
     tflops: NotNegative = 0.0  # TFLOP/s of one at its peak, if not that card's
     mfu: Share = 0.4  # the share of it that training reaches: 0.3 to 0.55 as a rule
-    price: NotNegative = 2.0  # of an hour of one card, in your money
+    price: NotNegative = 0.0  # of an hour of one card, in your money; 0: no cost is told
     shard: bool = True  # each card keeps its share of parameters, gradients and moments
     optimizer: Literal["muon", "adamw"] = "muon"  # as in train.py
     vocab_size: Positive = 50257  # tokens that there are; by default GPT-2's
@@ -83,6 +86,8 @@ def main(argv: list[str]) -> None:
     per_token = products(c, T)
     names = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
     print(f"model    {words(N)} parameters: {', '.join(f'{k}={getattr(c, k)}' for k in names)}")
+    if s.params and abs(N / amount(s.params) - 1) > 0.1:
+        print("         the nearest of 64 channels a layer: --n_layer and --n_embd have more")
     enough = "20 make the most of the compute: arXiv:2203.15556"
     print(f"tokens   {words(D)}, {D / N:.3g} for each parameter ({enough})")
     print(f"compute  {per_token * D:.2g} operations: {words(per_token)} for each token")
@@ -97,10 +102,15 @@ def main(argv: list[str]) -> None:
 
     peak = s.tflops or CARDS[s.gpu][1]
     speed = s.gpus * peak * 1e12 * s.mfu / per_token  # tokens a second
+    by = f"at {s.mfu:.0%} of {peak:g} TFLOP/s: {words(speed)} tokens/s"
+    if s.tokens_per_second:
+        speed = amount(s.tokens_per_second)
+        by = f"at the {words(speed)} tokens/s that were measured"
     hours = D / speed / 3600
-    total = f"{words(s.gpus * hours)} card hours, {words(s.gpus * hours * s.price)}"
-    print(f"time     {duration(hours)} at {s.mfu:.0%} of {peak:g} TFLOP/s: {words(speed)} tokens/s")
-    print(f"cost     {total} at {s.price:g} an hour")
+    print(f"time     {duration(hours)} {by}")
+    if s.price:
+        total = f"{words(s.gpus * hours)} card hours, {words(s.gpus * hours * s.price)}"
+        print(f"cost     {total} at {s.price:g} an hour")
     if s.runs:
         predict(s, c, D)
 
@@ -124,6 +134,7 @@ def print_memory(s: Settings, c: GPTConfig, windows: int) -> int:
     Returns the nearest number of windows from there up that passes of one size make up.
     """
     memory, parts = s.memory or CARDS[s.gpu][0], s.gpus if s.shard else 1
+    here = s.tokens_per_second and not s.memory  # where it was measured: no card of the table
     weights, moments = (x / parts for x in state(c, s.optimizer))
     # in 16 bits; where kernels are compiled, logits stand in memory as such, as float32 and with
     # their gradient
@@ -132,7 +143,10 @@ def print_memory(s: Settings, c: GPTConfig, windows: int) -> int:
     left = memory * 1e9 * (1 - RESERVED) - weights - moments - whole
     where = f"a share of {s.gpus}" if parts > 1 else "whole"
     held = f"{gigabytes(weights)} of parameters and gradients, {gigabytes(moments)} of moments"
-    print(f"memory   {held} ({where}), {gigabytes(window)} a window; a card has {memory:g} GB")
+    print(f"memory   {held} ({where}), {gigabytes(window)} a window", end="")
+    print("; --memory=GB tells what fits" if here else f"; a card has {memory:g} GB")
+    if here:
+        return windows
     if left < window:
         more = "more --gpus" if s.shard else "--shard=true"
         print(f"         too little: {more}, a shorter --block_size, or a card of more memory")
@@ -154,6 +168,8 @@ def words(x: float) -> str:
 
 
 def duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.3g} seconds"
     if hours < 1:
         return f"{60 * hours:.3g} minutes"
     return f"{hours:.3g} hours" if hours < 72 else f"{hours / 24:.3g} days"

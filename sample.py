@@ -28,7 +28,6 @@ Share = Annotated[float, Bound("above 0 and at most 1", lambda p: 0 < p <= 1)]
 Penalty = Annotated[float, Bound("above 0; 1 is off", lambda x: x > 0)]
 Samples = Annotated[int, Bound("from 1 to 1024", lambda n: 1 <= n <= 1024)]
 Stops = Annotated[tuple, Bound("text, not nothing", all)]
-Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
 
 LABELS = "0 1 2 3 4 5 6 7 8 9"  # what --grid asks for, unless the prompt does
 PICTURES = 10  # of each, unless num_samples is above 1
@@ -64,7 +63,7 @@ class Settings:
     grid: str = ""  # draw pictures into this PNG: a row of them for each word of the prompt
     width: Count = 0  # of a picture in pixels; 0: it is square
     passphrase_file: str = ""  # opens locked weights, in memory alone: a file with the passphrase
-    quantize: Quantize = ""  # int8: weights of eight bits, on a CPU; faster, slightly higher loss
+    quantize: settings.Quantize = ""  # int8: weights of eight bits, on a CPU: faster, less exact
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of the weights and of matrix products
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the model

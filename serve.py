@@ -30,7 +30,6 @@ from engine.settings import AboveZero, Bound, NotNegative, Positive
 
 Port = Annotated[int, Bound("from 0 to 65535; 0 is any that is free", lambda p: 0 <= p <= 65535)]
 Name = Annotated[str, Bound("without : and spaces", re.compile(r"[^:\s]*").fullmatch)]
-Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Settings:
     timeout: AboveZero = 600.0  # seconds that an answer may take, waiting included
     drain: NotNegative = 30.0  # seconds in which running answers may end, after SIGTERM or Ctrl-C
 
-    quantize: Quantize = ""  # int8: weights of eight bits, on a CPU; faster, slightly higher loss
+    quantize: settings.Quantize = ""  # int8: weights of eight bits, on a CPU: faster, less exact
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of the weights and of matrix products
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the model

@@ -383,7 +383,7 @@ def read_settings(argv: list[str]):
     """The settings of a command line, with those of its objective as `own`. Raises ValueError."""
     name = settings.peek("objective", argv, Settings.config)
     cls = objectives.with_settings(Settings, name if name in objectives.names() else "next_token")
-    s = settings.load(cls, argv, "Train a GPT.", "config")
+    s = settings.load(cls, argv, "Train a GPT.", "config", owner=objectives.owner)
     plainly = f'said plainly in {s.config}: objective = "{s.objective}"'
     settings.require(s.objective == (name or "next_token"), s, "objective", plainly)
     given = {word.split("=")[0] for word in argv}

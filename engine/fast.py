@@ -120,9 +120,10 @@ class FastMLP(MLP):
     """Of the wide layer in the middle, half of what autograd would keep."""
 
     def forward(self, x: Tensor) -> Tensor:
-        known = self.gate is None and self.activation in (gelu, relu2)
+        if self.activation not in (gelu, relu2, F.silu):
+            raise ValueError("this bend has no fast form")  # so `agreeing` leaves the part out
         if (
-            not (untouched(self.down) and known and torch.is_grad_enabled())
+            not (untouched(self.down) and self.gate is None and torch.is_grad_enabled())
             or torch.compiler.is_compiling()
         ):
             return super().forward(x)

@@ -22,7 +22,7 @@ from engine.linear import (
     StreamedLinear,
     packable,
 )
-from model import GPT, KVCache
+from model import GPT, Head, KVCache
 
 
 @torch.no_grad()
@@ -88,6 +88,13 @@ class ReadyHead(fast.FastHead):
 
     def product(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.layer(x).float()
+
+    def cross_entropy(self, x, targets, embedding, reduction, smoothing) -> Tensor:
+        """With the weights as they are read: of eight bits, if they have those."""
+        weight = getattr(self.layer, "weight", None)
+        if weight is None:  # packed, say: by the logits
+            return Head.cross_entropy(self, x, targets, embedding, reduction, smoothing)
+        return super().cross_entropy(x, targets, weight, reduction, smoothing)
 
 
 class FastGPT(GPT):

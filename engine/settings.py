@@ -52,6 +52,7 @@ Device = Annotated[str, Bound("auto, cpu, mps, cuda or one GPU such as cuda:1", 
 Threads = Annotated[str, Bound("auto or a number from 1 to 1024", threads.valid)]
 PICTURE = re.compile(r"(.*\.(png|svg|pdf))?")  # nothing is no picture
 Picture = Annotated[str, Bound("a name that ends in .png, .svg or .pdf", PICTURE.fullmatch)]
+Quantize = Annotated[str, Bound("int8 or left out", ("", "int8").__contains__)]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Compile = Literal["auto", "true", "false"]
 
@@ -80,6 +81,11 @@ def settings_of(cls) -> dict[str, Setting]:
         if dataclasses.is_dataclass(f.type):
             found |= settings_of(f.type)
         elif f.default is not dataclasses.MISSING:
+            if f.name not in comments:  # a formatter has wrapped it, say
+                raise ValueError(
+                    f"{cls.__name__}.{f.name} lacks the comment that --help shows: it stands on the"
+                    f" line of the name, `{f.name}: type = default  # what it is`"
+                )
             line = Setting(f.type, default=f.default, comment=comments[f.name])
             if f.type == CountOrAuto:
                 word, number = get_args(f.type)
@@ -126,12 +132,20 @@ def known(cls, values: dict) -> dict:
     return flat(make(cls, {n: convert(n, v, names[n]) for n, v in values.items() if n in names}))
 
 
-def load(cls, argv: list[str], description: str, positional: str, nargs: str | None = "?"):
+def load(
+    cls,
+    argv: list[str],
+    description: str,
+    positional: str,
+    nargs: str | None = "?",
+    owner: Callable[[str], str] = lambda name: "",
+):
     """An instance of dataclass `cls` made from `argv`; `--help` prints its comments and defaults.
 
     `positional` is the field that takes the bare arguments, `nargs` of them in argparse's notation.
-    If the field is called `config`, it is the path of a config file. Raises ValueError, in one
-    sentence that names the value, for anything a user can get wrong.
+    If the field is called `config`, it is the path of a config file. `owner` says of an unknown
+    name when it would be known. Raises ValueError, in one sentence that names the value, for
+    anything a user can get wrong.
     """
     settings = settings_of(cls)
 
@@ -162,12 +176,12 @@ def load(cls, argv: list[str], description: str, positional: str, nargs: str | N
     for word in rest:
         if not word.startswith("--"):
             raise ValueError(f"unexpected argument {word!r}: settings are given as --name=value")
-        raise unknown(word[2:].split("=")[0], settings, "the command line")
+        raise unknown(word[2:].split("=")[0], settings, "the command line", owner)
 
     # 2. the config file, then the command line over it
     values = {}
     if positional == "config":
-        values = read_file(getattr(given, "config", settings["config"].default), settings)
+        values = read_file(getattr(given, "config", settings["config"].default), settings, owner)
     for name, value in vars(given).items():
         values[name] = value if name == positional else convert(name, value, settings[name])
     return make(cls, values)
@@ -190,13 +204,15 @@ def refuse(message: str):
     raise ValueError(message)
 
 
-def unknown(name: str, known, where: str) -> ValueError:
+def unknown(name: str, known, where: str, owner=lambda name: "") -> ValueError:
+    if of := owner(name):
+        return ValueError(f"{name} is a setting of {of}: choose that, or leave it out")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists them all"
     return ValueError(f"unknown setting {name!r} in {where}: {hint}")
 
 
-def read_file(path: str, settings: dict[str, Setting]) -> dict:
+def read_file(path: str, settings: dict[str, Setting], owner=lambda name: "") -> dict:
     """Runs a config file; returns its assignments, each checked."""
     root = Path(__file__).parent.parent
     file = Path(path) if Path(path).is_file() else root / path  # config/small.py, from any folder
@@ -217,7 +233,7 @@ def read_file(path: str, settings: dict[str, Setting]) -> dict:
         values = {name: value for name, value in names.items() if not name.startswith("_")}
         for name, value in values.items():
             if name not in settings or name == "config":
-                raise unknown(name, settings, "it (names of your own begin with _)")
+                raise unknown(name, settings, "it (names of your own begin with _)", owner)
             values[name] = convert(name, value, settings[name])
     except (Exception, SystemExit) as e:  # whatever it is, it is a mistake in the file
         reason = e if type(e) is ValueError else f"{type(e).__name__}: {e}"

@@ -1,6 +1,7 @@
 """Chapter 3: norm, residual stream, what moves first, the first loss."""
 
 import math
+from textwrap import shorten
 
 import torch
 
@@ -50,7 +51,8 @@ def moved() -> int:
         moving = [name for name, p in net.named_parameters() if p.grad.abs().max() > 0]
         counts.append(len(moving))
         of = len([*net.parameters()])
-        print(f"step {step + 1}: {len(moving):2} of {of}   {' '.join(moving)[:70]}")
+        some = shorten(" ".join(moving), 70, placeholder=" ...")
+        print(f"step {step + 1}: {len(moving):2} of {of}   {some}")
         with torch.no_grad():
             for p in net.parameters():
                 p -= 0.1 * p.grad

@@ -8,17 +8,21 @@ An objective turns a batch of tokens into exercises, and says how far the networ
 
 A file of this folder has a class `Objective` that changes what it must of the one below, and a
 dataclass `Settings` of what can be set besides. Put one more here, and `--objective` knows it: the
-name is the file's. What only one of them can do is its own command: `python -m objectives.masked`.
+name is the file's, and tests/test_objectives.py takes it up. What all promise is in
+tests/promises.py: copy tests/test_distil.py, which calls them, and write your own formula into it.
+What only one of them can do is its own command: `python -m objectives.masked`.
 """
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import engine  # noqa: F401  before torch, which some objectives load at once: see engine/__init__.py
+from engine.packing import IGNORE
 
 
 class Base:
@@ -27,7 +31,9 @@ class Base:
     `s` are the settings of training, `s.own` those of the objective.
     """
 
-    terms: dict[str, float] = {"loss": 1.0}  # weight of each sum; all are told, as val_<name>
+    # the weight of each sum. All are told, as val_<name>, and one of weight 0 is told, not learned
+    # from; val_bpb is made of the first alone
+    terms: dict[str, float] = {"loss": 1.0}
     masks: tuple[str, ...] = ("causal", "prefix")  # policies it can learn under; the first is usual
     kinds: tuple[str, ...] = ("text", "rows")  # kinds of data it can learn from
     lines = False  # whether each line of a batch is one document (padded), instead of full windows
@@ -84,9 +90,9 @@ class Base:
         how many things each term is a sum.
 
         All that is random is drawn here, that of row i from keys[i] alone: then it does not depend
-        on how rows are shared out to processes and passes.
+        on how rows are shared out to processes and passes. Here each term is one of all targets.
         """
-        raise NotImplementedError
+        return batch, [int((batch.targets != IGNORE).sum())] * len(self.terms)
 
     def exercises(self, batch, keys: list[tuple], learner) -> Iterator[tuple[tuple, list]]:
         """What one step learns from, an update each: where the model's own answers are the data,
@@ -114,6 +120,15 @@ def find(name: str):
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}"
         raise ValueError(f"objective={name!r} is unknown: {hint}")
     return importlib.import_module(f"objectives.{name}")
+
+
+def owner(setting: str) -> str:
+    """Whose setting this is, as in "objective=masked"; nothing if it is nobody's. It
+    reads the files, since to load them takes seconds."""
+    line = re.compile(rf"^    {re.escape(setting)}: .*  # ", re.MULTILINE)
+    files = sorted(path for folder in __path__ for path in Path(folder).glob("[a-z]*.py"))
+    found = [path.stem for path in files if line.search(path.read_text(encoding="utf-8"))]
+    return f"objective={' or '.join(found)}" if found else ""
 
 
 def name_of(state: dict) -> str:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from dataset import IGNORE
 from engine import checkpoint, settings
 from engine.settings import AboveZero, Fraction
-from objectives import Base, require_writer
+from objectives import Base, next_token, require_writer
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Settings:
 
 class Objective(Base):
     bits = True  # of the first term
+    shown = next_token.Objective.shown
 
     def __init__(self, s, tokenizer):
         super().__init__(s, tokenizer)
@@ -66,13 +67,6 @@ class Objective(Base):
             digest.update(name.encode())
             digest.update(weights.cpu().contiguous().view(torch.uint8).numpy())
         return dict(teacher=digest.hexdigest())
-
-    def prepare(self, batch, keys, learner):
-        return batch, [int((batch.targets != IGNORE).sum())] * 2
-
-    def shown(self, inputs, i):
-        last = inputs[1][i, -1:]
-        return self.tokenizer.decode([*inputs[0][i].tolist(), *last[last != IGNORE].tolist()])
 
     def loss(self, gpt, heads, tokens, targets, positions, mask):
         (teacher,) = self.teacher

@@ -39,9 +39,6 @@ class Objective(Base):
         settings.require(not both, s, "shard", "false with --adversarial, which needs gradients")
         s.compile = "false" if s.own.adversarial else s.compile
 
-    def prepare(self, batch, keys, learner):
-        return batch, [int((batch.targets != IGNORE).sum())]
-
     def exercises(self, batch, keys, learner):
         if self.own.augment:
             from robust import augment

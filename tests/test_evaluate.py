@@ -141,6 +141,20 @@ def test_text_stands_beside_compressors_and_a_baseline(run, train, capsys):
     assert "+0.000 (+0.000 to +0.000): no difference is shown" in capsys.readouterr().out
 
 
+def test_eight_bits_cost_a_little(train, capsys):
+    """The loss that is told is that of the weights as they are read; a baseline keeps its own."""
+    run = train("learned", "--steps=60", "--eval_every=60", "--lr=0.05")
+    said = []
+    for more in ([], ["--quantize=int8", f"--baseline={run}"]):
+        capsys.readouterr()
+        script.main([str(run), "--dtype=float32", "--device=cpu", *more])
+        said.append(capsys.readouterr().out)
+    whole, eight = (float(re.search(r"loss (\S+) nats", text)[1]) for text in said)
+    assert whole < 4 and 0 < abs(eight - whole) < 0.02
+    whole, eight = (float(re.search(r"perplexity (\S+) ", text)[1]) for text in said)
+    assert 0 < abs(math.log(eight / whole)) < 0.02 and f"has {whole:.3f}, which makes" in said[1]
+
+
 def test_runs_of_another_context_are_not_compared(run, train):
     other = train("other", "--block_size=16")
     with pytest.raises(ValueError, match="a context of 16 tokens, and .* one of 32"):

@@ -17,7 +17,7 @@ import scores
 import tasks
 import train
 from dataset import Dataset
-from engine import machine
+from engine import inference, machine
 from engine.checkpoint import load_model
 from engine.shards import ShardWriter, Strip
 from generate import answers
@@ -288,6 +288,16 @@ def test_a_run_does_not_differ_from_itself_and_differs_from_one_that_knows_nothi
     other = trained(folder, "other", rows, "--steps=1", "--lr=0", "--embed_lr=0", "--head_lr=0")
     said, _ = evaluated(f"--baseline={other}", "--task=story")
     assert re.search(r"perplexity .* they differ", said)
+
+
+def test_of_two_runs_the_first_alone_has_eight_bits_and_is_near(run, evaluated, monkeypatch):
+    made, ready = [], inference.ready
+    monkeypatch.setattr(inference, "ready", lambda *a, **k: made.append(ready(*a, **k)) or made[-1])
+    said, _ = evaluated("--quantize=int8", f"--baseline={run}", "--task=story")
+    kinds = [[getattr(m, "eight_bits", False) for m in model.modules()] for model in made]
+    assert list(map(any, kinds)) == [True, False]
+    value, gap = map(float, re.search(r"perplexity +(\S+) +([+-]\S+) ", said).groups())
+    assert abs(gap) < 0.02 * value
 
 
 def test_exchanged_prompts_are_those_of_the_next_row(run, evaluated):

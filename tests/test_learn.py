@@ -327,12 +327,22 @@ def test_a_file_that_is_wrong_ends_with_status_2(tmp_path):
     file.write_text("def attend(q, k, v):\n    return v\n")
     out = forked.run("learn.py", "4", f"--check={file}", status=2)
     assert f"{WRONG} attend" in out
-    assert f"{RIGHT} causality" in out
+    assert f"{RIGHT} model.py: causality" in out  # the book's own
 
 
-def test_the_contents_name_every_chapter(capsys):
-    learn.main([])
-    assert len(capsys.readouterr().out.splitlines()) == len(NUMBERS)
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_contents_name_every_chapter_in_even_columns(language, capsys):
+    learn.main([f"--language={language}"])
+    rows = [line.partition("docs/learn/") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == len(NUMBERS) and all(sign for _, sign, _ in rows)
+    assert len({learn.columns(before) for before, _, _ in rows}) == 1
+
+
+def test_a_terminal_shows_words_and_no_markdown():
+    text = "**0.503** of [`model.py: MLP`](../../model.py#L1-L2), **[chapter 8](08.zh.md)**: `2**3`"
+    said = "0.503 of `model.py: MLP`, chapter 8: `2**3`"
+    code = "\n```\nx**2 + [y](z)**2\n```"
+    assert learn.plain(text + code) == said + code
 
 
 # --- whys

@@ -209,6 +209,19 @@ def test_gelu_is_gpt2s_tanh_form():
     torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mlp", BENDS)
+def test_every_bend_of_the_mlp_bends_and_learns(mlp):
+    """Two layers without it, or with a constant, were one; which numbers it gives is not asked."""
+    g = torch.Generator().manual_seed(0)
+    part = make("modern", mlp=mlp).blocks[0].mlp
+    a, b = 3 * torch.randn(2, 64, 32, generator=g)
+    y = part(a)
+    straight = part(a + b) - part(b) + part(torch.zeros_like(a))  # y, if it were W x + c
+    assert y.isfinite().all() and (straight - y).norm() > 0.05 * y.norm()
+    for gradient in torch.autograd.grad(y.square().sum(), list(part.parameters())):
+        assert gradient.isfinite().all() and gradient.any()
+
+
 def test_rotary_positions_are_relative():
     config = GPTConfig(10, head_dim=16)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)

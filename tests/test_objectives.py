@@ -4,10 +4,15 @@ import math
 import sys
 from types import SimpleNamespace
 
+import promises
 import pytest
+from conftest import ROOT
 
 import objectives
 from engine.learner import total
+
+# what learns from more than plain text, or needs more than its name; each has a test of its own
+ELSEWHERE = ("classify", "distil", "encoder_decoder", "preference", "reward", "vae")
 
 TOY = '''
 """Toy: how large is the embedding of what is read?"""
@@ -67,6 +72,21 @@ def test_one_more_objective_is_one_file(toy, train, capsys):
         train("other", *own, "--mask=full")
 
 
+@pytest.mark.parametrize("name", objectives.names())
+def test_each_falls_towards_0_from_above_and_is_shared_out_alike(name, data):
+    """A new file is taken up. One whose terms may be below 0 wants a test with its own bounds."""
+    if name in ELSEWHERE:
+        assert (ROOT / "tests" / f"test_{name}.py").exists()
+        return
+    learner, batch, keys = promises.make(data, f"--objective={name}")
+    before = promises.means(learner, batch, keys)
+    assert before["total"] > 0 and min(before.values()) >= -1e-4
+    promises.shared_out_alike(learner, batch, keys)
+    promises.learns_by_heart(learner, batch, keys)
+    after = promises.means(learner, batch, keys)
+    assert after["total"] < 0.8 * before["total"] and min(after.values()) >= -1e-4
+
+
 def test_the_loss_is_the_weighted_sum_of_means():
     objective = SimpleNamespace(terms={"a": 1.0, "b": 50.0, "told": 0.0})
     assert total(objective, [6.0, 4.0, math.nan], [3, 8, 0]) == 6 / 3 + 50 * 4 / 8
@@ -112,6 +132,14 @@ def test_the_objective_in_a_config_file_brings_its_settings(data, tmp_path):
     config.write_text('objective = "masked"\nmask_fraction = 0.3\n')
     assert command.read_settings([str(config)]).own.mask_fraction == 0.3
     assert command.read_settings([str(config), "--mask_fraction=0.2"]).own.mask_fraction == 0.2
+    whose = "mask_fraction is a setting of objective=masked"
+    with pytest.raises(ValueError, match=whose):
+        command.read_settings(["--mask_fraction=0.2"])
+    config.write_text("mask_fraction = 0.2\n")
+    with pytest.raises(ValueError, match=whose):
+        command.read_settings([str(config), "--objective=vae"])
+    with pytest.raises(ValueError, match="temperature is a setting of objective=distil or reward"):
+        command.read_settings(["--temperature=2"])
     config.write_text('_name = "masked"\nobjective = _name\n')
     with pytest.raises(ValueError, match="said plainly"):
         command.main([str(config), f"--data={data}"])

@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
-from test_model import SHAPES
+from test_model import BENDS, SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan
@@ -37,13 +38,16 @@ def test_operations_are_those_that_are_counted(name):
     assert counter.get_total_flops() / x.numel() == arithmetic.products(c, T) + masked
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [*(name for name in SHAPES if name not in BENDS), "silu"])
 def test_a_layer_leaves_behind_as_much_as_said(name):
-    kept = []
+    """Also with a bend that only model.py knows."""
+    kept, new = [], name == "silu"
     T = fast.SHORT + 8  # where attention is computed as on a GPU: no scores are kept
     for n_layer in (1, 2):
-        model = made(name, n_layer=n_layer, block_size=T)
-        fast.install(model, list(fast.PARTS))
+        model = made("modern" if new else name, n_layer=n_layer, block_size=T)
+        for block in model.blocks if new else ():
+            block.mlp.activation, model.config.mlp = F.silu, name
+        fast.install(model, [part for part in fast.PARTS if not (new and part == "mlp")])
         x = torch.randint(model.config.vocab_size, (2, T))
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         found = {}
@@ -120,6 +124,27 @@ def test_what_does_not_fit_is_said(capsys):
     assert 1 < rows < share and windows_in_a_pass(share, Settings(device_batch=rows)) == rows
 
 
+def test_a_measured_speed_tells_the_time_and_no_card_counts(capsys):
+    shape = ["--n_layer=4", "--vocab_size=2048", "--block_size=256", "--tokens=3M"]
+    plan.main([*shape, "--tokens_per_second=12k"])
+    said = capsys.readouterr().out
+    assert "4.17 minutes at the 12k tokens/s" in said and "--memory=GB" in said
+    assert not any(word in said for word in ("80 GB", "TFLOP", "cost", "device_batch"))
+    measured = [*shape, "--tokens_per_second=120k", "--memory=0.1", "--price=3"]
+    plan.main(measured)
+    said = capsys.readouterr().out
+    assert "25 seconds" in said and "a card has 0.1 GB" in said and "--device_batch=" in said
+    assert "0.00694 card hours, 0.0208 at 3 an hour" in said
+    plan.main([*measured, "--tokens=1000M"])
+    assert "2.31 hours" in capsys.readouterr().out
+
+
+def test_a_shape_that_is_far_from_what_was_asked_for_is_told(capsys):
+    for params, far in (("1.3M", True), ("124M", False)):
+        plan.main([f"--params={params}", f"--vocab_size={2048 if far else 50257}"])
+        assert ("the nearest of 64 channels" in capsys.readouterr().out) == far
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -128,6 +153,7 @@ def test_what_does_not_fit_is_said(capsys):
         "--params=1M --n_layer=3",
         "--tokens=10",
         "--mfu=0",
+        "--tokens_per_second=0",
         "--gpu=h1000",
     ],
 )

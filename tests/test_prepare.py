@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import inspect
 import io
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -16,6 +18,7 @@ import prepare
 from bpe import bpe_tokenizer
 from dataset import Dataset
 from engine import pipeline, sources, spool
+from engine.tables import Reading
 
 
 def read(folder) -> dict[str, list[str]]:
@@ -92,6 +95,16 @@ def test_the_split_of_a_document_does_not_depend_on_its_company(tmp_path):
         prepare.main([str(path), f"--out={tmp_path / name}", "--tokenizer=bytes"])
         places.append({doc: split for split, docs in read(tmp_path / name).items() for doc in docs})
     assert all(places[1][row] == places[0][row] for row in rows)
+
+
+def test_a_folder_ignores_no_type_of_file_that_can_be_read():
+    source = inspect.getsource(sources.file_documents)
+    types = {*re.findall(r"endswith\(\"(\.\w+)\"", source)} - {".json"}  # that one is refused
+    assert types >= {".parquet", ".jsonl"}
+    for name in types:
+        assert sources.matches(Path(f"a{name}"), Reading().pattern), (
+            f"pattern of Reading lacks {name}"
+        )
 
 
 def test_every_kind_of_source_gives_the_same_documents(tmp_path, monkeypatch):

@@ -34,6 +34,14 @@ class Settings:
     inside: Shape = field(default_factory=partial(Shape, size=7))
 
 
+@dataclass
+class Wrapped:
+    steps: int = 10  # how many
+    shape: str = (
+        "round"  # how it looks
+    )  # fmt: skip
+
+
 def load(tmp_path, *argv, file="steps = 2 * 3\n"):
     path = tmp_path / "some.py"
     path.write_text(file)
@@ -130,6 +138,11 @@ def test_a_dataclass_inside_is_set_by_the_same_names(tmp_path):
     values = settings.flat(s)
     assert values["width"] == 10 and values["steps"] == 6 and "size" not in values
     assert settings.make(Settings, values) == s
+
+
+def test_a_comment_that_is_on_another_line_is_missed_in_one_sentence():
+    with pytest.raises(ValueError, match=r"Wrapped\.shape lacks the comment that --help shows"):
+        settings_of(Wrapped)
 
 
 def test_what_an_older_file_lacks_has_its_default():
