@@ -15,7 +15,7 @@ LLAMA |= dict(n_kv_head=2)
 SHAPES = {"modern": {}, "grouped": dict(n_kv_head=2, head_dim=10), "gpt2": GPT2, "llama": LLAMA}
 SHAPES["qwen3"] = LLAMA | dict(qk_norm=True, tied=True)
 SHAPES["qwen2"] = LLAMA | dict(qkv_bias=True, rope_factor=8.0, rope_original=8)
-SHAPES["smear"] = dict(smear=True)
+SHAPES["canon"] = dict(canon=4)
 # and a bend that someone has added to shape.py
 BENDS = get_args(get_type_hints(GPTConfig)["mlp"])
 SHAPES |= {mlp: dict(mlp=mlp) for mlp in BENDS if mlp not in ("relu2", "gelu", "swiglu")}
@@ -311,8 +311,8 @@ def test_a_mask_may_be_a_window_or_the_edges_of_a_graph(kind):
                 assert differs.tolist() == reached[:, changed].tolist()
 
 
-def test_nothing_is_smeared_over_the_border_of_two_texts():
-    model, x = make("smear"), tokens(2, 12)
+def test_no_short_convolution_reaches_over_the_border_of_two_texts():
+    model, x = make("canon"), tokens(2, 12)
     row = torch.arange(12) // 7  # two texts of 7 and 5 tokens in a window
     mask = (row[:, None] == row) & torch.ones(12, 12, dtype=torch.bool).tril()
     together = model(x, mask=mask, positions=torch.arange(12) - 7 * row)
