@@ -36,4 +36,5 @@ def activations(c: GPTConfig) -> int:
     attention = (Q + 2 * K) + Q  # queries, keys and values; their sums, which wo reads
     attention += (Q + K) * ((c.position == "rotary") + c.qk_norm)
     mlp = (4 if c.mlp == "swiglu" else 1) * c.mlp_dim
-    return norms + attention + mlp
+    canon = 2 * C if c.canon > 1 else 0
+    return norms + canon + attention + mlp

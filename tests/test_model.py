@@ -311,6 +311,15 @@ def test_a_mask_may_be_a_window_or_the_edges_of_a_graph(kind):
                 assert differs.tolist() == reached[:, changed].tolist()
 
 
+def test_a_canon_layer_adds_shares_of_the_tokens_before():
+    canon, x = make("canon").blocks[1].mlp_canon, torch.randn(2, 6, 32)
+    expected = x.clone()
+    for t in range(6):
+        for i in range(1, min(3, t) + 1):
+            expected[:, t] += canon.weight[i - 1] * x[:, t - i]
+    torch.testing.assert_close(canon(x, None, None), expected)
+
+
 def test_no_short_convolution_reaches_over_the_border_of_two_texts():
     model, x = make("canon"), tokens(2, 12)
     row = torch.arange(12) // 7  # two texts of 7 and 5 tokens in a window
