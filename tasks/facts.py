@@ -16,7 +16,7 @@ from itertools import islice
 
 from tasks import TEST, VAL, distinct, row
 
-ROWS = dict(train=10_000, val=1_000, test=1_000)
+ROWS = dict(train=40_000, val=1_000, test=1_000)
 ASKED = dict(train=5, val=1, test=1)  # questions of a story, at most
 PEOPLE = ("Nora", "Felix", "Amina", "Boris")
 PLACES = ("harbour", "attic", "bakery", "library", "meadow", "station", "cellar")
