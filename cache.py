@@ -40,9 +40,11 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_kv_head, size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        # the embeddings that `before` hands on, behind a 0 for what stands before a text
-        places = 1 + size if config.smear else 0
-        self.past = torch.zeros(batch, places, config.n_embd, device=device, dtype=dtype)
+        # what `behind` hands on, behind zeros for what stands before a text
+        self.reach = max(0, config.canon - 1)
+        past = (2 * config.n_layer, batch, self.reach + size, config.n_embd)
+        past = past if self.reach else (0, batch, 0, 0)
+        self.past = torch.zeros(past, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.long)  # (B), on the CPU: Python asks for them
         self.whole = whole  # S is always `size`, and not only as far as the longest text goes
 
@@ -74,22 +76,23 @@ class KVCache:
                 stored.scatter_(2, at, new.to(stored.dtype))
         return self.k[layer, :, :, : self.end], self.v[layer, :, :, : self.end]
 
-    def before(self, x: Tensor) -> Tensor:
-        """Stores the embeddings x (B, T, C) of the new tokens and returns those of the tokens one
-        place before (B, T, C)."""
-        T = x.size(1)
+    def behind(self, site: int, x: Tensor) -> Tensor:
+        """Stores x (B, T, C), what the module `site` reads of the new tokens, and returns it behind
+        what it has read of the `reach` tokens before: (B, reach + T, C)."""
+        T, past = x.size(1), self.past[site]
         if self.at is None:
-            self.past[:, self.end - T + 1 : self.end + 1] = x
-            return self.past[:, self.end - T : self.end].to(x.dtype)
-        at = self.at[..., None].expand_as(x)
-        self.past.scatter_(1, at + 1, x.to(self.past.dtype))
-        return self.past.gather(1, at).to(x.dtype)
+            past[:, self.reach + self.end - T : self.reach + self.end] = x
+            return past[:, self.end - T : self.reach + self.end].to(x.dtype)
+        places = self.at[:, :1] + torch.arange(self.reach + T, device=x.device)
+        places = places[..., None].expand(-1, -1, x.size(2))
+        past.scatter_(1, places[:, self.reach :], x.to(past.dtype))
+        return past.gather(1, places).to(x.dtype)
 
     def take(self, rows: list[int]) -> None:
         """Row i becomes a copy of what row rows[i] was: to repeat, drop, or reorder texts."""
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
-        self.past = self.past[rows]
+        self.past = self.past[:, rows]
         self.lengths = self.lengths[rows]
 
     def first(self, count: int) -> "KVCache":
@@ -100,7 +103,7 @@ class KVCache:
         """Rows from `begin` to `end`, in the same memory."""
         part = copy.copy(self)
         part.k, part.v = self.k[:, begin:end], self.v[:, begin:end]
-        part.past = self.past[begin:end]
+        part.past = self.past[:, begin:end]
         part.lengths = self.lengths[begin:end]
         return part
 
@@ -109,7 +112,7 @@ class KVCache:
         end = int(self.lengths[row])
         self.k[:, to, :, :end] = self.k[:, row, :, :end]
         self.v[:, to, :, :end] = self.v[:, row, :, :end]
-        self.past[to] = self.past[row]
+        self.past[:, to] = self.past[:, row]
         self.lengths[to] = self.lengths[row]
 
     def put(self, rows: list[int], other: "KVCache") -> None:
@@ -118,5 +121,5 @@ class KVCache:
         end = int(other.lengths.max())
         self.k[:, rows, :, :end] = other.k[:, :, :, :end]
         self.v[:, rows, :, :end] = other.v[:, :, :, :end]
-        self.past[rows, : other.past.size(1)] = other.past
+        self.past[:, rows, : other.past.size(2)] = other.past
         self.lengths[rows] = other.lengths

@@ -54,7 +54,6 @@ class GPT(nn.Module):
         self.wte = embedding(c, c.vocab_size)  # a vector for each token; the name is GPT-2's
         if c.position == "learned":
             self.wpe = embedding(c, c.block_size)  # and one for each position
-        self.smear = nn.Parameter(torch.ones(c.n_embd)) if c.smear else None
         self.embed_norm = Norm(c.n_embd, c) if c.embed_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
@@ -81,14 +80,13 @@ class GPT(nn.Module):
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens exceed block_size={self.config.block_size}")
         x = self.wte(tokens) if embedded is None else embedded  # (B, T, C)
+        within = positions  # where several texts share a row, each counts from 0
         if cache is not None:  # only when it writes: these tokens stand behind what was read before
             behind, causal = cache.begin(T)
             positions = behind if positions is None else positions
             mask = causal if mask is None else mask
         elif positions is None:
             positions = torch.arange(T, device=tokens.device)  # (T)
-        if self.smear is not None:
-            x = self.smeared(x, positions, cache)
         rope = None
         if self.config.position == "learned":
             x = x + self.wpe(positions)
@@ -96,25 +94,10 @@ class GPT(nn.Module):
             rope = rotary(positions, self.config)  # for the attention of every block
         x = self.drop(self.embed_norm(x))
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            x = block(x, rope, mask, cache, within)
         if cache is not None:
             cache.lengths += T
         return self.norm(x)
-
-    def smeared(self, x: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
-        """Embeddings x (B, T, C), each with a share, learned for each channel, of the one before.
-
-        To find what stood behind a word when it comes again, a position has to know which word is
-        before it. Attention learns that, too, one layer looking back so that the next can find it,
-        but neither pays without the other: for long nothing is learned, then all at once
-        (arXiv:2209.11895, where smeared keys make it come sooner). What it brought: docs/tasks.md.
-        """
-        if cache is not None:
-            before = cache.before(x)
-        else:
-            before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, C), moved on by one place
-            before = before * (positions > 0)[..., None]  # nothing stands before a text
-        return x + self.smear.to(x.dtype) * before
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) to float32 logits (..., V)."""
@@ -241,11 +224,52 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config.n_embd, config)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
+        self.attn_canon = Canon(config, 2 * layer) if config.canon > 1 else None
+        self.mlp_canon = Canon(config, 2 * layer + 1) if config.canon > 1 else None
 
-    def forward(self, x, rope, mask, cache) -> Tensor:
-        x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache))
-        x = x + self.drop(self.mlp(self.mlp_norm(x)))
+    def forward(self, x, rope, mask, cache, positions=None) -> Tensor:
+        y = self.attn_norm(x)
+        if self.attn_canon is not None:
+            y = self.attn_canon(y, positions, cache)
+        x = x + self.drop(self.attn(y, rope, mask, cache))
+        y = self.mlp_norm(x)
+        if self.mlp_canon is not None:
+            y = self.mlp_canon(y, positions, cache)
+        x = x + self.drop(self.mlp(y))
         return x
+
+
+class Canon(nn.Module):
+    """Each position takes, in every channel, a learned share of the few before it.
+
+        y[t] = x[t] + w1 x[t-1] + w2 x[t-2] + w3 x[t-3]        a voice that follows: a canon
+
+    To find what stood behind a word when it comes again, a position has to know which words are
+    before it. Attention learns that, too, one layer looking back so that the next can find it, but
+    neither pays without the other: for long nothing is learned, then all at once
+    (arXiv:2209.11895). Given this short convolution, it is learned soon: docs/tasks.md. Source:
+    arXiv:2512.17351.
+    """
+
+    def __init__(self, config: GPTConfig, site: int):
+        super().__init__()
+        self.site = site  # its place in a KV cache
+        self.weight = nn.Parameter(torch.zeros(max(0, config.canon - 1), config.n_embd))
+        self.std = 0.3
+
+    def forward(self, x: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, C) to (B, T, C); `positions` as those of `GPT.trunk`, None for texts that have
+        a row to themselves."""
+        T, reach = x.size(1), len(self.weight)
+        # (B, reach + T, C): zeros stand before a text
+        past = F.pad(x, (0, 0, reach, 0)) if cache is None else cache.behind(self.site, x)
+        y = x
+        for i, share in enumerate(self.weight.to(x.dtype), start=1):
+            before = past[:, reach - i : reach - i + T]  # (B, T, C), of i places before
+            if positions is not None:
+                before = before * (positions >= i)[..., None]
+            y = y + share * before
+        return y
 
 
 class Norm(nn.Module):

@@ -135,7 +135,7 @@ def make_optimizers(learner: nn.Module, s, dtype: torch.dtype) -> list[torch.opt
     """The optimizers of settings `s`; each group keeps its full rate as `base_lr`.
 
     muon: block matrices by Muon at `lr`; the others by AdamW, embeddings at `embed_lr`, all else
-    (head, vectors, the thin matrices of lora.py, the heads of an objective) at `head_lr`. adamw,
+    (head, vectors, thin matrices, the heads of an objective) at `head_lr`. adamw,
     nadamw (Nesterov's momentum in it): everything at `lr`. Weight decay falls on matrices only, and
     beside Muon, as in its source, on none that AdamW has.
 
@@ -150,7 +150,7 @@ def make_optimizers(learner: nn.Module, s, dtype: torch.dtype) -> list[torch.opt
     betas = (s.beta1, s.beta2)
     if s.optimizer == "muon":
         embed = [p for n, p in named.items() if {"wte", "wpe"} & {*n.split(".")}]
-        thin = (".A", ".B")  # of lora.py
+        thin = (".A", ".B", "canon.weight")  # of lora.py, and shares of channels: no maps
         blocks = [n for n in named if "blocks" in n.split(".") and not n.endswith(thin)]
         inner = [named[n] for n in blocks if named[n].ndim == 2]
         taken = {*embed, *inner}

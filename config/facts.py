@@ -10,11 +10,12 @@ block_size = 256
 n_layer = 4
 n_head = 4
 n_embd = 128
+canon = 4  # to look something up, a place has to know what stands before it: docs/tasks.md
 
-steps = 1500
+steps = 2000
 batch_tokens = 16 * 256
 lr = 0.01
-eval_every = 300
-save_every = 300
+eval_every = 500
+save_every = 500
 log_every = 50
 sample_tokens = 10

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from model import IGNORE, MLP, Attention, Head, KVCache, Norm, rotary
+from model import IGNORE, MLP, Attention, Canon, Head, KVCache, Norm, rotary
 from shape import GPTConfig
 
 SHORT = 512  # longest context for which plain products beat the fused kernel in bfloat16
@@ -33,6 +33,7 @@ def largest_error(
     new = {
         nn.Embedding: lambda: nn.Embedding(c.vocab_size, c.n_embd),
         Norm: lambda: Norm(c.head_dim, c),
+        Canon: lambda: Canon(replace(c, canon=c.canon or 4), 0),
         Attention: lambda: Attention(c, 0),
         MLP: lambda: MLP(c),
         Head: lambda: Head(c),
@@ -107,6 +108,10 @@ def trials(
                     return m.cross_entropy(x, targets, table.to(x.dtype), *how)
 
                 yield loss, normal(2, T, c.n_embd), True
+    elif reference is Canon:
+        rows = torch.tensor([[0, 1, 2, 3, 0, 1, 0], [0, 1, 2, 3, 4, 5, 6]], device=device)
+        for T, positions in ((2, None), (7, None), (7, rows)):
+            yield lambda m, x, at=positions: m(x, at, None), normal(2, T, c.n_embd), True
     elif reference is MLP:
         yield lambda m, x: m(x), normal(2, 7, c.n_embd), True
     else:

@@ -35,6 +35,7 @@ def activations(c: GPTConfig) -> int:
     norms = 2 * C * (2 if c.norm_weight or c.norm == "layer" else 1)
     attention = (Q + 2 * K) + Q  # queries, keys and values; their sums, which wo reads
     attention += (Q + K) * ((c.position == "rotary") + c.qk_norm)
+    canon = 2 * C if c.canon > 1 else 0
     # of a bend that has no fast form, what goes into it and what comes out, if it is of one step
     mlp = dict(swiglu=4, gelu=1, relu2=1).get(c.mlp, 2) * c.mlp_dim
-    return norms + attention + mlp
+    return norms + canon + attention + mlp

@@ -194,14 +194,16 @@ def named(path: Path):
 
 
 def read_state(path: Path) -> tuple[dict, GPTConfig]:
-    """state.json and the shape of its model; a setting that is newer than it has its default."""
+    """state.json and the shape of its model. A setting that is newer than it has its default; one
+    that there is no more counts for nothing if it was off."""
     with named(path / "state.json"):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for key, kinds in STATE.items():
             if not isinstance(state[key], kinds):
                 raise TypeError(f"{key}={state[key]!r}")
         known = settings_of(GPTConfig) | {"vocab_size": Setting(int)}
-        shape = {key: convert(key, value, known[key]) for key, value in state["model"].items()}
+        shape = {key: value for key, value in state["model"].items() if value or key in known}
+        shape = {key: convert(key, value, known[key]) for key, value in shape.items()}
         return state, GPTConfig(**shape)
 
 

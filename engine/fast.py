@@ -15,10 +15,11 @@ from engine.gradients import (
     ActivatedLinear,
     PiecewiseCrossEntropy,
     RMSNormalise,
+    ShortConvolution,
     working_type,
 )
 from engine.machine import Machine
-from model import IGNORE, MLP, Attention, Head, Norm, gelu, relu2
+from model import IGNORE, MLP, Attention, Canon, Head, Norm, gelu, relu2
 from shape import GPTConfig
 
 
@@ -43,6 +44,15 @@ class FastNorm(Norm):
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         x = RMSNormalise.apply(x, self.eps)
         return x if self.weight is None else x * self.weight
+
+
+class FastCanon(Canon):
+    """In place, where a text is read whole."""
+
+    def forward(self, x: Tensor, positions: Tensor | None, cache) -> Tensor:
+        if cache is not None or torch.compiler.is_compiling():
+            return super().forward(x, positions, cache)
+        return ShortConvolution.apply(x, positions, self.weight)
 
 
 def untouched(layer: nn.Module) -> bool:
@@ -162,6 +172,7 @@ class FastHead(Head):
 PARTS = {  # name: the module of model.py, what may take its place
     "embedding": (nn.Embedding, FastEmbedding),
     "norm": (Norm, FastNorm),
+    "canon": (Canon, FastCanon),
     "attention": (Attention, FastAttention),
     "mlp": (MLP, FastMLP),
     "head": (Head, FastHead),

@@ -40,6 +40,34 @@ class RMSNormalise(torch.autograd.Function):
         return torch.addcmul(g, y, along, value=-1) * scale, None
 
 
+class ShortConvolution(torch.autograd.Function):
+    """`Canon` of model.py for texts read whole: in place, and nothing kept but its input."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, positions: Tensor | None, weight: Tensor) -> Tensor:
+        """x (B, T, C), positions (T) or (B, T), and weight (reach, C): of 1, 2, ... before."""
+        ctx.save_for_backward(x, positions, weight)
+        y = x.clone()
+        for i, share in enumerate(weight.to(x.dtype)[: x.size(1) - 1], start=1):
+            y[:, i:].addcmul_(inside(x[:, :-i], positions, i), share)
+        return y
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, positions, weight = ctx.saved_tensors
+        dx, dw = g.clone(), torch.zeros_like(weight)
+        for i, share in enumerate(weight.to(x.dtype)[: x.size(1) - 1], start=1):
+            later = inside(g[:, i:], positions, i)
+            dx[:, :-i].addcmul_(later, share)
+            dw[i - 1] = (later * x[:, :-i]).sum(dim=(0, 1), dtype=torch.float32)
+        return dx, None, dw
+
+
+def inside(x: Tensor, positions: Tensor | None, i: int) -> Tensor:
+    """x, and 0 where i places before is another text."""
+    return x if positions is None else x * (positions >= i)[..., i:, None]
+
+
 class ActivatedLinear(torch.autograd.Function):
     """linear(activation(x)), for GELU or ReLU^2. What the activation gives is made again in the
     backward pass, which is cheaper than to keep it."""

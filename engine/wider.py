@@ -14,7 +14,7 @@ import torch
 from model import GPT
 
 MODERN = dict(position="rotary", norm="rms", norm_weight=False, mlp="relu2", bias=False)
-MODERN |= dict(embed_norm=True, qk_norm=True, qkv_bias=False, tied=False, smear=False)
+MODERN |= dict(embed_norm=True, qk_norm=True, qkv_bias=False, tied=False, canon=0)
 
 
 @torch.no_grad()

@@ -52,8 +52,8 @@ class Objective(Base):
             raise ValueError(f"{data.folder} holds running text, which has no prompt to encode")
 
     def heads(self, gpt):
-        unsmeared = "false with objective=encoder_decoder, also in what it begins with"
-        settings.require(not gpt.config.smear, gpt.config, "smear", unsmeared)
+        none = "0 with objective=encoder_decoder, also in what it begins with"
+        settings.require(not gpt.config.canon, gpt.config, "canon", none)
         c = replace(gpt.config, n_layer=self.own.encoder_layers, tied=True)
         encoder = GPT(c)
         encoder.wte = nn.Identity()  # it reads the embeddings of the trunk

@@ -6,7 +6,7 @@
 The kind of tasks 1, 2 and 6 of bAbI (arXiv:1502.05698), with words of its own: one fact, or two
 that must be joined (who holds the rope, where she is now), among facts that do not matter, and the
 latest counts. Questions: where somebody is, where a thing is, who has it, and whether somebody is
-somewhere.
+somewhere. A story to learn from is asked up to five, since most of the work is to read it.
 """
 
 import random
@@ -16,7 +16,8 @@ from itertools import islice
 
 from tasks import TEST, VAL, distinct, row
 
-ROWS = dict(train=10_000, val=1_000, test=1_000)
+ROWS = dict(train=40_000, val=1_000, test=1_000)
+ASKED = dict(train=5, val=1, test=1)  # questions of a story, at most
 PEOPLE = ("Nora", "Felix", "Amina", "Boris")
 PLACES = ("harbour", "attic", "bakery", "library", "meadow", "station", "cellar")
 THINGS = ("rope", "lantern", "map", "basket")
@@ -75,20 +76,29 @@ class World:
 def rows(split: str, seed: int, val: float = VAL, test: float = TEST) -> Iterator[dict]:
     """Rows of which no two are alike; a story belongs to one split with all of its questions."""
     found = distinct(draw, story_of, split, seed, val, test)
-    for story, question in islice(found, ROWS[split]):
-        prompt = f"{story}\n{question}"
-        yield row("facts", prompt, solve(prompt), group=story)
+    for story, questions in islice(found, ROWS[split]):
+        turns = []
+        for question in questions[: ASKED[split]]:
+            prompt = question if turns else f"{story}\n{question}"
+            turns += row("facts", prompt, solve(f"{story}\n{question}"))["messages"]
+        yield dict(messages=turns, task="facts", group=story)
 
 
-def story_of(drawn: tuple[str, str]) -> str:
+def story_of(drawn: tuple[str, tuple]) -> str:
     return drawn[0]
 
 
-def draw(rng: random.Random) -> tuple[str, str]:
+def draw(rng: random.Random) -> tuple[str, tuple[str, ...]]:
+    """A story and different questions about it."""
     world, sentences = World(), []
     for _ in range(rng.randint(3, 12)):
         sentences.append(world.next_sentence(rng))
         world.tell(sentences[-1])
+    questions = dict.fromkeys(ask(world, rng) for _ in range(ASKED["train"]))
+    return " ".join(f"{sentence}." for sentence in sentences), tuple(questions)
+
+
+def ask(world: World, rng: random.Random) -> str:
     who = rng.choice([person for person in PEOPLE if person in world.place])
     there = world.place[who]
     somewhere = rng.choice((there, rng.choice([place for place in PLACES if place != there])))
@@ -96,12 +106,14 @@ def draw(rng: random.Random) -> tuple[str, str]:
     questions = [f"Where is {who}?", f"Is {who} in the {somewhere}?"]
     if thing:
         questions += [f"Where is the {thing}?", f"Who has the {thing}?"]
-    return " ".join(f"{sentence}." for sentence in sentences), rng.choice(questions)
+    return rng.choice(questions)
 
 
 def solve(prompt: str) -> str | None:
-    """The answer, worked out from the prompt; None if that is no story with a question."""
-    story, _, question = prompt.strip().rpartition("\n")
+    """The answer, worked out from the prompt; None if that is no story with a question at its end.
+    Between them may stand what was asked and answered before."""
+    lines = prompt.strip().split("\n")
+    story, question = lines[0], lines[-1]
     world = World()
     try:
         for sentence in story.removesuffix(".").split(". "):

@@ -145,5 +145,5 @@ def test_what_has_no_prompt_is_refused(data, chat):
         promises.make(data, *ARGV)
     with pytest.raises(ValueError, match="train_on='all' should be answers"):
         promises.make(chat, *ARGV, "--train_on=all")
-    with pytest.raises(ValueError, match="smear=True should be false"):
-        promises.make(chat, *ARGV, "--smear=true")
+    with pytest.raises(ValueError, match="canon=4 should be 0"):
+        promises.make(chat, *ARGV, "--canon=4")

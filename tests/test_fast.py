@@ -190,6 +190,6 @@ def test_a_run_that_goes_on_gets_no_part_that_it_had_not():
     every = list(fast.PARTS)
     # a run that was begun with --fast=false has none, and is now asked to have them
     for had, gets in ((["norm", "head"], ["norm", "head"]), ([], every), (every, every)):
-        model = make("modern")
+        model = make("canon")
         fast.use(model, here, True, before=dict(fast=had))
         assert fast.installed(model) == gets

@@ -758,7 +758,7 @@ def test_files_have_the_permissions_that_the_umask_leaves(both, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o750}
 
 
-@pytest.mark.parametrize("other", ["mlp=swiglu", "smear=True"])
+@pytest.mark.parametrize("other", ["mlp=swiglu", "canon=4"])
 def test_shapes_that_transformers_lacks_are_refused_by_name(other, train, tmp_path):
     run = train("run", f"--{other}")
     with pytest.raises(ValueError, match=rf"NanoChatForCausalLM, but for {other}"):

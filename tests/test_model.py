@@ -15,7 +15,7 @@ LLAMA |= dict(n_kv_head=2)
 SHAPES = {"modern": {}, "grouped": dict(n_kv_head=2, head_dim=10), "gpt2": GPT2, "llama": LLAMA}
 SHAPES["qwen3"] = LLAMA | dict(qk_norm=True, tied=True)
 SHAPES["qwen2"] = LLAMA | dict(qkv_bias=True, rope_factor=8.0, rope_original=8)
-SHAPES["smear"] = dict(smear=True)
+SHAPES["canon"] = dict(canon=4)
 # and a bend that someone has added to shape.py
 BENDS = get_args(get_type_hints(GPTConfig)["mlp"])
 SHAPES |= {mlp: dict(mlp=mlp) for mlp in BENDS if mlp not in ("relu2", "gelu", "swiglu")}
@@ -324,8 +324,17 @@ def test_a_mask_may_be_a_window_or_the_edges_of_a_graph(kind):
                 assert differs.tolist() == reached[:, changed].tolist()
 
 
-def test_nothing_is_smeared_over_the_border_of_two_texts():
-    model, x = make("smear"), tokens(2, 12)
+def test_a_canon_layer_adds_shares_of_the_tokens_before():
+    canon, x = make("canon").blocks[1].mlp_canon, torch.randn(2, 6, 32)
+    expected = x.clone()
+    for t in range(6):
+        for i in range(1, min(3, t) + 1):
+            expected[:, t] += canon.weight[i - 1] * x[:, t - i]
+    torch.testing.assert_close(canon(x, None, None), expected)
+
+
+def test_no_short_convolution_reaches_over_the_border_of_two_texts():
+    model, x = make("canon"), tokens(2, 12)
     row = torch.arange(12) // 7  # two texts of 7 and 5 tokens in a window
     mask = (row[:, None] == row) & torch.ones(12, 12, dtype=torch.bool).tril()
     together = model(x, mask=mask, positions=torch.arange(12) - 7 * row)

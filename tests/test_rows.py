@@ -182,13 +182,14 @@ def test_layout_of_each_policy():
     assert (layout(no_answer, t.markers, "prefix")[1][0, 0, :4, :4] == np.tri(4, dtype=bool)).all()
 
 
-def test_a_row_of_a_packed_window_has_the_logits_of_the_row_alone(chat):
+@pytest.mark.parametrize("canon", [0, 4])
+def test_a_row_of_a_packed_window_has_the_logits_of_the_row_alone(chat, canon):
     import torch
 
     from model import GPT, GPTConfig
 
-    config = GPTConfig(vocab_size=chat.tokenizer.vocab_size, block_size=96, n_layer=2, n_head=2)
-    model = GPT(config).eval()
+    shape = dict(block_size=96, n_layer=2, n_head=2, canon=canon)
+    model = GPT(GPTConfig(chat.tokenizer.vocab_size, **shape)).eval()
     model.init_weights(0)
     with torch.no_grad():
         for p in model.parameters():

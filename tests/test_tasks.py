@@ -18,7 +18,7 @@ GENERATED = ("facts", "numbers", "sums", "sums_plain", "tictactoe")
 
 
 def texts(row: dict) -> tuple[str, str]:
-    user, assistant = row["messages"]
+    user, assistant = row["messages"][:2]
     assert (user["role"], assistant["role"]) == ("user", "assistant")
     return user["content"], assistant["content"]
 
@@ -87,7 +87,7 @@ def test_no_seed_shows_in_training_what_another_seed_tests(name):
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_no_row_comes_twice_and_nothing_is_held_back_if_that_is_asked(name):
-    rows = [(row["task"], *texts(row)) for row in tasks.find(name).rows("train", 0)]
+    rows = [(row["task"], str(row["messages"])) for row in tasks.find(name).rows("train", 0)]
     assert len(rows) == len(set(rows)) >= 10_000
     assert not list(tasks.find(name).rows("test", 0, test=0.0))
 
@@ -148,6 +148,15 @@ def test_each_direction_of_numbers_is_asked_for_equally_often():
     assert len(set(ways)) == 6
     assert {ways.count(way) for way in ways} == {len(rows) // 6}
     assert all(task != f"numbers_{form}" for form, task in ways)
+
+
+def test_each_question_of_a_story_to_learn_from_has_its_own_answer():
+    for row in islice(facts.rows("train", 0), 100):
+        turns = [turn["content"] for turn in row["messages"]]
+        for i in range(1, len(turns), 2):
+            assert facts.right("\n".join(turns[:i]), turns[i])
+        assert 2 <= len(turns) <= 10 and len({*turns[::2]}) == len(turns[::2])
+    assert {len(row["messages"]) for row in facts.rows("test", 0)} == {2}
 
 
 STORY = (
