@@ -2,7 +2,7 @@
 
     python plan.py --params=1.5B --tokens=30B --gpus=8
     python plan.py --n_layer=12 --n_embd=768 --n_head=12 --vocab_size=50257 --gpu=rtx4090
-    python plan.py --n_layer=4 --vocab_size=2048 --tokens=10M --tokens_per_second=12k --memory=8
+    python plan.py --n_layer=4 --vocab_size=2048 --tokens=10M --tokens_per_second=12k --memory=8 --price=0
     python plan.py --params=10M --tokens=40M out/s1 out/s2 out/s3 out/s4 out/s5
 
 All of it is arithmetic (engine/arithmetic.py); only the share of a card's peak that training
@@ -66,7 +66,7 @@ class Settings:
     tokens_per_second: Amount = ""  # of all together, as a run has measured: then no peak counts
     tflops: NotNegative = 0.0  # TFLOP/s of one at its peak, if not that card's
     mfu: Share = 0.4  # the share of it that training reaches: 0.3 to 0.55 as a rule
-    price: NotNegative = 0.0  # of an hour of one card, in your money; 0: no cost is told
+    price: NotNegative = 2.0  # of an hour of one card, in your money; 0: no cost is told
     shard: bool = True  # each card keeps its share of parameters, gradients and moments
     optimizer: Literal["muon", "adamw"] = "muon"  # as in train.py
     vocab_size: Positive = 50257  # tokens that there are; by default GPT-2's

@@ -204,10 +204,19 @@ def refuse(message: str):
     raise ValueError(message)
 
 
+# what nanoGPT calls otherwise: docs/nanogpt.md
+NANOGPT = dict(dataset="data", out_dir="out", max_iters="steps", learning_rate="lr")
+NANOGPT |= dict(batch_size="batch_tokens", gradient_accumulation_steps="batch_tokens")
+NANOGPT |= dict(warmup_iters="warmup", lr_decay_iters="decay", min_lr="final_lr")
+NANOGPT |= dict(eval_interval="eval_every", eval_iters="eval_tokens", log_interval="log_every")
+NANOGPT |= dict(wandb_project="wandb", start="prompt", max_new_tokens="max_tokens")
+
+
 def unknown(name: str, known, where: str, owner=lambda name: "") -> ValueError:
     if of := owner(name):
         return ValueError(f"{name} is a setting of {of}: choose that, or leave it out")
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [NANOGPT[name]] if NANOGPT.get(name) in known else []
+    near = near or difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists them all"
     return ValueError(f"unknown setting {name!r} in {where}: {hint}")
 

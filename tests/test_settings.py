@@ -214,3 +214,16 @@ def test_no_setting_is_unused():
     for script in (evaluate, plot, prepare, sample, train):
         for name in settings_of(script.Settings):
             assert re.search(rf"\b(s|settings|self|c|config|model|reading)\.{name}\b", code), name
+
+
+def test_names_of_nanogpt_are_answered_with_ours_and_the_page_has_them_all():
+    import sample
+    import train
+
+    known = settings_of(train.Settings) | settings_of(sample.Settings)
+    table = (ROOT / "docs" / "nanogpt.md").read_text(encoding="utf-8")
+    for theirs, ours in settings.NANOGPT.items():
+        assert ours in known and theirs not in known
+        assert f"`{theirs}`" in table and f"`{ours}`" in table
+    with pytest.raises(ValueError, match="'max_iters' in the command line: did you mean steps"):
+        train.read_settings(["--max_iters=100"])
