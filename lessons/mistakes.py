@@ -63,7 +63,7 @@ def not_zeroed() -> str:
         for seed in SEEDS:
             net, losses = made(seed, zero_init=False), []
             optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-            for _ in range(51):
+            for _ in range(41):
                 loss = net(*windows(0, 4, 32))
                 loss.backward()
                 optimizer.step()
@@ -113,31 +113,32 @@ def one_seed() -> float:
     return noise[4] / noise[16]
 
 
+def go_on(net: GPT, optimizer, steps: range) -> float:
+    """The loss of the last of these steps."""
+    for step in steps:
+        loss = net(*windows(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
 def resumed() -> str:
-    """The specimen goes on with AdamW; then something is forgotten, three seeds of the data."""
+    """The specimen goes on with AdamW, and is stopped; then something is forgotten. Three seeds."""
     losses = dict(nothing=[], moments=[], step=[])
     for seed in SEEDS:
         net, _ = specimen.load()
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.003)
-
-        def go_on(first, last, net=net, seed=seed):
-            for step in range(first, last):
-                loss = net(*windows(1000 * seed + step))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            return loss.item()
-
-        go_on(0, 10)
+        go_on(net, optimizer, range(1000 * seed, 1000 * seed + 10))
         kept = copy.deepcopy([net.state_dict(), optimizer.state_dict()])
         for lost, found in losses.items():
             net.load_state_dict(kept[0])
             optimizer = torch.optim.AdamW(net.parameters(), lr=0.003)
             if lost != "moments":
                 optimizer.load_state_dict(copy.deepcopy(kept[1]))
-            if lost == "step":  # and so the rate is where it was at first
+            if lost == "step":  # and so the rate is what it was at first
                 optimizer.param_groups[0]["lr"] = 0.03
-            found.append(go_on(10, 15))
+            found.append(go_on(net, optimizer, range(1000 * seed + 10, 1000 * seed + 15)))
     for lost, found in losses.items():
         print(f"{lost:8} forgotten: loss at the fifth step {shown(found)}")
     apart = [ablations.Found(losses["nothing"], losses[k]).apart() for k in ("moments", "step")]
@@ -156,10 +157,7 @@ def not_eval() -> str:
             module.p = 0.2
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(net.train().parameters(), lr=0.003)
-    for step in range(40):
-        net(*windows(step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    go_on(net, optimizer, range(40))
     losses = {}
     for mode in ("train", "eval"):
         net.train(mode == "train")
@@ -216,10 +214,9 @@ def duplicates() -> float:
     texts = [f"passage {i}" for i in range(1500) for _ in range(rng.randint(1, 3))]
     rng.shuffle(texts)
     cut = len(texts) // 10
-    digests = [draw(digest_of(text), 1) < 0.1 for text in texts]
     ways = {
         "lines shuffled, then cut": [i < cut for i in range(len(texts))],
-        "by a digest of the text": digests,
+        "by a digest of the text": [draw(digest_of(text), 1) < 0.1 for text in texts],
     }
     shares = []
     for way, held in ways.items():
@@ -240,12 +237,12 @@ def eight_bits(w: torch.Tensor, by_row: bool) -> tuple[torch.Tensor, torch.Tenso
 @torch.no_grad()
 def one_scale() -> float:
     """A matrix of the specimen, with one weight made 100 times as large as the largest."""
-    net, tokenizer = specimen.load()
+    net, _ = specimen.load()
     w = net.blocks[0].attn.wv.weight
     w[3, 5] = 100 * w.abs().max()
     zeros = []
     for by_row in (False, True):
-        q, scale = eight_bits(w, by_row)
+        q, _ = eight_bits(w, by_row)
         zeros.append(100 * (q == 0).float().mean().item())
         rows = int((q == 0).all(dim=1).sum())
         name = "one for each row" if by_row else "one for the matrix"
