@@ -164,6 +164,7 @@ def test_line_numbers_follow_the_code_and_a_name_that_is_gone_is_told():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_commands_of_a_page_are_accepted(path):
     import evaluate
+    import plan
     import prepare
     import sample
     import train
@@ -173,6 +174,7 @@ def test_commands_of_a_page_are_accepted(path):
         "sample.py": (sample.Settings, "run", "?"),
         "learn.py": (learn.Settings, "chapter", "?"),
         "evaluate.py": (evaluate.Settings, "out", "?"),
+        "plan.py": (plan.Settings, "runs", "*"),
     }
     commands = re.findall(r"^python (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert commands
