@@ -28,7 +28,7 @@ PREDICT, RIGHT, WRONG, IS = "? ", "✓", "✗", "="  # signs, which no language 
 
 @dataclass
 class Settings:
-    chapter: str = ""  # its number, 0 to 11
+    chapter: str = ""  # its number, 0 to 12
     answer: tuple = ()  # your predictions, joined by commas: numbers, or the letters of choices
     check: str = ""  # a file of yours, with the functions that you have written or changed
     language: Literal["en", "zh"] = "en"  # of the pages; English where another is not written

@@ -2,7 +2,7 @@
 
     python plan.py --params=1.5B --tokens=30B --gpus=8
     python plan.py --n_layer=12 --n_embd=768 --n_head=12 --vocab_size=50257 --gpu=rtx4090
-    python plan.py --n_layer=4 --vocab_size=2048 --tokens=10M --tokens_per_second=12k --memory=8 --price=0
+    python plan.py --n_layer=4 --vocab_size=2048 --tokens=9M --tokens_per_second=12k --price=0
     python plan.py --params=10M --tokens=40M out/s1 out/s2 out/s3 out/s4 out/s5
 
 All of it is arithmetic (engine/arithmetic.py); only the share of a card's peak that training

@@ -28,7 +28,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "learn"
 CHAPTERS = ("shapes", "tokens", "windows", "blocks", "attention", "positions", "scores")
-CHAPTERS += ("descent", "writing", "own_text", "other_tasks", "machine_room")
+CHAPTERS += ("descent", "writing", "own_text", "other_tasks", "machine_room", "mistakes")
 
 QUESTION = re.compile(
     r"^### (\d+\.\d+) (.+?)\n(.+?)^<details><summary>.*?</summary>\n(.+?)^</details>", re.M | re.S

@@ -54,7 +54,7 @@ class Ablation:
     instead: dict = field(default_factory=dict)  # "Block.forward": a function
     base: dict = field(default_factory=dict)  # settings that both have
     net: Callable = lambda net: None  # done to the new model
-    targets: Callable | None = None  # (tokens, targets) to other targets
+    batch: Callable = lambda batch: batch  # to another batch
     measure: str = "behind"  # or "before" the bar, where ln 8 is the least that is possible
     few: bool = False  # learn from FEW strings, many times
     leak: bool = False  # and be judged by the same ones
@@ -72,6 +72,14 @@ def in_turn(self, x, rope, mask, cache, positions=None):
     return self.mlp(self.mlp_norm(self.attn(self.attn_norm(x), rope, mask, cache)))
 
 
+def alike(batch):
+    """What four processes learn from that draw with one seed."""
+    first = batch.windows(0, len(batch.tokens) // 4)
+    return first._replace(
+        tokens=np.tile(first.tokens, (4, 1)), targets=np.tile(first.targets, (4, 1))
+    )
+
+
 def everyone(T, S, device=None):
     return torch.ones(T, S, dtype=torch.bool, device=device)
 
@@ -80,7 +88,7 @@ DEEP = dict(n_layer=4, zero_init=False)
 
 ABLATIONS = dict(
     # docs/learn/02.md
-    no_shift=Ablation(targets=lambda tokens, targets: tokens, effect=1),
+    no_shift=Ablation(batch=lambda batch: batch._replace(targets=batch.tokens), effect=1),
     duplicates=Ablation(few=True, leak=True, measure="before", effect=-1),
     # 03.md. Blocks that begin at zero and do not add would hand on nothing at all
     no_residual=Ablation(instead={"Block.forward": in_turn}, base=DEEP, effect=1),
@@ -104,6 +112,9 @@ ABLATIONS = dict(
     warmup=Ablation(settings=dict(warmup=0.2)),
     no_decay=Ablation(settings=dict(decay=0.0)),
     one_layer=Ablation(settings=dict(n_layer=1)),
+    # 12.md
+    not_zeroed=Ablation(instead={"nn.Module.zero_grad": lambda self, set_to_none=True: None}),
+    one_seed=Ablation(batch=alike),
 )
 
 
@@ -159,9 +170,7 @@ def learn(seed: int, change: Ablation) -> dict[str, float]:
         for step in range(s.steps):
             rates = (s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, learning_rate(step, *rates))
-            batch = split.batch(step, B, T, seed)
-            if change.targets:
-                batch = batch._replace(targets=change.targets(batch.tokens, batch.targets))
+            batch = change.batch(split.batch(step, B, T, seed))
             exercise = learner.objective.prepare(batch, [], learner)
             loss, _ = train.update(learner, optimizers, scale, exercise, step, s, here)
         by = strings(FEW, seed=0) if change.leak else strings(STRINGS, seed=1)

@@ -164,6 +164,7 @@ def test_line_numbers_follow_the_code_and_a_name_that_is_gone_is_told():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_commands_of_a_page_are_accepted(path):
     import evaluate
+    import plan
     import prepare
     import sample
     import train
@@ -173,6 +174,7 @@ def test_commands_of_a_page_are_accepted(path):
         "sample.py": (sample.Settings, "run", "?"),
         "learn.py": (learn.Settings, "chapter", "?"),
         "evaluate.py": (evaluate.Settings, "out", "?"),
+        "plan.py": (plan.Settings, "runs", "*"),
     }
     commands = re.findall(r"^python (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert commands
@@ -242,6 +244,8 @@ MISTAKES = [
     (10, " if spread else 0.0", "", "advantages"),
     (11, "eps=eps", "eps=1", "fast_norm"),
     (11, "(step - 1)", "step", "window_numbers"),
+    (12, "dim=1, ", "dim=0, ", "quantize"),
+    (12, "decoder.decode(part)", 'part.decode(errors="replace")', "pieces"),
 ]
 
 
@@ -304,8 +308,8 @@ def test_a_page_in_another_language_is_enough(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["12"], "chapter='12' should be a number from 0 to 11"),
-        (["four"], "chapter='four' should be a number from 0 to 11"),
+        (["13"], "chapter='13' should be a number from 0 to 12"),
+        (["four"], "chapter='four' should be a number from 0 to 12"),
         (["4", "--answer=many"], "the prediction 'many' should be a number"),
         (["4", "--answer=1,2,3,4,5,6"], "6 answers, but 04.md has 5 questions"),
         (["4", "--check=nothing.py"], "no such file: 'nothing.py'"),

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal
 
 import pytest
+from conftest import ROOT
 
 from engine import settings
 from engine.settings import Fraction, Positive, settings_of
