@@ -34,8 +34,9 @@ def test_the_glossary_has_the_terms_once_and_none_that_is_forbidden():
 
 ENGLISH = """# 4 · Attention
 
-See [`model.py: GPT`](../../model.py#L1-L9) and [why](00.md#why); weights are 0.25 and 0.50,
-of 1.3 million.
+See [`model.py: GPT`](../../model.py#L1-L9) and [why](00.md#why); weights are 0.25 and 0.50.
+
+There are 1.3 million.
 
 ## Why
 
@@ -55,7 +56,9 @@ python learn.py 4  # try
 CHINESE = """# 4 · 注意力
 <!-- en:  -->
 
-见 [`model.py: GPT`](../../model.py#L1-L9) 和[为什么](00.zh.md#为什么)；权重是 0.25 和 0.50，共 130 万。
+见 [`model.py: GPT`](../../model.py#L1-L9) 和[为什么](00.zh.md#为什么)；权重是 0.25 和 0.50。
+
+共 130 万。
 
 ## 为什么
 <!-- en:  -->
