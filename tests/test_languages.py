@@ -36,6 +36,8 @@ ENGLISH = """# 4 · Attention
 
 See [`model.py: GPT`](../../model.py#L1-L9) and [why](00.md#why); weights are 0.25 and 0.50.
 
+There are 1.3 million.
+
 ## Why
 
 | left out | as it is |
@@ -55,6 +57,8 @@ CHINESE = """# 4 · 注意力
 <!-- en:  -->
 
 见 [`model.py: GPT`](../../model.py#L1-L9) 和[为什么](00.zh.md#为什么)；权重是 0.25 和 0.50。
+
+共 130 万。
 
 ## 为什么
 <!-- en:  -->
@@ -88,6 +92,7 @@ def test_a_change_in_one_language_alone_is_told_and_no_other():
     for there, here, told in [
         ("# try", "# 试试", "code blocks"),
         ("0.25", "0.52", "numbers"),
+        ("130 万", "13 万", "numbers"),
         ("4.a", "4.b", "numbers"),
         ("| 宽度 | 32", "| 宽度 | 64", "tables"),
         ("| 宽度 | 32 |", "| 宽度 32 |", "tables"),
