@@ -121,16 +121,16 @@ def trials(
 def attention_trials(
     c: GPTConfig, device: torch.device, g: torch.Generator, normal: Callable, training: bool
 ) -> Iterator[tuple]:
-    if training and c.block_size > SHORT:  # there the long form has its turn
-        T = SHORT + 1
-        rope = rotary(torch.arange(T, device=device), c) if c.position == "rotary" else None
-        yield lambda m, x: m(x, rope, None, None), normal(1, T, c.n_embd), True
-    for T in (min(7, c.block_size), min(33, c.block_size)):
+    # the last is as long as the model sees, for somebody may have changed how far that is; or one
+    # more than SHORT, where the long form has its turn
+    for T in sorted({min(T, c.block_size) for T in (7, 33, SHORT + 1)}):
+        rows = 2 if T <= 33 else 1
         where = torch.arange(T, device=device)
         seen = (torch.rand(2, 1, T, T, generator=g) < 0.5).to(device)
         seen |= torch.eye(T, dtype=torch.bool, device=device)
         # causal; who sees whom, for all rows and for each; positions of each row
-        for at, mask in ((where, None), (where, seen[0, 0]), (where.flip(0).expand(2, T), seen)):
+        masks = ((where, None), (where, seen[0, 0]), (where.flip(0).expand(2, T), seen))
+        for at, mask in masks if rows > 1 else masks[:training]:  # or a prompt will do
             rope = rotary(at, c) if c.position == "rotary" else None
             yield lambda m, x, r=rope, k=mask: m(x, r, k, None), normal(2, T, c.n_embd), True
 
@@ -149,4 +149,4 @@ def attention_trials(
             return torch.cat(parts, dim=1)
 
         if T > 4:
-            yield in_pieces, normal(2, T, c.n_embd), False
+            yield in_pieces, normal(rows, T, c.n_embd), False

@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,16 @@ def test_whoever_edits_the_book_is_obeyed(edit, dtype, monkeypatch):
     for training in (True, False)[: 1 if part == "mlp" else 2]:
         agreeing = fast.agreeing(shape("modern"), CPU, dtype, training)
         assert part not in agreeing and len(agreeing) == len(fast.PARTS) - 1
+
+
+@pytest.mark.parametrize("window", [4, 64])
+def test_whoever_lets_attention_see_less_far_is_obeyed(window, monkeypatch):
+    whole = book.causal_mask
+    near = lambda T, S, device=None: whole(T, S, device).triu(S - T - window + 1)  # noqa: E731
+    monkeypatch.setattr(book, "causal_mask", near)
+    config = replace(shape("modern"), block_size=128)
+    for training in (True, False):
+        assert "attention" not in fast.agreeing(config, CPU, torch.float32, training)
 
 
 class Largest(TorchDispatchMode):
