@@ -159,15 +159,21 @@ def update_pages(change) -> None:
 
 def write_digests() -> None:
     """Says of every Chinese page that it renders the English one of today, and names the sections
-    that it said so of before and that have changed since."""
+    that it said so of before and that have changed since. Raises ValueError for pages that differ
+    otherwise, in their sections, code or numbers: what is not rendered is not said to be."""
+    differ = []
     for english, chinese in languages.pairs():
         if not chinese.exists():
             continue
         text, before = english.read_text(encoding="utf-8"), chinese.read_text(encoding="utf-8")
         try:
             after = languages.stamped(text, before)
+            found = languages.differences(text, after)
         except ValueError as e:
-            raise ValueError(f"{chinese.name}: {e}") from None
+            found = [str(e)]
+        if found:
+            differ.append(f"{chinese.name} ({found[0]})")
+            continue
         if after == before:
             continue
         chinese.write_text(after, encoding="utf-8")
@@ -175,6 +181,8 @@ def write_digests() -> None:
         for section, old in zip(*map(languages.sections, (text, before)), strict=True):
             if languages.digest(section) not in languages.DIGEST.findall(old):
                 print(f"    {languages.title(section)}")
+    if differ:
+        raise ValueError(f"not rendered as yet, so left as it was: {'; '.join(differ)}")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def make_optimizers(learner: nn.Module, s, dtype: torch.dtype) -> list[torch.opt
     betas = (s.beta1, s.beta2)
     if s.optimizer == "muon":
         embed = [p for n, p in named.items() if {"wte", "wpe"} & {*n.split(".")}]
-        thin = (".A", ".B", "canon.weight")  # of lora.py, and shares of channels: no maps
+        thin = (".A", ".B", "canon.weight")  # of lora.py, and shares of channels, which are no maps
         blocks = [n for n in named if "blocks" in n.split(".") and not n.endswith(thin)]
         inner = [named[n] for n in blocks if named[n].ndim == 2]
         taken = {*embed, *inner}
@@ -170,8 +170,10 @@ def make_optimizers(learner: nn.Module, s, dtype: torch.dtype) -> list[torch.opt
             groups.append(dict(params=vectors, weight_decay=0.0))
         if s.optimizer == "adamw":
             optimizers = [torch.optim.AdamW(groups, s.lr, betas, fused=True)]
-        else:
+        elif s.optimizer == "nadamw":
             optimizers = [torch.optim.NAdam(groups, s.lr, betas, decoupled_weight_decay=True)]
+        else:
+            raise ValueError(f"make_optimizers knows no optimizer={s.optimizer!r}: make it here")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group["base_lr"] = group["lr"]

@@ -13,6 +13,7 @@ from train import Settings
 # every kind of parameter: embeddings of tokens and positions, head, matrices, biases, norm weights
 SHAPE = dict(vocab_size=23, block_size=8, n_layer=2, n_head=2, n_embd=8, mlp_dim=24)
 SHAPE |= dict(position="learned", norm="layer", norm_weight=True, bias=True, mlp="gelu")
+OPTIMIZERS = get_args(get_type_hints(Settings)["optimizer"])  # a new name is taken up
 RATES = dict(lr=0.01, embed_lr=0.3, head_lr=0.004)  # all different: none can stand in for another
 
 
@@ -116,7 +117,7 @@ def test_beside_muon_embeddings_head_and_vectors_follow_adamw_each_at_its_rate()
             torch.testing.assert_close(after[name], expected, atol=2e-5, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw", "nadamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_decay_shrinks_matrices_and_nothing_else(optimizer):
     """Without gradients only the decay moves anything: w becomes (1 - lr * decay) w."""
     before, after, _ = updated(gradients=False, optimizer=optimizer, weight_decay=0.5)
@@ -126,12 +127,18 @@ def test_decay_shrinks_matrices_and_nothing_else(optimizer):
         torch.testing.assert_close(after[name], factor * w, atol=1e-7, rtol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("optimizer", get_args(get_type_hints(Settings)["optimizer"]))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_parameter_is_updated_by_exactly_one_optimizer(optimizer):
     model, parameters = model_with_gradients()
     optimizers = make_optimizers(model, Settings(optimizer=optimizer), torch.float32)
     found = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, found)) == sorted(map(id, parameters.values()))
+
+
+def test_no_two_optimizers_do_the_same():
+    moved = [torch.cat([w.flatten() for w in updated(optimizer=o)[1].values()]) for o in OPTIMIZERS]
+    for i, one in enumerate(moved):
+        assert all((one - other).abs().max() > 1e-6 for other in moved[:i])
 
 
 # --- Muon (kellerjordan.github.io/posts/muon)

@@ -11,6 +11,7 @@ import forked
 import pytest
 import torch
 from conftest import TINY
+from test_optim import OPTIMIZERS
 
 from engine import checkpoint
 from engine.metrics import read_metrics
@@ -55,6 +56,8 @@ VARIANTS = {
     "bfloat16, grouped heads": ["--dtype=bfloat16", "--n_kv_head=1"],
     "float16": ["--dtype=float16"],
 }
+TRIED = " ".join(sum(VARIANTS.values(), ["muon"]))  # and an optimizer that someone has added
+VARIANTS |= {name: [f"--optimizer={name}"] for name in OPTIMIZERS if name not in TRIED}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
