@@ -15,8 +15,9 @@ def pick(
 ) -> Tensor:
     """Chooses a token for each row of logits (B, V) by a number in [0, 1), uniform (B,): (B,).
 
-    Raises ValueError if the logits are not finite. To sample in another way, write a function like
-    this one and hand it to `generate` or `answers`.
+    The numbers are float64 on the CPU, the tokens stand where the logits do. Raises ValueError if
+    the logits are not finite. To sample in another way, write a function like this one, above all
+    with `invert`, and hand it to `generate` or `answers`, with its own settings by name.
     """
     require_finite(logits)
 

@@ -4,9 +4,9 @@ import torch
 def min_p(logits, uniform, p):
     probabilities = logits.softmax(dim=-1)
     least = p * probabilities.amax(dim=-1, keepdim=True)
-    kept = probabilities.where(probabilities >= least, 0).double().cumsum(dim=-1)
+    kept = probabilities.where(probabilities >= least, 0).cpu().double().cumsum(dim=-1)
     index = torch.searchsorted(kept, uniform[:, None] * kept[:, -1:], right=True)
-    return index[:, 0]
+    return index[:, 0].to(logits.device)
 
 
 @torch.no_grad()
