@@ -82,14 +82,15 @@ def columns(text: str) -> int:
 
 
 def plain(text: str) -> str:
-    """Markdown without what a terminal cannot show: bold, and where links lead. Code stays."""
-    code, link, bold = r"```.*?```|`[^`]*`", r"!?\[([^]]*)\]\([^)]*\)", r"\*\*(.+?)\*\*"
+    """Markdown without what a terminal cannot show: bold, italics, where links lead. Code stays."""
+    code, link = r"```.*?```|`[^`]*`", r"!?\[([^]]*)\]\([^)]*\)"
+    bold, italic = r"\*\*(.+?)\*\*", r"\*(\S(?:.*?\S)?)\*"
 
     def shown(found: re.Match) -> str:
-        inner = found[1] or found[2]
+        inner = found[1] or found[2] or found[3]
         return plain(inner) if inner else found[0]
 
-    return re.sub(f"{code}|{link}|{bold}", shown, text, flags=re.DOTALL)
+    return re.sub(f"{code}|{link}|{bold}|{italic}", shown, text, flags=re.DOTALL)
 
 
 def teach(number: int, path: Path, answers: list[str]) -> None:

@@ -68,7 +68,7 @@ class Settings:
     mfu: Share = 0.4  # the share of it that training reaches: 0.3 to 0.55 as a rule
     price: NotNegative = 2.0  # of an hour of one card, in your money; 0: no cost is told
     shard: bool = True  # each card keeps its share of parameters, gradients and moments
-    optimizer: Literal["muon", "adamw"] = "muon"  # as in train.py
+    optimizer: Literal["muon", "adamw", "nadamw"] = "muon"  # as in train.py
     vocab_size: Positive = 50257  # tokens that there are; by default GPT-2's
     model: GPTConfig = field(default_factory=partial(GPTConfig, vocab_size=0, block_size=2048))
 
