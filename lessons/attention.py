@@ -1,10 +1,14 @@
-"""Chapter 4: three tokens by hand, the root of D, the mask, heads; what the specimen looks at."""
+"""Chapter 4: three tokens by hand, the root of D, the mask, heads; what the specimen looks at.
+
+python -m lessons.attention out/small "def main("        what the heads of any run look at
+"""
 
 import math
 
 import torch
 
 import model
+from engine import settings
 from lessons import require, specimen
 from shape import GPTConfig
 
@@ -137,3 +141,22 @@ def causal_mask(function):
 
 
 CHECKS = (causality, attend, causal_mask)
+
+
+# --- any run
+
+
+def main(argv: list[str]) -> None:
+    """For each layer and head the three tokens that the last position looks at most: which, at
+    what position, with what weight."""
+    net, tokenizer, tokens = specimen.asked(argv)
+    names = [tokenizer.decode([i]) for i in tokens[0].tolist()]
+    for layer, heads in enumerate(specimen.attention(net, tokens)[:, :, -1]):  # (H, S)
+        for head, w in enumerate(heads):
+            best = w.topk(min(3, len(names)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            print(layer, head, *(f" {names[i]!r} [{i}] {x:.2f}" for i, x in pairs))
+
+
+if __name__ == "__main__":
+    settings.run(main)

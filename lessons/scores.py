@@ -1,10 +1,14 @@
-"""Chapter 6: from logits to nats, bits and perplexity; the bend; what each layer already knows."""
+"""Chapter 6: from logits to nats, bits and perplexity; the bend; what each layer already knows.
+
+python -m lessons.scores out/small "def main("        what each layer of any run would say next
+"""
 
 import math
 
 import torch
 
 import model
+from engine import settings
 from lessons import require, specimen
 from shape import GPTConfig
 
@@ -52,25 +56,27 @@ def linear() -> str:
 
 
 @torch.no_grad()
-def lens() -> int:
-    """What the head would say behind each block: norm and head of the stream so far."""
-    net, tokenizer = specimen.load()
-    seen = []
-    for module in (net.embed_norm, *net.blocks):
-        module.register_forward_hook(lambda _, x, y: seen.append(y))
-    net(specimen.read(tokenizer, "quick|qui"))
-    first = None
+def layers(net, tokenizer, tokens) -> list[str]:
+    """What the head would say next behind the embedding and behind each block, of tokens (1, T):
+    norm and head of the stream so far. Prints the three likeliest, returns the first of them."""
+    seen, said = [], []
+    modules = (net.embed_norm, *net.blocks)
+    hooks = [m.register_forward_hook(lambda _, x, y: seen.append(y)) for m in modules]
+    net(tokens)
+    for hook in hooks:
+        hook.remove()
     for layer, x in enumerate(seen):
-        p = net.logits(net.norm(x))[0, -1].softmax(-1)
-        best = p.topk(3)
+        best = net.logits(net.norm(x))[0, -1].softmax(-1).topk(3)
         words = [tokenizer.decode([i]) for i in best.indices.tolist()]
-        said = "   ".join(
-            f"{w!r} {q:.2f}" for w, q in zip(words, best.values.tolist(), strict=True)
-        )
-        print(f"behind {layer} blocks   {said}")
-        if words[0] == "c" and first is None:
-            first = layer
-    return first
+        pairs = zip(words, best.values.tolist(), strict=True)
+        print(f"behind {layer} blocks  ", "   ".join(f"{w!r} {p:.2f}" for w, p in pairs))
+        said.append(words[0])
+    return said
+
+
+def lens() -> int:
+    net, tokenizer = specimen.load()
+    return layers(net, tokenizer, specimen.read(tokenizer, "quick|qui")).index("c")
 
 
 QUESTIONS = (nats, bits, linear, capped, lens)
@@ -109,3 +115,11 @@ def bits_per_byte(function):
 
 
 CHECKS = (one_pass_many_losses, cross_entropy, bits_per_byte)
+
+
+def main(argv: list[str]) -> None:
+    layers(*specimen.asked(argv))
+
+
+if __name__ == "__main__":
+    settings.run(main)

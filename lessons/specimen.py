@@ -34,6 +34,14 @@ def read(tokenizer, text: str) -> Tensor:
     return torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(text)]])
 
 
+def asked(argv: list[str]):
+    """The model and tokenizer of a run, and a text as its tokens: RUN TEXT of the command line."""
+    if len(argv) != 2:
+        raise ValueError('a run and a text are wanted, such as out/small "def main("')
+    model, tokenizer = load(checkpoint.find(argv[0]))
+    return model, tokenizer, read(tokenizer, argv[1])
+
+
 @torch.no_grad()
 def attention(model, tokens: Tensor) -> Tensor:
     """The weights of every head, (layers, H, T, S), for tokens (1, T). Recorded at the door of
