@@ -244,9 +244,8 @@ def places(split: Split, half: int, canaries: list[Canary]) -> list[np.ndarray]:
     """Up to PLACES texts of 2 x `half` tokens, evenly spread; those that hold the end of a document
     or a part of a canary are left out."""
     end, decode = split.tokenizer.end_of_text, split.tokenizer.decode
-    beside = max(
-        (len(canary.line) for canary in canaries), default=0
-    )  # it has no more tokens than letters
+    # a line has no more tokens than letters
+    beside = max((len(canary.line) for canary in canaries), default=0)
     tokens = min(split.tokens, SEARCHED) - 2 * half
     count = min(PLACES, 1 + tokens // (2 * half)) if tokens >= 0 else 0
     texts = []
