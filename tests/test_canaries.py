@@ -5,6 +5,7 @@ import math
 import random
 import re
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,10 +253,20 @@ def test_an_overfitted_model_continues_its_text_and_no_other(train, tmp_path, ca
 # --- mistakes
 
 
-def test_secrets_that_are_not_there_are_named_with_their_remedy(train, data, tmp_path):
-    run = train("run")
-    with pytest.raises(ValueError, match=r"no secrets .*story.*prepare.py --canaries=8"):
-        evaluate.main([str(run), "--canaries"])
+def test_a_run_without_secrets_is_asked_for_its_text_alone(train, tmp_path, capsys):
+    evaluate.main([str(train("run")), "--canaries"])
+    said = capsys.readouterr().out
+    assert re.search(r"no secrets were planted in .*story.*prepare.py --canaries=8", said)
+    assert re.search(r"^0 +\d+ +\d+ +\d+\.\d%", said, re.M) and "exposure" not in said
+
+
+def test_what_cannot_be_asked_for_secrets_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"q": "a", "a": "b"}\n' * 3 + '{"q": "c", "a": "d"}\n')
+    argv = ["--prompt=q", "--answer=a", "--tokenizer=bytes", "--val=0", "--test=0"]
+    prepare.main([str(tmp_path / "rows.jsonl"), *argv, f"--out={tmp_path / 'rows'}"])
+    run = SimpleNamespace(data=lambda s: Dataset(str(tmp_path / "rows")))
+    with pytest.raises(ValueError, match="holds rows: --canaries asks"):
+        canaries.tell(None, run, None)
     folder = tmp_path / "damaged"
     folder.mkdir()
     for content in ("[", '[{"before": 1}]', "{"):
