@@ -1,7 +1,7 @@
 """Learn how a GPT works, here: python learn.py 4
 
     python learn.py 4                       chapter 4, attention: predict, see, compare
-    python learn.py 4 --answer=0.5,b        the predictions, where nobody sits at a terminal
+    python learn.py 4 --answer=0.3,64,1,a   the predictions, where nobody sits at a terminal
     python learn.py 4 --language=zh         中文
     python learn.py 4 --check=my_model.py   do the exercises of the chapter come out right?
 
