@@ -1,6 +1,7 @@
 """--minutes: as many steps as fit, found once, and kept by the checkpoints."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from train import read_settings
 @pytest.fixture
 def soon(monkeypatch):
     """Two steps are measured, behind the first; of which each takes `seconds[0]`."""
+    monkeypatch.setattr("train.START", time.monotonic())  # not when these tests began
     monkeypatch.setattr(pace, "WARMING", 1)
     monkeypatch.setattr(pace, "MEASURED", 2)
     seconds, clock = [10.0], [0.0]
