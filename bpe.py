@@ -10,7 +10,8 @@ newest 6 times and widest 3 times:
     3. l o -> lo     7 times
     4. lo w -> low   7 times; so lower is low e r now, and newest n e w est
 
-To encode a text is to make the same merges in the same order.
+To encode a text is to merge neighbours again, those first whose token was learned first: whichever
+pair spells it, as tiktoken does. (GPT-2's list of merges names pairs, and for rare words differs.)
 """
 
 import heapq

@@ -73,7 +73,9 @@ def contents(language: str) -> None:
     titles = [path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for path in pages]
     for number, (title, path) in enumerate(zip(titles, pages, strict=True)):
         gap = " " * (max(map(columns, titles)) - columns(title))
-        print(f"python learn.py {number:<3} {title}{gap} {path.relative_to(lessons.ROOT)}")
+        flag = "" if language == "en" else f" --language={language}"
+        page = path.relative_to(lessons.ROOT)
+        print(f"python learn.py {f'{number}{flag}':<{3 + len(flag)}} {title}{gap} {page}")
 
 
 def columns(text: str) -> int:
