@@ -16,7 +16,8 @@ class KVCache:
 
     Tokens that have been read never change their keys and values, since no position looks ahead:
     with these stored, only the new token passes through the layers, and looks back at S of them. It
-    costs memory for 2 n_layer K D S numbers. Each row is a slot for a text, of any length:
+    costs memory for 2 n_layer K D S numbers, and with canon layers 2 n_layer C S more. Each row is
+    a slot for a text, of any length:
 
         slot 0   A l l _ m e n      lengths 7, 2, 0: a mask hides what is left behind a text's end,
         slot 1   N o - - - - -      from the text that had the slot before
@@ -112,7 +113,7 @@ class KVCache:
         end = int(self.lengths[row])
         self.k[:, to, :, :end] = self.k[:, row, :, :end]
         self.v[:, to, :, :end] = self.v[:, row, :, :end]
-        self.past[:, to] = self.past[:, row]
+        self.past[:, to, : self.reach + end] = self.past[:, row, : self.reach + end]
         self.lengths[to] = self.lengths[row]
 
     def put(self, rows: list[int], other: "KVCache") -> None:
@@ -121,5 +122,5 @@ class KVCache:
         end = int(other.lengths.max())
         self.k[:, rows, :, :end] = other.k[:, :, :, :end]
         self.v[:, rows, :, :end] = other.v[:, :, :, :end]
-        self.past[:, rows, : other.past.size(2)] = other.past
+        self.past[:, rows, : self.reach + end] = other.past[:, :, : self.reach + end]
         self.lengths[rows] = other.lengths

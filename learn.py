@@ -86,7 +86,7 @@ def columns(text: str) -> int:
 def plain(text: str) -> str:
     """Markdown without what a terminal cannot show: bold, italics, where links lead. Code stays."""
     code, link = r"```.*?```|`[^`]*`", r"!?\[([^]]*)\]\([^)]*\)"
-    bold, italic = r"\*\*(.+?)\*\*", r"\*(\S(?:.*?\S)?)\*"
+    bold, italic = r"\*\*(.+?)\*\*", r"(?<![a-z0-9*])\*(\S(?:.*?\S)?)\*(?![a-z0-9*])"
 
     def shown(found: re.Match) -> str:
         inner = found[1] or found[2] or found[3]

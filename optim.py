@@ -163,8 +163,9 @@ def make_optimizers(learner: nn.Module, s, dtype: torch.dtype) -> list[torch.opt
             muon = Muon(inner, s.lr, s.momentum, weight_decay=s.weight_decay, dtype=dtype)
             optimizers.append(muon)
     else:
-        matrices = [p for p in named.values() if p.ndim >= 2]
-        vectors = [p for p in named.values() if p.ndim < 2]
+        shares = [p for n, p in named.items() if n.endswith("canon.weight")]  # are pulled nowhere
+        vectors = [p for p in named.values() if p.ndim < 2] + shares
+        matrices = [p for p in named.values() if p not in {*vectors}]
         groups = [dict(params=matrices, weight_decay=s.weight_decay)]
         if vectors:
             groups.append(dict(params=vectors, weight_decay=0.0))

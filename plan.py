@@ -28,6 +28,7 @@ import numpy as np
 
 from engine import settings
 from engine.arithmetic import activations, products, state
+from engine.checkpoint import saved_shape
 from engine.settings import Bound, NotNegative, Positive
 from shape import GPTConfig
 
@@ -134,7 +135,8 @@ def print_memory(s: Settings, c: GPTConfig, windows: int) -> int:
     Returns the nearest number of windows from there up that passes of one size make up.
     """
     memory, parts = s.memory or CARDS[s.gpu][0], s.gpus if s.shard else 1
-    here = s.tokens_per_second and not s.memory  # where it was measured: no card of the table
+    own = s.gpu == Settings.gpu and not s.memory
+    here = s.tokens_per_second and own  # where it was measured: no card of the table
     weights, moments = (x / parts for x in state(c, s.optimizer))
     # in 16 bits; where kernels are compiled, logits stand in memory as such, as float32 and with
     # their gradient
@@ -203,7 +205,7 @@ def measured(run: Path) -> tuple[float, float, float]:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         row = [r for r in map(json.loads, lines) if r.get("val_loss") is not None][-1]
         state = json.loads(max(run.glob("step-*/state.json")).read_text())
-        return products(GPTConfig(**state["model"]), 0) / 6, row["tokens"], row["val_loss"]
+        return products(saved_shape(state["model"]), 0) / 6, row["tokens"], row["val_loss"]
     except (OSError, ValueError, IndexError, KeyError, TypeError) as e:
         raise ValueError(f"runs: {run} holds no finished run of train.py ({e})") from e
 

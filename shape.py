@@ -78,7 +78,7 @@ class GPTConfig:
         self.head_dim = head_dim
 
     def parameters(self) -> int:
-        """How many numbers are learned, less norms and biases, which are few."""
+        """How many numbers are learned, less norms, biases and canon layers, which are few."""
         C, D = self.n_embd, self.head_dim
         attention = 2 * C * (self.n_head + self.n_kv_head) * D  # wq and wo, wk and wv
         mlp = (3 if self.mlp == "swiglu" else 2) * C * self.mlp_dim

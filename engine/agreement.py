@@ -33,7 +33,7 @@ def largest_error(
     new = {
         nn.Embedding: lambda: nn.Embedding(c.vocab_size, c.n_embd),
         Norm: lambda: Norm(c.head_dim, c),
-        Canon: lambda: Canon(replace(c, canon=c.canon or 4), 0),
+        Canon: lambda: Canon(replace(c, canon=c.canon if c.canon > 1 else 4), 0),
         Attention: lambda: Attention(c, 0),
         MLP: lambda: MLP(c),
         Head: lambda: Head(c),
@@ -130,9 +130,11 @@ def attention_trials(
         seen |= torch.eye(T, dtype=torch.bool, device=device)
         # causal; who sees whom, for all rows and for each; positions of each row
         masks = ((where, None), (where, seen[0, 0]), (where.flip(0).expand(2, T), seen))
-        for at, mask in masks if rows > 1 else masks[:training]:  # or a prompt will do
+        if rows == 1:
+            masks = masks[:1] if training else ()  # the prompt below will do
+        for at, mask in masks:
             rope = rotary(at, c) if c.position == "rotary" else None
-            yield lambda m, x, r=rope, k=mask: m(x, r, k, None), normal(2, T, c.n_embd), True
+            yield lambda m, x, r=rope, k=mask: m(x, r, k, None), normal(rows, T, c.n_embd), True
 
         def in_pieces(module, x: Tensor) -> Tensor:
             """With a KV cache: a prompt, one token, and several more at once."""

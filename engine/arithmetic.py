@@ -36,6 +36,6 @@ def activations(c: GPTConfig) -> int:
     attention = (Q + 2 * K) + Q  # queries, keys and values; their sums, which wo reads
     attention += (Q + K) * ((c.position == "rotary") + c.qk_norm)
     canon = 2 * C if c.canon > 1 else 0
-    # of a bend that has no fast form, what goes into it and what comes out, if it is of one step
+    # an activation that has no fast form keeps what goes into it and what comes out
     mlp = dict(swiglu=4, gelu=1, relu2=1).get(c.mlp, 2) * c.mlp_dim
     return norms + canon + attention + mlp

@@ -193,18 +193,24 @@ def named(path: Path):
         raise ValueError(f"{path} is damaged, or of another shape: {reason:.200}") from e
 
 
+def saved_shape(model: dict) -> GPTConfig:
+    """The shape that state.json has as `model`. A setting that is newer than it has its default;
+    one that there is no more counts for nothing if it was off. Raises ValueError."""
+    known = settings_of(GPTConfig) | {"vocab_size": Setting(int)}
+    shape = {key: value for key, value in model.items() if value or key in known}
+    if gone := shape.keys() - known:
+        raise ValueError(f"{', '.join(gone)}: set, and in this version no setting of a shape")
+    return GPTConfig(**{key: convert(key, value, known[key]) for key, value in shape.items()})
+
+
 def read_state(path: Path) -> tuple[dict, GPTConfig]:
-    """state.json and the shape of its model. A setting that is newer than it has its default; one
-    that there is no more counts for nothing if it was off."""
+    """state.json and the shape of its model."""
     with named(path / "state.json"):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for key, kinds in STATE.items():
             if not isinstance(state[key], kinds):
                 raise TypeError(f"{key}={state[key]!r}")
-        known = settings_of(GPTConfig) | {"vocab_size": Setting(int)}
-        shape = {key: value for key, value in state["model"].items() if value or key in known}
-        shape = {key: convert(key, value, known[key]) for key, value in shape.items()}
-        return state, GPTConfig(**shape)
+        return state, saved_shape(state["model"])
 
 
 def load_weights(

@@ -187,5 +187,5 @@ class RecordedCache(KVCache):
         end = int(self.lengths.max())
         self.k[:, :, :, :end] = self.k[:, rows, :, :end]
         self.v[:, :, :, :end] = self.v[:, rows, :, :end]
-        self.past[:] = self.past[:, rows]
+        self.past[:, :, : self.reach + end] = self.past[:, rows, : self.reach + end]
         self.lengths = self.lengths[rows]

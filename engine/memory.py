@@ -26,7 +26,7 @@ def checkpoint_blocks(learner: nn.Module) -> None:
             block.forward = partial(remember_little, block.forward)
 
 
-def remember_little(forward, x, rope, mask, cache, positions):
+def remember_little(forward, x, rope, mask, cache, positions=None):
     if cache is not None or not torch.is_grad_enabled():
         return forward(x, rope, mask, cache, positions)
     return checkpoint(forward, x, rope, mask, cache, positions, use_reentrant=False)

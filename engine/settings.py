@@ -209,6 +209,7 @@ NANOGPT = dict(dataset="data", out_dir="out", max_iters="steps", learning_rate="
 NANOGPT |= dict(batch_size="batch_tokens", gradient_accumulation_steps="batch_tokens")
 NANOGPT |= dict(warmup_iters="warmup", lr_decay_iters="decay", min_lr="final_lr")
 NANOGPT |= dict(eval_interval="eval_every", eval_iters="eval_tokens", log_interval="log_every")
+NANOGPT |= dict(always_save_checkpoint="save_every", decay_lr="schedule")
 NANOGPT |= dict(wandb_project="wandb", start="prompt", max_new_tokens="max_tokens")
 
 

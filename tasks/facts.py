@@ -6,7 +6,7 @@
 The kind of tasks 1, 2 and 6 of bAbI (arXiv:1502.05698), with words of its own: one fact, or two
 that must be joined (who holds the rope, where she is now), among facts that do not matter, and the
 latest counts. Questions: where somebody is, where a thing is, who has it, and whether somebody is
-somewhere. A story to learn from is asked up to five, since most of the work is to read it.
+somewhere. Of a story to learn from up to five are asked, since most of the work is to read it.
 """
 
 import random
@@ -74,7 +74,7 @@ class World:
 
 
 def rows(split: str, seed: int, val: float = VAL, test: float = TEST) -> Iterator[dict]:
-    """Rows of which no two are alike; a story belongs to one split with all of its questions."""
+    """Rows of which hardly two are alike; a story belongs to one split with all its questions."""
     found = distinct(draw, story_of, split, seed, val, test)
     for story, questions in islice(found, ROWS[split]):
         turns = []

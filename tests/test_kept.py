@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import write_shards
 
+from engine.checkpoint import saved_shape
 from engine.metrics import read_metrics
+from shape import GPTConfig
 
 
 def steps_kept(run: Path) -> list[int]:
@@ -152,3 +154,9 @@ def test_seconds_add_up_over_interruptions(train, monkeypatch):
     assert second == sorted(second)
     # the checkpoint knows the time up to its last update; the evaluation came after it
     assert first[-2] <= second[0] < first[-1] + 1e4  # the second half took less than hours
+
+
+def test_a_setting_of_the_shape_that_there_is_no_more_counts_only_if_it_was_on():
+    assert saved_shape(dict(vocab_size=9, smear=False)) == GPTConfig(9)
+    with pytest.raises(ValueError, match="smear: set, and in this version no setting"):
+        saved_shape(dict(vocab_size=9, smear=True))
