@@ -388,3 +388,10 @@ def test_what_the_pages_tell_of_ablations_is_found_again(names):
         means = [statistics.mean(losses) for losses in found]
         assert means[0] == pytest.approx(base, abs=0.1 + 3 * spread), name
         assert means[1] == pytest.approx(changed, abs=0.1 + 3 * wider), name
+
+
+def test_a_merge_with_which_the_book_would_never_end_is_told(tmp_path):
+    file = tmp_path / "my_bpe.py"
+    file.write_text("def merge(ids, pair, new):\n    return ids\n")
+    found = dict(lessons.check(lessons.chapter(1), file))
+    assert all("should give [9, 3]" in found[name] for name in ("merge", "slow_and_fast_agree"))
