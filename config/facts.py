@@ -3,6 +3,8 @@
 #     python prepare.py facts --vocab_size=512
 #     python train.py config/facts.py
 #     python evaluate.py out/facts --split=test
+#
+# Expected result: 99.9% of 1,000 unseen stories (docs/tasks.md), in forty minutes of one core.
 
 data = "data/facts"
 
