@@ -254,8 +254,8 @@ class Canon(nn.Module):
     def __init__(self, config: GPTConfig, site: int):
         super().__init__()
         self.site = site  # its place in a KV cache
-        self.weight = nn.Parameter(torch.zeros(max(0, config.canon - 1), config.n_embd))
-        self.std = 0.3
+        self.weight = nn.Parameter(torch.zeros(config.canon - 1, config.n_embd))
+        self.std = 0.3  # shares that begin at 0 are learned much later: docs/tasks.md
 
     def forward(self, x: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, C) to (B, T, C); `positions` as those of `GPT.trunk`, None for texts that have

@@ -4,7 +4,7 @@
 #     python train.py config/facts.py
 #     python evaluate.py out/facts --split=test
 #
-# Expected result: 99.9% of 1,000 unseen stories (docs/tasks.md), in forty minutes of one core.
+# Expected result: 99.9% of 1,000 unseen stories (docs/tasks.md), in forty minutes of one busy core.
 
 data = "data/facts"
 
