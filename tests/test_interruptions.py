@@ -335,7 +335,9 @@ def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
         pytest.param([], 1, id="one process"),
         pytest.param([], 20, id="one process, often", marks=pytest.mark.soak),
         pytest.param(TORCHRUN, 1, id="two processes", marks=[pytest.mark.slow, pytest.mark.cpu]),
-        pytest.param(TORCHRUN, 20, id="two processes, often", marks=[pytest.mark.soak, pytest.mark.cpu]),
+        pytest.param(
+            TORCHRUN, 20, id="two processes, often", marks=[pytest.mark.soak, pytest.mark.cpu]
+        ),
     ],
 )
 def test_stopped_at_random_moments(data, tmp_path, stops, launcher, uninterrupted):
