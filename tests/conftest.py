@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -48,19 +49,14 @@ def on_gpu() -> bool:
 @contextmanager
 def on_cpu():
     """Within, it is as if there were no GPU, here and in processes that are begun here."""
-    import torch
-
-    before, visible, available = TINY[:], os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda
-    asked = available.is_available
+    before = TINY[:]
     TINY[:] = ["--device=cpu" if word.startswith("--device=") else word for word in TINY]
-    os.environ["CUDA_VISIBLE_DEVICES"], available.is_available = "", lambda: False
+    none = mock.patch("torch.cuda.is_available", lambda: False)
     try:
-        yield
+        with none, mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+            yield
     finally:
-        TINY[:], available.is_available = before, asked
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        if visible is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        TINY[:] = before
 
 
 @pytest.hookimpl(wrapper=True)
