@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,38 +119,34 @@ def on(shape: str, recorded: bool, monkeypatch, dtype=torch.float32, rows: int =
     return ready(make(shape).to(CUDA, dtype), rows=rows)
 
 
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_recorded_step_has_the_logits_of_one_that_is_not(shape, monkeypatch):
-    model, plain, x = on(shape, True, monkeypatch), make(shape), tokens()
+def test_a_recorded_step_has_the_logits_of_the_book_on_a_cpu(shape, dtype, error, monkeypatch):
+    model, plain, x = on(shape, True, monkeypatch, dtype), make(shape), tokens()
     cache, growing = model.new_cache(3), plain.new_cache(3)
     assert isinstance(cache, RecordedCache)
     with torch.inference_mode():
         plain(x[:, :9], cache=growing)
         model(x[:, :9].to(CUDA), cache=cache)
         for i in range(9, 24):
-            step = model(x[:, i : i + 1].to(CUDA), cache=cache)
+            step = model(x[:, i : i + 1].to(CUDA), cache=cache).cpu()
             expected = plain(x[:, i : i + 1], cache=growing)
-            torch.testing.assert_close(step.cpu(), expected, atol=1e-3, rtol=1e-3)
+            assert (step - expected).norm() < error * expected.norm()
     assert cache.graph is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length, rows", [(1, 3), (3, 1), (40, 3)])
 @pytest.mark.parametrize("shape", ["modern", "grouped", "gpt2", "canon"])
-def test_with_recorded_steps_the_text_is_the_same(shape, length, rows, dtype, monkeypatch):
-    """Beyond the context, greedily: that of a model of these weights, but for near ties."""
+def test_with_recorded_steps_the_text_is_the_same(shape, length, rows, monkeypatch):
+    """Beyond the context, where it is read anew."""
     found = []
     for recorded in (True, False):
-        model = on(shape, recorded, monkeypatch, dtype, rows)
-        steps = generate(model, [*range(length)], 30, num_samples=rows, temperature=0)
-        found.append(next(zip(*steps, strict=True)))
-    same = sum(a == b for a, b in zip(*found, strict=True))
-    assert same == 30 or (dtype == torch.bfloat16 and found[0][:3] == found[1][:3])
+        model = on(shape, recorded, monkeypatch, rows=rows)
+        found.append([*generate(model, [*range(length)], 40, num_samples=rows, temperature=0.7)])
+    assert found[0] == found[1]
 
 
 def test_answers_that_move_in_and_out_and_beams_are_the_same(monkeypatch):
-    from types import SimpleNamespace
-
     tokenizer = SimpleNamespace(ends=list(range(52, 61)), unused=[], markers=None)
     prompts = [list(range(i, 2 * i + 1)) for i in range(9)]
     found = []
