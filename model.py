@@ -19,10 +19,10 @@ data: the whole model, positions, block, norm, attention, MLP, head, loss; then 
 Settings, in shape.py, choose the parts; these combinations are published:
 
     GPT-2     learned positions, LayerNorm, GELU, biases, tied head (Radford et al. 2019)
-    modern    rotary, RMSNorm, also behind the embedding and of queries and keys, ReLU^2, no biases,
-              own head, capped logits (karpathy/nanochat): the default
-    Llama     rotary, RMSNorm with weights, SwiGLU, no biases, own head (arXiv:2302.13971); grouped
-              heads since Llama 2 (arXiv:2307.09288); Qwen3 with a norm of queries and keys
+    modern    rotary, RMSNorm, also of the embedding, of queries and of keys, ReLU^2, no biases, a
+              head of its own, capped logits (karpathy/nanochat): the default
+    Llama     rotary, RMSNorm with weights, SwiGLU, no biases, a head of its own (arXiv:2302.13971);
+              grouped heads since Llama 2 (arXiv:2307.09288); Qwen3 with a norm of queries and keys
               (arXiv:2505.09388)
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
@@ -55,7 +55,7 @@ class GPT(nn.Module):
         if c.position == "learned":
             self.wpe = embedding(c, c.block_size)  # and one for each position
         self.embed_norm = Norm(c.n_embd, c) if c.embed_norm else nn.Identity()
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = nn.Dropout(c.dropout)  # in training, zeroes this share (arXiv:1207.0580)
         self.blocks = nn.ModuleList(new_block(c, layer) for layer in range(c.n_layer))
         self.norm = Norm(c.n_embd, c)
         self.head = Head(c)
@@ -129,7 +129,8 @@ class GPT(nn.Module):
         return self.cross_entropy(x, targets, reduction)
 
     def init_weights(self, seed: int) -> None:
-        """Draws all matrices, on the CPU, a function of `seed` alone: see `draw` at the end."""
+        """Draws all matrices, on the CPU, a function of `seed` alone. How large their numbers are,
+        `std`, is said where each is made: see the end of the file."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if hasattr(module, "std"):
@@ -432,9 +433,9 @@ def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) 
     Each output is a sum over `inputs` terms: weights of variance 1 / inputs keep its size. A
     `residual` layer, the last of a branch, begins at zero: then every block begins as the identity,
     and the sum of many random branches does not drown what the embedding says, however many there
-    are (arXiv:1901.09321). It learns all the same, since the gradient of W is
-    its input times what comes back. With a head that begins at zero, too, nothing comes back
-    through what is still zero, so
+    are (arXiv:1901.09321). It learns all the same, since the gradient of W is its input times what
+    comes back from the loss. But nothing comes back through what is still zero, and a head of
+    its own begins at zero, too, so
 
         the first step moves    the head
         the second              also residual layers and the embedding
