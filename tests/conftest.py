@@ -122,6 +122,7 @@ def agreement():
     changed either: hundreds of runs ask."""
     import torch
 
+    import canon
     import model
     from engine import agreement, fast, gradients
 
@@ -136,7 +137,7 @@ def agreement():
         return [*found[key]]
 
     def now() -> list[dict]:
-        places = [model, fast, gradients, agreement]
+        places = [model, canon, fast, gradients, agreement]
         places += [cls for pair in fast.PARTS.values() for cls in pair]
         return [dict(vars(place)) for place in places]
 
