@@ -11,6 +11,7 @@ from torch import Tensor
 from model import IGNORE, gelu
 
 PIECE = 2**22  # logits in a piece: 16 MB, which stay in the cache between one use and the next
+GPU_PIECE = 2**28  # a GPU wants large products: 1 GB
 
 
 def working_type(x: Tensor) -> torch.dtype:
@@ -131,7 +132,7 @@ def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple
     dx = torch.empty_like(x) if wanted[0] else None
     dw = None
     with torch.autocast(x.device.type, enabled=False):
-        for i in range(0, N, rows := max(64, PIECE // V)):
+        for i in range(0, N, rows := max(64, (GPU_PIECE if x.is_cuda else PIECE) // V)):
             h, y = x[i : i + rows].to(dtype), targets[i : i + rows]
             z = F.linear(h, w).float()  # (rows, V)
             if cap:
