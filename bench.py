@@ -84,6 +84,12 @@ def machine_for(dtype: str, products: bool = True):
     return here
 
 
+def require_gpu(here) -> None:
+    """Raises ValueError elsewhere, where compiled kernels do not pay: docs/speed.md."""
+    if here.device.type != "cuda":
+        raise ValueError("compiled and not compiled are compared on a GPU")
+
+
 def dimensions(s: Settings) -> dict:
     names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
     return {name: getattr(s, name) for name in names}
@@ -108,9 +114,16 @@ def matrix_product(s: Settings, dtype: str) -> dict:
     import torch
 
     here = machine_for(dtype)
-    n = 2048
+    # a GPU needs large ones, and several behind one another, or it waits for its orders
+    n, count = (8192, 20) if here.device.type == "cuda" else (2048, 1)
     a, b = (torch.randn(n, n, device=here.device, dtype=here.dtype) for _ in range(2))
-    return figure(2 * n**3 / timed(s.calls, lambda: (a @ b)[0, 0].item()) / 1e9, "GFLOP/s")
+
+    def some() -> float:
+        for _ in range(count):
+            c = a @ b
+        return c[0, 0].item()
+
+    return figure(2 * n**3 * count / timed(s.calls, some) / 1e9, "GFLOP/s")
 
 
 def memory_read(s: Settings) -> dict:
@@ -124,10 +137,13 @@ def memory_read(s: Settings) -> dict:
 # --- train
 
 
-def train(s: Settings, dtype: str, peer: bool = False, of_rows: bool = False) -> dict:
+def train(
+    s: Settings, dtype: str, peer: bool = False, of_rows: bool = False, compiled: bool | None = None
+) -> dict:
     """Training steps, ours or of transformers: the model differs and nothing else.
 
-    `of_rows`: windows are packed with rows of 32 tokens, which do not see each other.
+    `of_rows`: windows are packed with rows of 32 tokens, which do not see each other. `compiled`:
+    on a GPU, whether torch.compile makes the kernels; by default ours are, as in train.py.
     """
     import torch
 
@@ -136,6 +152,8 @@ def train(s: Settings, dtype: str, peer: bool = False, of_rows: bool = False) ->
     from tokenizer import Markers
 
     here = machine_for(dtype)
+    if compiled is not None:
+        require_gpu(here)
     machine.start(here, deterministic=False)
     model = peers.transformers_gpt2(**dimensions(s)) if peer else our_model(s)
     model = model.train().to(here.device)
@@ -148,6 +166,8 @@ def train(s: Settings, dtype: str, peer: bool = False, of_rows: bool = False) ->
     gradients.active = True
     x = torch.randint(s.vocab_size, (s.rows, s.length + 1), device=here.device)
     mean_loss = partial(peers.transformers_loss, model) if peer else model
+    if here.compile and not peer if compiled is None else compiled:
+        mean_loss = torch.compile(mean_loss)
     markers = Markers(*range(s.vocab_size - 5, s.vocab_size))
     if of_rows:
         x[:, ::32] = markers.end_of_text
@@ -198,8 +218,11 @@ def decode(s: Settings, dtype: str, samples: int = 1, context: int = 1, quantize
     return figure(samples * count / timed(s.calls, some), "tokens/s")
 
 
-def decode_transformers(s: Settings, dtype: str) -> dict:
-    run = peers.transformers_decoder(dimensions(s), s.tokens, machine_for(dtype))
+def decode_transformers(s: Settings, dtype: str, compiled: bool = False) -> dict:
+    here = machine_for(dtype)
+    if compiled:
+        require_gpu(here)
+    run = peers.transformers_decoder(dimensions(s), s.tokens, here, compiled)
     return figure(s.tokens / timed(s.calls, run), "tokens/s")
 
 
@@ -415,13 +438,26 @@ def in_both(name: str, function, more: str = "", **options) -> dict:
 
 LIMITS = in_both("matrix product", matrix_product) | {"memory read": memory_read}
 VARIANTS = {
-    "train": LIMITS | in_both("ours", train) | in_both("transformers", train, peer=True),
+    "train": LIMITS
+    | in_both("ours", train)
+    | in_both("transformers", train, peer=True)
+    | {"ours, bfloat16, not compiled": partial(train, dtype="bfloat16", compiled=False)}
+    | {
+        "transformers, bfloat16, compiled": partial(
+            train, dtype="bfloat16", peer=True, compiled=True
+        )
+    },
     "decode": LIMITS
     | in_both("ours", decode)
     | {"ours, int8": partial(decode, dtype="bfloat16", quantize="int8")}
     | in_both("ours", decode, ", eight sequences", samples=8)
     | {"ours, bfloat16, behind 900 tokens": partial(decode, dtype="bfloat16", context=900)}
     | in_both("transformers", decode_transformers)
+    | {
+        "transformers, bfloat16, compiled": partial(
+            decode_transformers, dtype="bfloat16", compiled=True
+        )
+    }
     | {"CTranslate2, float32": partial(decode_ctranslate2, dtype="float32")}
     | {"CTranslate2, int8": partial(decode_ctranslate2, dtype="int8")},
     "speculate": {f"a pass of {n}": partial(one_pass, positions=n) for n in (1, 2, 4, 8, 16)}

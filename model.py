@@ -19,10 +19,10 @@ data: the whole model, positions, block, norm, attention, MLP, head, loss; then 
 Settings, in shape.py, choose the parts; these combinations are published:
 
     GPT-2     learned positions, LayerNorm, GELU, biases, tied head (Radford et al. 2019)
-    modern    rotary, RMSNorm, also behind the embedding and of queries and keys, ReLU^2, no biases,
-              own head, capped logits (karpathy/nanochat): the default
-    Llama     rotary, RMSNorm with weights, SwiGLU, no biases, own head (arXiv:2302.13971); grouped
-              heads since Llama 2 (arXiv:2307.09288); Qwen3 with a norm of queries and keys
+    modern    rotary, RMSNorm, also of the embedding, of queries and of keys, ReLU^2, no biases, a
+              head of its own, capped logits (karpathy/nanochat): the default
+    Llama     rotary, RMSNorm with weights, SwiGLU, no biases, a head of its own (arXiv:2302.13971);
+              grouped heads since Llama 2 (arXiv:2307.09288); Qwen3 with a norm of queries and keys
               (arXiv:2505.09388)
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
@@ -55,8 +55,8 @@ class GPT(nn.Module):
         if c.position == "learned":
             self.wpe = embedding(c, c.block_size)  # and one for each position
         self.embed_norm = Norm(c.n_embd, c) if c.embed_norm else nn.Identity()
-        self.drop = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.drop = nn.Dropout(c.dropout)  # in training, zeroes this share (arXiv:1207.0580)
+        self.blocks = nn.ModuleList(new_block(c, layer) for layer in range(c.n_layer))
         self.norm = Norm(c.n_embd, c)
         self.head = Head(c)
 
@@ -80,7 +80,6 @@ class GPT(nn.Module):
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens exceed block_size={self.config.block_size}")
         x = self.wte(tokens) if embedded is None else embedded  # (B, T, C)
-        within = positions  # where several texts share a row, each counts from 0
         if cache is not None:  # only when it writes: these tokens stand behind what was read before
             behind, causal = cache.begin(T)
             positions = behind if positions is None else positions
@@ -94,7 +93,7 @@ class GPT(nn.Module):
             rope = rotary(positions, self.config)  # for the attention of every block
         x = self.drop(self.embed_norm(x))
         for block in self.blocks:
-            x = block(x, rope, mask, cache, within)
+            x = block(x, rope, mask, cache)
         if cache is not None:
             cache.lengths += T
         return self.norm(x)
@@ -130,7 +129,8 @@ class GPT(nn.Module):
         return self.cross_entropy(x, targets, reduction)
 
     def init_weights(self, seed: int) -> None:
-        """Draws all matrices, on the CPU, a function of `seed` alone: see `draw` at the end."""
+        """Draws all matrices, on the CPU, a function of `seed` alone. How large their numbers are,
+        `std`, is said where each is made: see the end of the file."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if hasattr(module, "std"):
@@ -224,52 +224,20 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config.n_embd, config)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
-        self.attn_canon = Canon(config, 2 * layer) if config.canon > 1 else None
-        self.mlp_canon = Canon(config, 2 * layer + 1) if config.canon > 1 else None
 
-    def forward(self, x, rope, mask, cache, positions=None) -> Tensor:
-        y = self.attn_norm(x)
-        if self.attn_canon is not None:
-            y = self.attn_canon(y, positions, cache)
-        x = x + self.drop(self.attn(y, rope, mask, cache))
-        y = self.mlp_norm(x)
-        if self.mlp_canon is not None:
-            y = self.mlp_canon(y, positions, cache)
-        x = x + self.drop(self.mlp(y))
+    def forward(self, x, rope, mask, cache) -> Tensor:
+        x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache))
+        x = x + self.drop(self.mlp(self.mlp_norm(x)))
         return x
 
 
-class Canon(nn.Module):
-    """Each position takes, in every channel, a learned share of the few before it.
+def new_block(config: GPTConfig, layer: int) -> Block:
+    """A block; with `config.canon` one that is not only GPT's, see canon.py."""
+    if config.canon > 1:
+        from canon import CanonBlock  # not above, since it needs this file
 
-        y[t] = x[t] + w1 x[t-1] + w2 x[t-2] + w3 x[t-3]        a voice that follows: a canon
-
-    To find what stood behind a word when it comes again, a position has to know which words are
-    before it. Attention learns that, too, one layer looking back so that the next can find it, but
-    neither pays without the other: for long nothing is learned, then all at once
-    (arXiv:2209.11895). Given this short convolution, it is learned soon: docs/tasks.md. Source:
-    arXiv:2512.17351.
-    """
-
-    def __init__(self, config: GPTConfig, site: int):
-        super().__init__()
-        self.site = site  # its place in a KV cache
-        self.weight = nn.Parameter(torch.zeros(config.canon - 1, config.n_embd))
-        self.std = 0.3  # shares that begin at 0 are learned much later: docs/tasks.md
-
-    def forward(self, x: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) to (B, T, C); `positions` as those of `GPT.trunk`, None for texts that have
-        a row to themselves."""
-        T, reach = x.size(1), len(self.weight)
-        # (B, reach + T, C): zeros stand before a text
-        past = F.pad(x, (0, 0, reach, 0)) if cache is None else cache.behind(self.site, x)
-        y = x
-        for i, share in enumerate(self.weight.to(x.dtype), start=1):
-            before = past[:, reach - i : reach - i + T]  # (B, T, C), of i places before
-            if positions is not None:
-                before = before * (positions >= i)[..., None]
-            y = y + share * before
-        return y
+        return CanonBlock(config, layer)
+    return Block(config, layer)
 
 
 class Norm(nn.Module):
@@ -465,9 +433,9 @@ def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) 
     Each output is a sum over `inputs` terms: weights of variance 1 / inputs keep its size. A
     `residual` layer, the last of a branch, begins at zero: then every block begins as the identity,
     and the sum of many random branches does not drown what the embedding says, however many there
-    are (arXiv:1901.09321). It learns all the same, since the gradient of W is
-    its input times what comes back. With a head that begins at zero, too, nothing comes back
-    through what is still zero, so
+    are (arXiv:1901.09321). It learns all the same, since the gradient of W is its input times what
+    comes back from the loss. But nothing comes back through what is still zero, and a head of
+    its own begins at zero, too, so
 
         the first step moves    the head
         the second              also residual layers and the embedding

@@ -28,14 +28,18 @@ def transformers_loss(model, tokens, targets):
     return cross_entropy(model(tokens).logits.float().flatten(0, 1), targets.flatten())
 
 
-def transformers_decoder(shape: dict, tokens: int, here) -> Callable[[], None]:
-    """A function that writes `tokens` greedy tokens behind a prompt of one."""
+def transformers_decoder(
+    shape: dict, tokens: int, here, compiled: bool = False
+) -> Callable[[], None]:
+    """A function that writes `tokens` greedy tokens behind a prompt of one; `compiled`: with a
+    cache of a fixed size, for which `generate` compiles its step on a GPU."""
     import torch
 
     model = transformers_gpt2(**shape).eval().to(here.device, here.dtype)
     prompt = torch.zeros(1, 1, dtype=torch.long, device=here.device)
     options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     options |= dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
+    options |= dict(cache_implementation="static") if compiled else {}
     return lambda: model.generate(prompt, **options)
 
 

@@ -43,7 +43,7 @@ class GPTConfig:
     rope_base: AboveZero = 10000.0  # the slowest rotary pair turns by almost 1 / rope_base a token
     rope_factor: AtLeastOne = 1.0  # Llama 3.1: long wavelengths turn this much slower; 1 is off
     rope_original: Count = 0  # the context before that extension
-    canon: Count = 0  # layers read this many tokens at once, a short convolution: see Canon; 0: no
+    canon: Count = 0  # layers read this many tokens at once, a short convolution: canon.py; 0: no
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     norm_weight: bool = False  # a learned scale in every norm
     norm_eps: NotNegative = 1e-6  # keeps norms from dividing by zero

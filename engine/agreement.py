@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from model import IGNORE, MLP, Attention, Canon, Head, KVCache, Norm, rotary
+from canon import Canon
+from model import IGNORE, MLP, Attention, Head, KVCache, Norm, rotary
 from shape import GPTConfig
 
 SHORT = 512  # longest context for which plain products beat the fused kernel in bfloat16
@@ -109,9 +110,10 @@ def trials(
 
                 yield loss, normal(2, T, c.n_embd), True
     elif reference is Canon:
-        rows = torch.tensor([[0, 1, 2, 3, 0, 1, 0], [0, 1, 2, 3, 4, 5, 6]], device=device)
-        for T, positions in ((2, None), (7, None), (7, rows)):
-            yield lambda m, x, at=positions: m(x, at, None), normal(2, T, c.n_embd), True
+        rows = torch.tensor([[0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0, 0]], device=device)
+        mask = (rows[:, :, None] == rows[:, None])[:, None]  # (2, 1, 7, 7)
+        for T, seen in ((2, None), (7, None), (7, mask[0, 0]), (7, mask)):
+            yield lambda m, x, k=seen: m(x, k, None), normal(2, T, c.n_embd), True
     elif reference is MLP:
         yield lambda m, x: m(x), normal(2, 7, c.n_embd), True
     else:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from canon import Canon
 from engine.agreement import SHORT, largest_error
 from engine.gradients import (
     ActivatedLinear,
@@ -19,7 +20,7 @@ from engine.gradients import (
     working_type,
 )
 from engine.machine import Machine
-from model import IGNORE, MLP, Attention, Canon, Head, Norm, gelu, relu2
+from model import IGNORE, MLP, Attention, Head, Norm, gelu, relu2
 from shape import GPTConfig
 
 
@@ -49,10 +50,10 @@ class FastNorm(Norm):
 class FastCanon(Canon):
     """In place, where a text is read whole."""
 
-    def forward(self, x: Tensor, positions: Tensor | None, cache) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
         if cache is not None or torch.compiler.is_compiling():
-            return super().forward(x, positions, cache)
-        return ShortConvolution.apply(x, positions, self.weight)
+            return super().forward(x, mask, cache)
+        return ShortConvolution.apply(x, mask, self.weight)
 
 
 def untouched(layer: nn.Module) -> bool:

@@ -41,31 +41,33 @@ class RMSNormalise(torch.autograd.Function):
 
 
 class ShortConvolution(torch.autograd.Function):
-    """`Canon` of model.py for texts read whole: in place, and nothing kept but its input."""
+    """`Canon` of canon.py for texts read whole: in place, and nothing kept but its input."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, positions: Tensor | None, weight: Tensor) -> Tensor:
-        """x (B, T, C), positions (T) or (B, T), and weight (reach, C): of 1, 2, ... before."""
-        ctx.save_for_backward(x, positions, weight)
+    def forward(ctx, x: Tensor, mask: Tensor | None, weight: Tensor) -> Tensor:
+        """x (B, T, C), mask (T, T) or (B, 1, T, T), and weight (reach, C): of 1, 2, ... before."""
+        ctx.save_for_backward(x, mask, weight)
         y = x.clone()
         for i, share in enumerate(weight.to(x.dtype)[: x.size(1) - 1], start=1):
-            y[:, i:].addcmul_(inside(x[:, :-i], positions, i), share)
+            y[:, i:].addcmul_(seen(x[:, :-i], mask, i), share)
         return y
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        x, positions, weight = ctx.saved_tensors
+        x, mask, weight = ctx.saved_tensors
         dx, dw = g.clone(), torch.zeros_like(weight)
         for i, share in enumerate(weight.to(x.dtype)[: x.size(1) - 1], start=1):
-            later = inside(g[:, i:], positions, i)
+            later = seen(g[:, i:], mask, i)
             dx[:, :-i].addcmul_(later, share)
             dw[i - 1] = (later * x[:, :-i]).sum(dim=(0, 1), dtype=torch.float32)
         return dx, None, dw
 
 
-def inside(x: Tensor, positions: Tensor | None, i: int) -> Tensor:
-    """x, and 0 where i places before is another text."""
-    return x if positions is None else x * (positions >= i)[..., i:, None]
+def seen(x: Tensor, mask: Tensor | None, i: int) -> Tensor:
+    """x (B, T - i, C), and 0 where a position may not look at that of i places before."""
+    if mask is None:
+        return x
+    return x * mask.reshape(-1, *mask.shape[-2:]).diagonal(-i, 1, 2)[..., None]
 
 
 class ActivatedLinear(torch.autograd.Function):

@@ -115,7 +115,8 @@ class FastGPT(GPT):
 
 
 def records(device: torch.device) -> bool:
-    return device.type == "cuda"
+    """What a scatter does to be deterministic cannot be recorded."""
+    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
 
 
 class RecordedCache(KVCache):

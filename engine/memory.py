@@ -26,10 +26,10 @@ def checkpoint_blocks(learner: nn.Module) -> None:
             block.forward = partial(remember_little, block.forward)
 
 
-def remember_little(forward, x, rope, mask, cache, positions=None):
+def remember_little(forward, x, rope, mask, cache):
     if cache is not None or not torch.is_grad_enabled():
-        return forward(x, rope, mask, cache, positions)
-    return checkpoint(forward, x, rope, mask, cache, positions, use_reentrant=False)
+        return forward(x, rope, mask, cache)
+    return checkpoint(forward, x, rope, mask, cache, use_reentrant=False)
 
 
 # --- --device_batch=auto

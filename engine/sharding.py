@@ -32,7 +32,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from engine.machine import Machine
-from model import GPT, Block
+from model import GPT, Block, new_block
 from optim import Muon
 from shape import GPTConfig
 
@@ -124,7 +124,7 @@ class BlockByBlock(GPT):
                 yield from child.modules()
                 continue
             for layer in range(self.config.n_layer):
-                block = Block(self.config, layer)
+                block = new_block(self.config, layer)
                 yield from block.modules()
                 shard_blocks(block, self.here)
                 self.blocks.append(block)

@@ -67,7 +67,7 @@ def unscale(net) -> None:
         block.attn.q_norm.register_forward_hook(lambda _, x, q: q * math.sqrt(q.size(-1)))
 
 
-def in_turn(self, x, rope, mask, cache, positions=None):
+def in_turn(self, x, rope, mask, cache):
     """A block whose two halves replace x instead of adding to it."""
     return self.mlp(self.mlp_norm(self.attn(self.attn_norm(x), rope, mask, cache)))
 

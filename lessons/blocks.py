@@ -60,7 +60,7 @@ def moved() -> int:
     return counts[0]
 
 
-def bare(self, x, rope, mask, cache, positions=None):
+def bare(self, x, rope, mask, cache):
     """A block without the two additions."""
     return self.mlp(self.mlp_norm(self.attn(self.attn_norm(x), rope, mask, cache)))
 

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -28,11 +30,47 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Runs on the CPU even where there is a GPU: the promises of equal bits are made for it."""
+    """Runs on the CPU even where there is a GPU, unless a GPU is asked for."""
     device = config.getoption("--device")
     TINY.append(f"--device={device}")
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for scripts and subprocesses that choose, too
+    else:  # equal bits have to be asked for there, and to compile each tiny run takes minutes
+        TINY.extend(["--deterministic=true", "--compile=false"])
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before cuBLAS is there
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so to ask for a GPU spoils no fork
+
+
+def on_gpu() -> bool:
+    """Whether this test's runs are on a GPU."""
+    return "--device=cpu" not in TINY
+
+
+@contextmanager
+def on_cpu():
+    """Within, it is as if there were no GPU, here and in processes that are begun here."""
+    before = TINY[:]
+    TINY[:] = ["--device=cpu" if word.startswith("--device=") else word for word in TINY]
+    none = mock.patch("torch.cuda.is_available", lambda: False)
+    try:
+        with none, mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+            yield
+    finally:
+        TINY[:] = before
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """With its fixtures, a test that is marked `cpu` runs there."""
+    if not on_gpu():
+        return (yield)
+    import torch
+
+    torch.set_deterministic_debug_mode("default")  # as a new process has it
+    if item.get_closest_marker("cpu"):
+        with on_cpu():
+            return (yield)
+    return (yield)
 
 
 def make_text(lines: int = 1500, seed: int = 0) -> str:
@@ -84,6 +122,7 @@ def agreement():
     changed either: hundreds of runs ask."""
     import torch
 
+    import canon
     import model
     from engine import agreement, fast, gradients
 
@@ -98,7 +137,7 @@ def agreement():
         return [*found[key]]
 
     def now() -> list[dict]:
-        places = [model, fast, gradients, agreement]
+        places = [model, canon, fast, gradients, agreement]
         places += [cls for pair in fast.PARTS.values() for cls in pair]
         return [dict(vars(place)) for place in places]
 

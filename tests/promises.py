@@ -8,7 +8,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, on_cpu, on_gpu
 
 import evaluate
 import huggingface
@@ -117,11 +117,12 @@ def two_processes_as_one(tmp_path: Path, data: Path, *argv: str) -> None:
     rows = []
     for name in ("one", "two"):
         out = tmp_path / name
-        given = [str(tmp_path / "empty.py"), f"--data={data}", f"--out={out}", *TINY, *argv]
-        if name == "two":
-            forked.together(2, "train.py", *given)
-        else:
-            assert script.main(given) == 0
+        with on_cpu():  # one GPU serves one process
+            given = [str(tmp_path / "empty.py"), f"--data={data}", f"--out={out}", *TINY, *argv]
+            if name == "two":
+                forked.together(2, "train.py", *given)
+            else:
+                assert script.main(given) == 0
         rows.append([json.loads(line) for line in open(out / "metrics.jsonl")])
     for one, two in zip(*rows, strict=True):
         for name in one.keys() - {"seconds", "tokens_per_second"}:
@@ -131,7 +132,8 @@ def two_processes_as_one(tmp_path: Path, data: Path, *argv: str) -> None:
 def evaluates(run: Path, capsys) -> str:
     """evaluate.py says the loss that metrics.jsonl has for the best step; returns what it said."""
     capsys.readouterr()
-    evaluate.main([str(run), "--dtype=float32", "--device=cpu"])
+    device = "cuda" if on_gpu() else "cpu"
+    evaluate.main([str(run), "--dtype=float32", f"--device={device}"])
     said = capsys.readouterr().out
     rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
     best = min(row["val_loss"] for row in rows if "val_loss" in row)

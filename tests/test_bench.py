@@ -13,6 +13,7 @@ import bench
 import peers
 from engine import machine, measure
 
+pytestmark = pytest.mark.cpu  # as its variants are: int8 and others
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=300", "--rows=2", "--length=16"]
 TINY += ["--tokens=8", "--calls=2"]
 SHAPE = dict(vocab_size=300, block_size=1024, n_layer=2, n_head=2, n_embd=32)

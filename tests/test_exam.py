@@ -290,6 +290,7 @@ def test_a_run_does_not_differ_from_itself_and_differs_from_one_that_knows_nothi
     assert re.search(r"perplexity .* they differ", said)
 
 
+@pytest.mark.cpu
 def test_of_two_runs_the_first_alone_has_eight_bits_and_is_near(run, evaluated, monkeypatch):
     made, ready = [], inference.ready
     monkeypatch.setattr(inference, "ready", lambda *a, **k: made.append(ready(*a, **k)) or made[-1])

@@ -148,6 +148,7 @@ def test_killed_at_random_moments(data, tmp_path, kills, uninterrupted):
     assert_equal_runs(tmp_path / "parts", uninterrupted())
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "kills",
     [pytest.param(1, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)],
@@ -312,6 +313,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(train, monkeypatch):
     assert weights(train("run")) == whole
 
 
+@pytest.mark.cpu
 def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
     """A limit on the size of files stands in for a full disk, below all of our own code."""
     resource = pytest.importorskip("resource", reason="Windows has no such limit")
@@ -332,8 +334,10 @@ def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
     [
         pytest.param([], 1, id="one process"),
         pytest.param([], 20, id="one process, often", marks=pytest.mark.soak),
-        pytest.param(TORCHRUN, 1, id="two processes", marks=pytest.mark.slow),
-        pytest.param(TORCHRUN, 20, id="two processes, often", marks=pytest.mark.soak),
+        pytest.param(TORCHRUN, 1, id="two processes", marks=[pytest.mark.slow, pytest.mark.cpu]),
+        pytest.param(
+            TORCHRUN, 20, id="two processes, often", marks=[pytest.mark.soak, pytest.mark.cpu]
+        ),
     ],
 )
 def test_stopped_at_random_moments(data, tmp_path, stops, launcher, uninterrupted):
@@ -354,6 +358,7 @@ def test_stopped_at_random_moments(data, tmp_path, stops, launcher, uninterrupte
     assert_equal_runs(tmp_path / "parts", uninterrupted(launcher))
 
 
+@pytest.mark.cpu  # where a step takes long enough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(data, tmp_path, number):
     slow = ["--n_embd=256", "--n_layer=4", "--batch_tokens=4096", "--steps=100"]

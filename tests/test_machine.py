@@ -17,6 +17,7 @@ from engine import machine, threads
 from engine.metrics import read_metrics
 from optim import orthogonalise
 
+pytestmark = pytest.mark.cpu
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 

@@ -10,9 +10,10 @@ from model import GPT, GPTConfig
 from optim import LossScale, Muon, make_optimizers, orthogonalise
 from train import Settings
 
-# every kind of parameter: embeddings of tokens and positions, head, matrices, biases, norm weights
+# every kind of parameter: embeddings of tokens and positions, head, matrices, biases, norm weights,
+# shares of canon layers
 SHAPE = dict(vocab_size=23, block_size=8, n_layer=2, n_head=2, n_embd=8, mlp_dim=24)
-SHAPE |= dict(position="learned", norm="layer", norm_weight=True, bias=True, mlp="gelu")
+SHAPE |= dict(position="learned", norm="layer", norm_weight=True, bias=True, mlp="gelu", canon=3)
 OPTIMIZERS = get_args(get_type_hints(Settings)["optimizer"])  # a new name is taken up
 RATES = dict(lr=0.01, embed_lr=0.3, head_lr=0.004)  # all different: none can stand in for another
 
@@ -38,7 +39,7 @@ def give_gradients(parameters: dict, seed: int) -> None:
 
 
 def kind_of(name: str, p: torch.Tensor) -> str:
-    if p.ndim < 2:
+    if p.ndim < 2 or name.endswith("canon.weight"):
         return "vector"
     if name.startswith(("wte", "wpe")):
         return "embedding"
@@ -101,7 +102,7 @@ def test_an_update_is_that_of_the_paper(optimizer, paper):
     settings = dict(optimizer=optimizer, weight_decay=0.5, **betas)
     before, after, gradients = updated(steps=4, **settings)
     for name, w in before.items():
-        decay = 0.5 if w.ndim >= 2 else 0.0
+        decay = 0.0 if kind_of(name, w) == "vector" else 0.5
         expected = paper(w, [g[name] for g in gradients], RATES["lr"], decay=decay, **betas)
         torch.testing.assert_close(after[name], expected, atol=2e-6, rtol=1e-5, msg=name)
 

@@ -72,6 +72,7 @@ def small(command: str) -> str | None:
     return command.replace("--vocab_size=4096", "--vocab_size=300")
 
 
+@pytest.mark.cpu  # there nothing is compiled
 def test_every_command_of_the_readme_runs(place, monkeypatch):
     ran = [line for line in dict.fromkeys(COMMANDS) if small(line)]
     # shakespeare needs a network, and stands prepared already

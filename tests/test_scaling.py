@@ -61,6 +61,7 @@ def test_the_lowest_points_are_where_they_are():
     assert loss == pytest.approx(scaling.at(curve, N, D)) and loss <= min(tried) < loss + 0.05
 
 
+@pytest.mark.cpu
 def test_runs_are_made_by_one_command(data, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scaling, "RUNS", tmp_path / "scaling.jsonl")

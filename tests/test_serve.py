@@ -17,9 +17,10 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, on_gpu
 
 import prepare
+import sample
 import serve
 import train as trainer
 from engine import guard, protocol, server
@@ -68,7 +69,8 @@ class Running:
     """A server in two threads of this process."""
 
     def __init__(self, run, keys=(), **settings):
-        s = serve.Settings(str(run), port=0, device="cpu", threads="1", **settings)
+        settings = dict(device="cpu", threads="1") | settings
+        s = serve.Settings(str(run), port=0, **settings)
         self.server = server.Server(s, *server.load(s), list(keys))
         listener = serve.bound(s)
         self.port = listener.getsockname()[1]
@@ -560,6 +562,19 @@ def test_a_deadline(run, monkeypatch):
         assert running.post("/v1/completions", body).status_code == 408
         streamed = running.post("/v1/completions", body | dict(stream=True))
         assert '"error"' in streamed.text and "[DONE]" not in streamed.text
+
+
+def test_a_gpu_serves_what_it_says_without_a_server(run, capsys):
+    if not on_gpu():
+        pytest.skip("for --device=cuda")
+    same = ["--max_tokens=40", "--temperature=0", "--dtype=float32", "--device=cuda"]
+    sample.main([str(run), "--prompt=the model", *same])
+    said = capsys.readouterr().out
+    body = dict(prompt="the model", max_tokens=40, temperature=0)
+    with serving(run, device="cuda", dtype="float32") as running:
+        answers = [running.post("/v1/completions", body).json() for _ in range(2)]
+    for answer in answers:
+        assert ("the model" + answer["choices"][0]["text"]).rstrip("\n") == said.rstrip("\n")
 
 
 def start(run, *argv):

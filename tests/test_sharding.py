@@ -23,6 +23,8 @@ from test_train import rows
 from engine import checkpoint, memory
 from engine.learner import Learner
 
+pytestmark = pytest.mark.cpu
+
 # blocks: two of them at once are not yet the whole; canon layers have fewer rows than processes
 FOUR = ["--n_layer=4", "--dropout=0.0", "--canon=4"]
 

@@ -174,7 +174,7 @@ def test_without_dropout_equal_rows_have_equal_losses(train, one_window):
     """What the tests below rest on."""
     one = losses(train, "one", one_window, 1, "--dropout=0")
     two = losses(train, "two", one_window, 2, "--dropout=0", "--device_batch=1")
-    assert one == pytest.approx([one[0]] * 4, abs=1e-6) and two == pytest.approx(one, abs=1e-6)
+    assert one == pytest.approx([one[0]] * 4, abs=1e-5) and two == pytest.approx(one, abs=1e-5)
 
 
 def test_every_step_drops_something_else(train, one_window):
@@ -188,6 +188,7 @@ def test_every_micro_batch_drops_something_else(train, one_window):
         assert abs(a - b) > 1e-4
 
 
+@pytest.mark.cpu
 def test_every_process_drops_something_else(train, one_window, tmp_path):
     alone = losses(train, "alone", one_window, 1)
     argv = [tmp_path / "empty.py", f"--data={one_window}", f"--out={tmp_path / 'two'}", *TINY]

@@ -13,5 +13,5 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config.n_embd, config)  # noqa: F821
         self.mlp = MLP(config)  # noqa: F821
 
-    def forward(self, x, rope, mask, cache, positions=None):
+    def forward(self, x, rope, mask, cache):
         return x + self.attn(self.attn_norm(x), rope, mask, cache) + self.mlp(self.mlp_norm(x))
