@@ -39,6 +39,13 @@ class Settings:
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Learn how a GPT works.", "chapter")
+    try:
+        act(s)
+    except ValueError as e:
+        raise ValueError(lessons.said(str(e), s.language)) from e
+
+
+def act(s: Settings) -> None:
     if s.links:
         return update_pages(lessons.linked)
     if s.digests:
@@ -55,9 +62,9 @@ def main(argv: list[str]) -> None:
     settings.require(known, s, "chapter", f"a number from 0 to {last}")
     number = int(s.chapter)
     if s.check:
-        return check(loaded(number), number, Path(s.check))
+        return check(loaded(number), number, Path(s.check), s.language)
     answers = ",".join(s.answer).split(",") if s.answer else []
-    teach(number, lessons.page(number, s.language), answers)
+    teach(number, s.language, answers)
 
 
 def loaded(number: int):
@@ -95,8 +102,9 @@ def plain(text: str) -> str:
     return re.sub(f"{code}|{link}|{bold}|{italic}", shown, text, flags=re.DOTALL)
 
 
-def teach(number: int, path: Path, answers: list[str]) -> None:
+def teach(number: int, language: str, answers: list[str]) -> None:
     """Asks each question of a page, runs the code that it is about, and says what came out."""
+    path = lessons.page(number, language)
     asked = lessons.questions(path)
     if len(answers) > len(asked):
         raise ValueError(f"{len(answers)} answers, but {path.name} has {len(asked)} questions")
@@ -113,7 +121,7 @@ def teach(number: int, path: Path, answers: list[str]) -> None:
             except ValueError as e:
                 if i < len(answers):
                     raise
-                print(e)
+                print(lessons.said(str(e), language))
                 word = ask()
         sign = (RIGHT if score[-1] else WRONG) if word else IS
         said = lessons.as_printed(value, question.answer)
@@ -133,7 +141,7 @@ def ask() -> str:
         return ""
 
 
-def check(lesson, number: int, path: Path) -> None:
+def check(lesson, number: int, path: Path, language: str) -> None:
     """Tells which checks a file passes: those of its exercises, and behind the name of the book's
     file those that hold for the book, whoever wrote it. Raises ValueError unless it passes all."""
     if not path.is_file():
@@ -144,10 +152,11 @@ def check(lesson, number: int, path: Path) -> None:
     for name, problem in lessons.check(lesson, path):
         exercises = [other for other in exercises if other != name]
         name = f"{lesson.BOOK}.py: {name}" if name in books else name
+        problem = lessons.said(problem, language)
         print(f"{WRONG} {name}: {problem}" if problem else f"{RIGHT} {name}")
         wrong += bool(problem)
     for name in exercises:
-        print(f"- {name}: not in {path.name}")
+        print(f"- {name}: {lessons.said(f'not in {path.name}', language)}")
     if wrong:
         raise ValueError(f"{path} is not right yet in chapter {number}: {wrong} of its checks fail")
 

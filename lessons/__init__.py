@@ -10,9 +10,11 @@ A chapter is a page of docs/learn and a file here. The page has all the words, t
 
     def third_token(): ...; return 0.7109           lessons/attention.py: QUESTIONS, in their order
 
-So another language is another page, and no code. What a question prints are numbers and names of
-the code; answers are numbers or letters. Exercises have no answer on the page: `CHECKS` of the file
-look at what the reader has written, and docs/learn/answers has what passes.
+So another language is another page, and no code; what the code itself has to say (a mistake, what
+a check has found) it says in English, of which messages.zh.md has the Chinese. What a question
+prints are numbers and names of the code; answers are numbers or letters. Exercises have no answer
+on the page: `CHECKS` of the file look at what the reader has written, and docs/learn/answers has
+what passes.
 """
 
 import ast
@@ -34,6 +36,7 @@ QUESTION = re.compile(
     r"^### (\d+\.\d+) (.+?)\n(.+?)^<details><summary>.*?</summary>\n(.+?)^</details>", re.M | re.S
 )
 SOURCE = re.compile(r"\[`([\w/]+\.py): ([\w.]+)`\]\(([^)]*)\)")
+ROW = re.compile(r"^\| (.+?) \| (.+) \|$", re.M)
 NEAR = 0.1  # a number within a tenth of the true one is a good prediction
 
 
@@ -84,6 +87,18 @@ def predicted(word: str, value) -> bool:
     if isinstance(value, int):
         return number == value
     return abs(number - value) <= NEAR * max(abs(value), NEAR)
+
+
+def said(message: str, language: str) -> str:
+    """A message in a language of the pages: by that row of docs/learn/messages.zh.md, say, whose
+    English it is, with something for each {}. As it is, where there is none."""
+    path = PAGES / f"messages.{language}.md"
+    rows = ROW.findall(path.read_text(encoding="utf-8")) if path.exists() else []
+    for english, other in rows:
+        pattern = re.escape(english).replace(r"\{\}", "(.+)")
+        if found := re.fullmatch(pattern, message, re.DOTALL):
+            return other.format(*found.groups())
+    return message
 
 
 # --- the reader's own file

@@ -133,11 +133,10 @@ def write(function):
     wanted = plainly(net, prompt, 8)
     with Counted(net) as counted:
         found = list(function(net, prompt, 8))
-    said = f"{tokenizer.decode(found)!r}, and not {tokenizer.decode(wanted)!r}"
-    require(found == wanted, f"behind nutshell| it writes {said}")
-    least = len(prompt) + 7
-    over = f"{counted.positions} positions passed through the first block; {least} are enough"
-    require(counted.positions <= least, over)
+    mine, theirs = map(tokenizer.decode, (found, wanted))
+    require(found == wanted, f"it writes {mine!r}, and should write {theirs!r}")
+    seen, least = counted.positions, len(prompt) + 7
+    require(seen <= least, f"{seen} positions passed through the first block; {least} are enough")
 
 
 CHECKS = (greedy_is_the_likeliest, min_p, write)

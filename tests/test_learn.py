@@ -1,6 +1,7 @@
 """docs/learn says what the code does: blocks run, answers are computed, exercises can fail, whys
 hold."""
 
+import ast
 import doctest
 import json
 import re
@@ -21,7 +22,7 @@ import learn
 import lessons
 from dataset import Dataset
 from engine import settings
-from lessons import ablations, specimen
+from lessons import ablations, languages, specimen
 from tasks import repeat
 
 NUMBERS = range(len(lessons.CHAPTERS))
@@ -324,6 +325,57 @@ def test_mistakes_of_readers_cost_a_sentence(argv, words, monkeypatch, tmp_path)
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
     with pytest.raises(ValueError, match=re.escape(words)):
         learn.main(argv)
+
+
+def messages() -> set[str]:
+    """What the code says to readers, with {} for what it fills in."""
+    found = set()
+    for file in ("learn", "lessons/__init__", *(f"lessons/{name}" for name in lessons.CHAPTERS)):
+        tree = ast.parse((ROOT / f"{file}.py").read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            at = {"require": 1, "said": 0, "ValueError": 0}.get(
+                ast.unparse(call.func).split(".")[-1]
+            )
+            if at is None or ast.unparse(call.func) == "settings.require":
+                continue
+            word = call.args[at]
+            parts = word.values if isinstance(word, ast.JoinedStr) else [word]
+            texts = [getattr(part, "value", None) for part in parts]
+            text = "".join(x if isinstance(x, str) else "{}" for x in texts)
+            found |= {text} - {"{}"}  # what is handed on
+    return found
+
+
+def test_every_message_to_a_reader_has_its_chinese():
+    rows = lessons.ROW.findall((lessons.PAGES / "messages.zh.md").read_text(encoding="utf-8"))[1:]
+    authors = {text for text in messages() if "names it" in text or "not rendered" in text}
+    assert len(authors) == 2
+    chapter = "chapter={} should be a number from 0 to {}"  # of engine/settings.py
+    assert {english for english, _ in rows} == messages() - authors | {chapter}
+    for english, chinese in rows:
+        values = [f"<{i}>" for i in range(english.count("{}"))]
+        said = lessons.said(english.format(*values), "zh")
+        assert said == chinese.format(*values)  # by its own row
+        assert sorted(re.findall(r"<\d>", said)) == values
+        for pattern, better in languages.FORBIDDEN.items():
+            assert not re.search(pattern, chinese), f"{chinese}: {better}"
+    assert lessons.said("no such file: 'x'", "en") == "no such file: 'x'"
+
+
+def test_mistakes_are_told_in_the_language_of_the_lesson(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def attend(q, k, v):\n    return v\n")
+    with pytest.raises(ValueError, match="第 4 章的检查有 1 项没通过"):
+        learn.main(["4", "--language=zh", "--check=mine.py"])
+    told = capsys.readouterr().out
+    assert re.search(r"✗ attend: T=3、D=2 时，有一个数差了 \d\.\d+\n", told)
+    assert "- causal_mask: mine.py 里没有\n" in told
+    with pytest.raises(ValueError, match="预测 'many' 应是一个数"):
+        learn.main(["4", "--language=zh", "--answer=many"])
+    words = iter(["many", "0.5"])
+    monkeypatch.setattr(learn, "ask", lambda: next(words, ""))
+    learn.main(["4", "--language=zh"])
+    assert "预测 'many' 应是一个数\n" in capsys.readouterr().out
 
 
 def test_a_file_that_is_wrong_ends_with_status_2(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import test_page
 import torch
 from test_page import HOSTILE, Browser, move, pytestmark  # noqa: F401
 
@@ -86,6 +87,18 @@ def test_a_token_a_head_and_a_temperature_are_chosen(page):
     assert [*next_ones(page).values()] == [1] + [0] * 9
     assert page.run("return at('now').innerText") == "0.00"
     assert next_ones(page).keys() == warm.keys()  # the order never changes
+
+
+def test_its_words_are_those_of_the_browser(page, tmp_path, monkeypatch):
+    words = "return [at('word').innerText, at('text').ariaLabel]"
+    assert page.run(words) == ["temperature", "text"]
+    monkeypatch.setattr(test_page, "QUIET", [*test_page.QUIET, "--accept-lang=zh-CN"])
+    chinese = Browser(tmp_path)
+    try:
+        chinese.call("/url", url=live.PAGE.as_uri())
+        assert chinese.run(words) == ["温度", "文本"]
+    finally:
+        chinese.end()
 
 
 def test_a_click_writes_and_the_copy_comes_out(page):
