@@ -76,8 +76,13 @@ def test_several_processes_choose_as_the_first_one_does(data, tmp_path):
     both = [
         forked.Forked("train.py", *argv, env=env, before=unequal) for env in forked.environments(2)
     ]
+    try:
+        status = [process.wait() for process in both]  # if they do not, one waits for ever
+    finally:
+        for process in both:
+            process.kill()
     said = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    assert status == [0, 0], said
     assert "11 of 1000 steps fit, at 10000 ms a step" in said[0]
     assert rows(tmp_path / "run")[-1]["step"] == 11
 
