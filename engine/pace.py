@@ -1,7 +1,13 @@
-"""How many steps fit into the minutes that a run may take: by the speed of its first ones."""
+"""How many steps fit into the minutes that a run may take: by the speed of those before."""
 
-MEASURED = 50  # steps that the speed is taken from
-WARMING = 10  # steps before those, which also make things ready
+from collections import deque
+from statistics import fmean, median
+
+from optim import learning_rate
+
+WARMING = 10  # steps that also make things ready, and tell nothing of the speed
+FEWEST, MOST = 50, 500  # of the last steps that tell it
+STALL = 2  # times the median: more a step does not count, for what happens once is not the speed
 EVALUATION = 3  # times as fast as learned, a token is evaluated: the backward pass costs two more
 ENDING = 5.0  # seconds for what comes behind the last evaluation: the sample, the compressors
 
@@ -9,40 +15,48 @@ ENDING = 5.0  # seconds for what comes behind the last evaluation: the sample, t
 class Pace:
     """Sets `s.steps`, which is what was asked for, to as many as fit into `s.minutes`.
 
-    `found` is what was found, and a checkpoint keeps: {} until then. A run that goes on has the
-    number that it had; for other `minutes`, or other steps, one that follows from the same speed.
+    As late as can be, when most is known: before the first update whose learning rate depends on
+    the number, which is when the rate begins to fall, or would have risen to another height. What
+    was found, a checkpoint keeps as `found`: {} until then. A run that goes on has the number that
+    it had; for other minutes, or of other steps, one is chosen anew, by the speed that is known.
     """
 
-    def __init__(self, s, step: int, found: dict | None, seconds: float, held_out: int):
+    def __init__(self, s, step: int, found: dict | None, held_out: int):
         self.s, self.asked, self.held_out = s, s.steps, held_out
-        self.found = found or {}
-        self.due = 0  # the step behind which the number is chosen, if it is still to be
-        self.since = None  # the time from which on steps are measured
-        if not s.minutes:
-            self.found = {}
-        elif not self.found:
-            self.first, self.due = step + WARMING, step + WARMING + MEASURED
-        elif (self.found["minutes"], self.found["asked"]) == (s.minutes, s.steps):
-            s.steps = self.found["steps"]
-        else:
-            self.choose(step, seconds, self.found["seconds_a_step"])
+        known = [found["seconds_a_step"]] * FEWEST if found else []
+        self.taken = deque(known, MOST)  # seconds of each of the last steps
+        self.warm = step + WARMING
+        asked = dict(minutes=s.minutes, asked=s.steps)
+        self.found = found if found and found | asked == found else {}
+        s.steps = self.found.get("steps", s.steps)
+        self.open = bool(s.minutes and not self.found)  # whether a number is to be chosen
+        self.due = 0  # the step behind which it was
 
-    def measure(self, step: int, now: float) -> float | None:
-        """Behind each step; `now` is a clock. Seconds a step, when it is time to choose."""
-        if self.due and step == self.first:
-            self.since = now
-        return (now - self.since) / MEASURED if self.due and step == self.due else None
-
-    def choose(self, step: int, seconds: float, seconds_a_step: float) -> None:
-        """As many steps as fit, behind `step`, which was reached after `seconds`."""
-        s = self.s
+    def choose(self, step: int, taken: float, seconds: float) -> bool:
+        """Behind each step, the last `taken` of the run's `seconds`: whether the number is chosen,
+        as the next update would depend on it, or as no time is left."""
+        if step > self.warm:
+            self.taken.append(taken)
+        if len(self.taken) < FEWEST:
+            return False
+        s, most = self.s, STALL * median(self.taken)
+        seconds_a_step = fmean(min(taken, most) for taken in self.taken)
         tokens = min(self.held_out, s.eval_tokens or self.held_out)
         evaluation = tokens / s.batch_tokens * seconds_a_step / EVALUATION
         left = 60 * s.minutes - seconds - evaluation - ENDING
-        fitting = step + int(left / (seconds_a_step + evaluation / s.eval_every))
-        s.steps = min(self.asked, max(step + MEASURED, fitting))
-        self.found = dict(minutes=s.minutes, asked=self.asked, steps=s.steps)
+        fitting = max(0, int(left / (seconds_a_step + evaluation / s.eval_every)))
+        steps = min(self.asked, step + fitting)
+        # twice as many as asked: the rate that is due as long as it depends on no number
+        if step < steps and self.rate(step, steps) == self.rate(step, 2 * self.asked):
+            return False
+        self.open, self.due, s.steps = False, step, steps
+        self.found = dict(minutes=s.minutes, asked=self.asked, steps=steps)
         self.found |= dict(seconds_a_step=seconds_a_step)
+        return True
+
+    def rate(self, step: int, steps: int) -> float:
+        s = self.s
+        return learning_rate(step, steps, s.warmup, s.decay, s.final_lr, s.schedule)
 
     def __str__(self) -> str:
         speed = f"{1e3 * self.found['seconds_a_step']:.0f} ms a step"

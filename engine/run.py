@@ -142,8 +142,7 @@ class Run:
         self.validate, self.tokenizer = validate, data.tokenizer
         learned, held_out = (f"{data.split(name).tokens:,} tokens" for name in ("train", "val"))
         known = f"vocabulary {data.tokenizer.vocab_size:,}"
-        found, seconds = self.state.get("pace"), here.from_first(self.elapsed())
-        self.pace = Pace(s, self.step, found, seconds, data.split("val").tokens)
+        self.pace = Pace(s, self.step, self.state.get("pace"), data.split("val").tokens)
         here.say(f"data: {s.data}, {learned} to train on, {held_out} to validate, {known}")
         if packed := data.split("train").describe(s.model.block_size, s.seed):
             here.say(packed)
@@ -267,8 +266,9 @@ class Run:
 
     def log(self, step: int, loss: float, lr: float, norm: float) -> None:
         """Records the update that made `step`, and says how fast things go."""
-        self.busy += time.monotonic() - self.began  # of updates alone
-        self.fit(step)
+        taken = time.monotonic() - self.began  # of updates alone
+        self.busy += taken
+        self.fit(step, taken)
         if not (self.due(step, self.s.log_every) or step == 1):  # whose loss should be ln V
             return
         known = norm if math.isfinite(norm) else None  # JSON has no infinity
@@ -285,14 +285,14 @@ class Run:
             f"  gradient {norm:.3f}  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
         )
 
-    def fit(self, step: int) -> None:
-        """Chooses the number of steps by `s.minutes`, when their speed is known. It is kept by the
-        checkpoint that is saved then."""
-        seconds_a_step = self.pace.measure(step, time.monotonic())
-        if seconds_a_step is None:
+    def fit(self, step: int, taken: float) -> None:
+        """Chooses the number of steps by `s.minutes`, when it is time. It is kept by the checkpoint
+        that is saved then, before any update depends on it."""
+        if not self.pace.open:
             return
-        seconds_a_step, seconds = map(self.here.from_first, (seconds_a_step, self.elapsed()))
-        self.pace.choose(step, seconds, seconds_a_step)
+        taken, seconds = map(self.here.from_first, (taken, self.elapsed()))
+        if not self.pace.choose(step, taken, seconds):
+            return
         self.here.say(str(self.pace))
         now = resume.as_file(settings.flat(self.s))
         self.here.first_does(partial(write_durably, self.folder / "config.json", now))

@@ -84,7 +84,7 @@ NEAR = {
     "engine/packing.py": ("rows", "dataset"),
     "engine/prepared.py": ("prepare", "mistakes"),
     "engine/resume.py": ("kept", "train", "interruptions"),
-    "engine/run.py": ("kept", "train", "interruptions"),
+    "engine/run.py": ("kept", "pace", "train", "interruptions"),
     "engine/settings.py": ("mistakes",),
     "engine/shards.py": ("dataset", "splits", "prepare"),
     "engine/signatures.py": ("weights",),

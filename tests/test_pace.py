@@ -1,62 +1,90 @@
-"""--minutes: as many steps as fit, found once, and kept by the checkpoints."""
+"""--minutes: as many steps as fit, found once, as late as can be, and kept by the checkpoints."""
 
 import json
-import time
+import os
+import shutil
 from types import SimpleNamespace
 
+import forked
 import pytest
-from test_train import interrupted, rows, weights
+from conftest import TINY
+from test_train import rows, weights
 
 from engine import pace
-from engine.metrics import read_metrics
 from engine.pace import Pace
+from engine.run import Run
+from optim import learning_rate
 from train import read_settings
+
+FIT = ["--steps=1000", "--minutes=2", "--eval_tokens=1", "--eval_every=1000", "--save_every=1000"]
+
+
+def by_our_clock(seconds: list[float], setattr=setattr):
+    """Every step of a run takes `seconds[0]`, and three of them tell the speed."""
+    fit = Run.fit
+    setattr(pace, "WARMING", 0)
+    setattr(pace, "FEWEST", 3)
+    setattr(Run, "fit", lambda run, step, taken: fit(run, step, seconds[0]))
+    setattr(Run, "elapsed", lambda run: seconds[0] * run.current)
 
 
 @pytest.fixture
-def soon(monkeypatch):
-    """Two steps are measured, behind the first; of which each takes `seconds[0]`."""
-    monkeypatch.setattr("train.START", time.monotonic())  # not when these tests began
-    monkeypatch.setattr(pace, "WARMING", 1)
-    monkeypatch.setattr(pace, "MEASURED", 2)
-    seconds, clock = [10.0], [0.0]
-    measure = Pace.measure
-
-    def by_our_clock(self, step, now):
-        clock[0] += seconds[0]
-        return measure(self, step, clock[0])
-
-    monkeypatch.setattr(Pace, "measure", by_our_clock)
+def seconds(monkeypatch):
+    seconds = [10.0]
+    by_our_clock(seconds, monkeypatch.setattr)
     return seconds
 
 
-def test_as_many_steps_as_fit(train, soon, capsys):
-    run = train("run", "--minutes=5")
+def test_a_number_that_is_found_is_as_good_as_one_that_is_asked_for(train, seconds, capsys):
+    run = train("run", *FIT)
+    # (120 - 5) / 10 are 11, of which the last 0.6 fall
+    assert "minutes=2: 11 of 1000 steps fit, at 10000 ms a step" in capsys.readouterr().out
+    assert json.loads((run / "config.json").read_text())["steps"] == 11
+    kept = sorted(path.name for path in run.glob("step-*"))
+    assert kept == ["step-00000005", "step-00000011"]  # before update 6, the first that depends
+    asked = train("asked", *FIT, "--steps=11", "--minutes=0")
+    assert rows(run) == rows(asked)
+    assert weights(run, 11) == weights(asked, 11)
+    all_fit = train("all", "--minutes=5")
     assert "minutes=5: all 8 steps fit" in capsys.readouterr().out
-    last = rows(run)[-1]["step"]
-    assert last == 8 and read_metrics(run)[-1]["val_loss"]
-    short = train("short", "--minutes=0.8", "--steps=1000", "--eval_tokens=1")
-    said = capsys.readouterr().out
-    found = int(said.split("minutes=0.8: ")[1].split()[0])
-    assert 5 <= found <= 7 and f"{found} of 1000 steps fit, at 10000 ms a step" in said
-    assert rows(short)[-1]["step"] == found
-    assert json.loads((short / "config.json").read_text())["steps"] == found
+    assert rows(all_fit) == rows(train("plain")) and rows(all_fit)[-1]["step"] == 8
 
 
-def test_a_run_that_is_resumed_has_the_number_that_it_had(train, soon, monkeypatch, capsys):
-    settings = ["--steps=1000", "--minutes=0.8", "--eval_tokens=1"]
-    whole = train("whole", *settings)
-    found = rows(whole)[-1]["step"]
-    interrupted(train, "run", monkeypatch, *settings)  # at step 3, with the choice
-    soon[0] = 0.01  # a machine that is faster now
-    run = train("run", *settings)
-    assert weights(run, found) == weights(whole, found)
-    assert rows(run) == rows(whole)
-    train("run", *settings)
+def test_a_run_that_is_killed_has_the_number_that_it_had(train, seconds, capsys):
+    run = train("run", *FIT)
+    whole = rows(run), weights(run, 11)
+    shutil.rmtree(run / "step-00000011")
+    seconds[0] = 0.01  # a machine that is faster now
+    train("run", *FIT)
+    assert "resumed from step 5" in capsys.readouterr().out
+    assert (rows(run), weights(run, 11)) == whole
+    train("run", *FIT)
     assert "nothing to do" in capsys.readouterr().out
-    more = train("run", "--steps=1000", "--minutes=2", "--eval_tokens=1")  # asked for longer
-    assert f"steps was {found}, is " in capsys.readouterr().out
-    assert rows(more)[-1]["step"] > found
+    seconds[0] = 10.0
+    train("run", *FIT, "--minutes=4")  # behind step 12, by the speed that is known
+    assert "minutes=4: 23 of 1000 steps fit" in capsys.readouterr().out
+    assert rows(run)[-1]["step"] == 23
+
+
+def unequal():
+    by_our_clock([10.0 + 3 * int(os.environ["RANK"])])
+
+
+def test_several_processes_choose_as_the_first_one_does(data, tmp_path):
+    (tmp_path / "empty.py").write_text("")
+    argv = [tmp_path / "empty.py", f"--data={data}", f"--out={tmp_path / 'run'}", *TINY, *FIT]
+    both = [
+        forked.Forked("train.py", *argv, env=env, before=unequal) for env in forked.environments(2)
+    ]
+    try:
+        status = [process.wait() for process in both]  # if they do not, one waits for ever
+    finally:
+        for process in both:
+            process.kill()
+    said = [process.communicate()[0] for process in both]
+    assert status == [0, 0], said
+    assert "11 of 1000 steps fit, at 10000 ms a step" in said[0]
+    assert rows(tmp_path / "run")[-1]["step"] == 11
 
 
 def test_steps_of_the_command_line_count_more_than_minutes_of_a_file(tmp_path):
@@ -67,14 +95,66 @@ def test_steps_of_the_command_line_count_more_than_minutes_of_a_file(tmp_path):
     assert read_settings([str(path), "--steps=9", "--minutes=1"]).minutes == 1
 
 
+# --- the choice itself
+
+
+def asked(**changes) -> SimpleNamespace:
+    s = dict(minutes=3.6, steps=1500, batch_tokens=10, eval_tokens=0, eval_every=750)
+    s |= dict(warmup=0, decay=0.8, final_lr=0.0, schedule="linear")
+    return SimpleNamespace(**s | changes)
+
+
+def chosen(s, takes, held_out: int = 0) -> tuple[int, int]:
+    """Behind which step the number is chosen if step k takes `takes(k)` seconds, and the number."""
+    there, seconds = Pace(s, 0, None, held_out), 0.0
+    for step in range(1, s.steps + 1):
+        seconds += takes(step)
+        if there.choose(step, takes(step), seconds):
+            return step, s.steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "due", "steps"),
+    [
+        (dict(), 169, 844),  # (216 - 5) / 0.25 fit; behind 0.2 of them the rate falls
+        (dict(schedule="cosine"), 169, 844),
+        (dict(warmup=100), 169, 844),
+        (dict(warmup=0.02), 169, 844),  # of 1,500 the rise is over, when a number can be chosen
+        (dict(warmup=0.1), 60, 844),  # from here on the rise is another
+        (dict(decay=1.0), 60, 844),
+        (dict(decay=0.0), 844, 844),  # a rate that is constant to the end waits for the end
+        (dict(final_lr=1.0), 844, 844),
+        (dict(steps=400), 81, 400),  # never more than asked
+        (dict(minutes=0.2), 60, 60),  # never fewer than tell the speed
+    ],
+)
+def test_the_number_is_chosen_before_the_rate_depends_on_it(changes, due, steps):
+    s = asked(**changes)
+    assert chosen(s, lambda step: 0.25) == (due, steps)
+    if due > 60:  # all rates so far are those of that number, but for such a rise
+        shape = s.warmup, s.decay, s.final_lr, s.schedule
+        so_far = range(60 if 0 < s.warmup < 1 else 0, due)
+        numbers = steps, asked(**changes).steps
+        one, other = ([learning_rate(step, n, *shape) for step in so_far] for n in numbers)
+        assert one == other
+
+
+def test_slow_steps_at_first_and_a_stall_cost_little():
+    # the first 60 at 5,200 tokens a second, the others at 8,500: 211 s are enough for 1,128 steps
+    _, found = chosen(asked(), lambda step: 0.295 if step <= 60 else 0.1807)
+    assert 990 < found < 1128  # by the first 60 alone it were 715
+    # one of 10 s, where there would be 844 steps without, and 805 are left
+    _, found = chosen(asked(), lambda step: 10.0 if step == 100 else 0.25)
+    assert 795 < found <= 805
+    # twice as slow at every other step is no stall: 211 / 0.3 fit
+    _, found = chosen(asked(), lambda step: 0.2 if step % 2 else 0.4)
+    assert abs(found - 703) < 3
+
+
 def test_evaluations_are_reckoned_with():
-    s = SimpleNamespace(minutes=2, steps=10_000, eval_tokens=0, eval_every=100, batch_tokens=10)
-    there = Pace(s, 0, None, 0.0, held_out=3_000)  # takes as long as 100 steps to evaluate
-    there.choose(60, 15.0, 0.1)
-    # 60 + (120 - 15 - 5 - 10) / (0.1 + 10 / 100)
-    assert s.steps == 510
-    again = Pace(SimpleNamespace(**vars(s) | dict(steps=10_000)), 300, there.found, 99.0, 3_000)
-    assert again.s.steps == 510 and not again.due
-    fast = SimpleNamespace(**vars(s) | dict(steps=400))
-    Pace(fast, 0, None, 0.0, 3_000).choose(60, 15.0, 0.1)
-    assert fast.steps == 400  # never more than were asked for
+    s = asked(minutes=2, steps=10_000, eval_every=100, decay=1.0)
+    # 3,000 tokens take as long as 100 steps: 60 + (120 - 6 - 5 - 10) / (0.1 + 10 / 100)
+    assert chosen(s, lambda step: 0.1, held_out=3_000) == (60, 555)
+    few = asked(minutes=2, steps=10_000, eval_every=100, decay=1.0, eval_tokens=300)
+    # 60 + (120 - 6 - 5 - 1) / (0.1 + 1 / 100)
+    assert chosen(few, lambda step: 0.1, held_out=3_000) == (60, 1041)
