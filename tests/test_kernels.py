@@ -19,6 +19,7 @@ INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 V = 4999  # odd, and two blocks
 
 
+@pytest.mark.slow
 def test_all_of_this_by_the_interpreter():
     if on_gpu() or INTERPRETED:
         pytest.skip("the others run here")
@@ -86,10 +87,11 @@ def test_what_is_no_token_makes_the_loss_no_number(device):
     assert nats.isnan().tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("reduction, smoothing", [("mean", 0.0), ("sum", 0.1)])
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_is_that_of_the_book(dtype, compiled, reduction, smoothing, device, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, reduction, smoothing", [(torch.float32, "sum", 0.1), (torch.bfloat16, "mean", 0.0)]
+)
+def test_the_head_is_that_of_the_book(dtype, reduction, smoothing, compiled, device, monkeypatch):
     monkeypatch.setattr(gradients, "PIECE", 1)  # not compiled 64 rows, and 6
     monkeypatch.setattr(gradients, "GPU_PIECE", 1)
     x, w, targets = given(device, dtype)
