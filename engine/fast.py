@@ -17,6 +17,8 @@ from engine.gradients import (
     PiecewiseCrossEntropy,
     RMSNormalise,
     ShortConvolution,
+    has_kernels,
+    padded,
     working_type,
 )
 from engine.machine import Machine
@@ -157,16 +159,24 @@ class FastHead(Head):
         return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
 
     def cross_entropy(self, x, targets, embedding, reduction, smoothing) -> Tensor:
-        """In pieces, but for float16, whose small gradients need scaling first, and for compiled
-        kernels, which join these steps themselves."""
+        """In pieces, but for float16, whose small gradients need scaling first. Where kernels are
+        compiled, whole: by our own on a GPU, and elsewhere by those, which join these steps."""
         weight = embedding if self.weight is None else self.weight
-        whole = working_type(x) == torch.float16 or torch.compiler.is_compiling()
-        if reduction == "none" or whole:
+        whole = torch.compiler.is_compiling()
+        book = (whole and not has_kernels(x)) or working_type(x) == torch.float16
+        if reduction == "none" or book:
             return super().cross_entropy(x, targets, embedding, reduction, smoothing)
         x, targets = x.flatten(0, -2), targets.flatten()
-        if not torch.is_grad_enabled():
-            x, weight = x.detach(), weight.detach()  # or a Function would prepare for gradients
-        loss = PiecewiseCrossEntropy.apply(x, weight, targets, self.cap, smoothing)
+        if whole:
+            from engine.kernels import token_losses
+
+            dtype = working_type(x)
+            logits = F.linear(x.to(dtype), padded(weight, dtype))  # (N, Vp), and never sliced
+            loss = token_losses(logits, targets, weight.size(0), self.cap, smoothing)[0].sum()
+        else:
+            if not torch.is_grad_enabled():
+                x, weight = x.detach(), weight.detach()  # a Function would prepare for gradients
+            loss = PiecewiseCrossEntropy.apply(x, weight, targets, self.cap, smoothing)
         return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
 
@@ -227,7 +237,7 @@ def agreeing(
             agrees = largest_error(reference, part, config, device, dtype, training) <= 1
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, AttributeError, ValueError):
+        except (RuntimeError, TypeError, AttributeError, ValueError, ImportError):
             agrees = False  # changed beyond comparison, or there is no such kernel here
         if agrees:
             names.append(name)

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.machine import no_triton
 from model import IGNORE, gelu
 
 PIECE = 2**22  # logits in a piece: 16 MB, which stay in the cache between one use and the next
 GPU_PIECE = 2**28  # a GPU wants large products: 1 GB
+TRITON = not no_triton()
 
 
 def working_type(x: Tensor) -> torch.dtype:
@@ -123,36 +125,33 @@ class PiecewiseCrossEntropy(torch.autograd.Function):
         return *(z if z is None else z.mul_(g) for z in found), None, None, None
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether engine/kernels.py, which is imported only then, has the loss behind states x."""
+    return x.is_cuda and TRITON and working_type(x) in (torch.bfloat16, torch.float32)
+
+
+def padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight (V, C) for tensor cores, which want a multiple of 64 rows: with rows of zeros."""
+    return F.pad(weight.to(dtype), (0, 0, 0, -weight.size(0) % 64))
+
+
 def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple:
     """The loss, and the gradients of x and weight if `wanted`: like these, or None."""
     (N, _), V = x.shape, weight.size(0)
     dtype = working_type(x)
-    w = weight.to(dtype)
+    if own := has_kernels(x):
+        from engine import kernels
+    add = kernels.add_loss if own else add_loss
+    w = padded(weight, dtype) if own else weight.to(dtype)
     loss = torch.zeros((), device=x.device)
     dx = torch.empty_like(x) if wanted[0] else None
     dw = None
     with torch.autocast(x.device.type, enabled=False):
         for i in range(0, N, rows := max(64, (GPU_PIECE if x.is_cuda else PIECE) // V)):
             h, y = x[i : i + rows].to(dtype), targets[i : i + rows]
-            z = F.linear(h, w).float()  # (rows, V)
-            if cap:
-                z.mul_(2 / cap).sigmoid_().mul_(2 * cap).sub_(cap)  # as in FastHead
-            ln_p = z.log_softmax(dim=-1)
-            options = dict(ignore_index=IGNORE, reduction="sum")
-            loss += (1 - smoothing) * F.nll_loss(ln_p, y, **options)
-            counts = (y != IGNORE)[:, None]
-            if smoothing:
-                loss -= smoothing * (ln_p.mean(dim=-1, keepdim=True) * counts).sum()
-            if not any(wanted[:2]):
+            g = add(loss, F.linear(h, w), y, V, cap, smoothing, any(wanted[:2]))
+            if g is None:
                 continue
-            g = ln_p.exp_()  # the gradient of the logits: softmax less the target
-            target = torch.full_like(y[:, None], smoothing - 1, dtype=g.dtype)
-            g.scatter_add_(1, y[:, None].clamp(min=0), target)
-            if smoothing:
-                g -= smoothing / V
-            g *= counts
-            if cap:
-                g.addcmul_(g, z.square_(), value=-(cap**-2))
             g = g.to(dtype)
             if dx is not None:
                 dx[i : i + rows] = g @ w
@@ -163,6 +162,32 @@ def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple
                     dw.addmm_(g.mT, h)
                 else:
                     dw += g.mT @ h
-    if wanted[1] and dw is None:  # nothing was asked
-        dw = torch.zeros_like(weight)
+    if wanted[1]:
+        dw = torch.zeros_like(weight) if dw is None else dw[:V]  # None: nothing was asked
     return loss, dx, dw
+
+
+def add_loss(
+    loss: Tensor, z: Tensor, y: Tensor, V: int, cap: float, smoothing: float, learn: bool
+) -> Tensor | None:
+    """Adds to `loss` that of logits z (n, V), before the cap, and targets y (n); the gradient of
+    z, if it should `learn`."""
+    z = z.float()
+    if cap:
+        z.mul_(2 / cap).sigmoid_().mul_(2 * cap).sub_(cap)  # as in FastHead
+    ln_p = z.log_softmax(dim=-1)
+    loss += (1 - smoothing) * F.nll_loss(ln_p, y, ignore_index=IGNORE, reduction="sum")
+    counts = (y != IGNORE)[:, None]
+    if smoothing:
+        loss -= smoothing * (ln_p.mean(dim=-1, keepdim=True) * counts).sum()
+    if not learn:
+        return None
+    g = ln_p.exp_()  # the gradient of the logits: softmax less the target
+    target = torch.full_like(y[:, None], smoothing - 1, dtype=g.dtype)
+    g.scatter_add_(1, y[:, None].clamp(min=0), target)
+    if smoothing:
+        g -= smoothing / V
+    g *= counts
+    if cap:
+        g.addcmul_(g, z.square_(), value=-(cap**-2))
+    return g

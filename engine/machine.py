@@ -173,11 +173,16 @@ def worth_compiling(device: torch.device) -> tuple[bool, str]:
     # its kernels are written in Triton, which needs a GPU since Volta and a compiler of C
     if torch.cuda.get_device_capability(device) < (7, 0):
         return False, "too old a GPU"
+    return not no_triton(), no_triton() or "pays on a GPU"
+
+
+def no_triton() -> str:
+    """What kernels written in Triton lack here, or "" if nothing."""
     if not importlib.util.find_spec("triton"):
-        return False, "no Triton"
+        return "no Triton"
     if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
-        return False, "no C compiler"
-    return True, "pays on a GPU"
+        return "no C compiler"
+    return ""
 
 
 def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before=None) -> None:
