@@ -23,7 +23,7 @@ import prepare
 import sample
 import serve
 import train as trainer
-from engine import guard, protocol, server
+from engine import protocol
 from engine.batching import Engine, Full, Request, scored
 from engine.checkpoint import load_model
 from engine.inference import ready
@@ -35,6 +35,7 @@ from tokenizer import bytes_tokenizer
 
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package)
+guard, server = map(pytest.importorskip, ("engine.guard", "engine.server"))  # need starlette
 httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")
 
 LONG = ["--block_size=128", "--batch_tokens=512"]
