@@ -63,7 +63,7 @@ def act(s: Settings) -> None:
     number = int(s.chapter)
     if s.check:
         return check(loaded(number), number, Path(s.check), s.language)
-    answers = ",".join(s.answer).split(",") if s.answer else []
+    answers = lessons.typed(",".join(s.answer)).split(",") if s.answer else []
     teach(number, s.language, answers)
 
 
@@ -116,7 +116,7 @@ def teach(number: int, language: str, answers: list[str]) -> None:
         value = loaded(number).QUESTIONS[i]()
         while word:
             try:
-                score.append(lessons.predicted(word, value))
+                score.append(lessons.predicted(word, value, question))
                 break
             except ValueError as e:
                 if i < len(answers):
@@ -125,6 +125,8 @@ def teach(number: int, language: str, answers: list[str]) -> None:
                 word = ask()
         sign = (RIGHT if score[-1] else WRONG) if word else IS
         said = lessons.as_printed(value, question.answer)
+        if sign == WRONG:
+            said = lessons.said(f"you said {word}; it is {said}", language)
         print(f"\n{sign} {said}\n\n{plain(question.reveal)}\n")
     if score:
         print(f"{RIGHT} {sum(score)} / {len(score)}")
