@@ -4,8 +4,9 @@
 #
 # Expected result: 1.43 bits per byte of unseen files (xz -9e 1.69, gzip -9 1.95) after all
 # steps; the figures of another Python's library differ. With --block_size=256 they took 93 s on
-# two CPU cores with fast bfloat16; with this context they were not timed. A slower machine makes fewer steps, as many as fit into `minutes` by
-# its speed until the rate begins to fall; if it becomes slower after that, they take longer.
+# two CPU cores with fast bfloat16; with this context they were not timed. A slower
+# machine makes fewer steps, as many as fit into `minutes` by its speed until the rate begins to
+# fall; if it becomes slower after that, they take longer.
 
 data = "data/python"
 

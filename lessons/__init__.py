@@ -107,8 +107,9 @@ def predicted(word: str, value, question: Question) -> bool:
         return number == value
     unit = 10.0 ** -len(question.answer.partition(".")[2])  # the last digit that is printed
     near = max(NEAR * abs(value), unit / 2)
-    shares = (number, number / 100) if plain.endswith("%") else (number,)
-    return any(abs(share - value) <= near for share in shares)
+    if plain.endswith("%") and abs(value) < 1:  # a share; above, the question asks for percent
+        number /= 100
+    return abs(number - value) <= near
 
 
 def said(message: str, language: str) -> str:
