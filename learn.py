@@ -33,7 +33,7 @@ class Settings:
     check: str = ""  # a file of yours, with the functions that you have written or changed
     language: Literal["en", "zh"] = "en"  # of the pages; English where another is not written
     links: bool = False  # for authors: bring the line numbers in docs/learn up to date
-    digests: bool = False  # for authors: the Chinese pages render the English ones of today
+    digests: bool = False  # for authors: this Chinese page renders the English one of today
     ablations: bool = False  # for authors: measure every why anew, and write it into docs/learn
 
 
@@ -49,7 +49,7 @@ def act(s: Settings) -> None:
     if s.links:
         return update_pages(lessons.linked)
     if s.digests:
-        return write_digests()
+        return write_digests(s.chapter)
     if s.ablations:
         from lessons import ablations
 
@@ -171,13 +171,14 @@ def update_pages(change) -> None:
             print(f"wrote {path.relative_to(lessons.ROOT)}")
 
 
-def write_digests() -> None:
-    """Says of every Chinese page that it renders the English one of today, and names the sections
-    that it said so of before and that have changed since. Raises ValueError for pages that differ
-    otherwise, in their sections, code or numbers: what is not rendered is not said to be."""
+def write_digests(only: str = "") -> None:
+    """Says of every Chinese page, or of one (9, README), that it renders the English one of today,
+    and names the sections that it said so of before and that have changed since. Raises ValueError
+    for pages that differ otherwise, in their sections, code or numbers: what is not rendered is not
+    said to be."""
     differ = []
     for english, chinese in languages.pairs():
-        if not chinese.exists():
+        if not chinese.exists() or (only and only.zfill(2) != english.stem):
             continue
         text, before = english.read_text(encoding="utf-8"), chinese.read_text(encoding="utf-8")
         try:

@@ -125,7 +125,9 @@ def test_the_command_writes_the_digests_and_names_what_had_changed(tmp_path, mon
     (tmp_path / "README.md").write_text(ENGLISH, encoding="utf-8")
     chinese = tmp_path / "04.zh.md"
     chinese.write_text(languages.stamped(ENGLISH.replace("Why", "How"), CHINESE), encoding="utf-8")
-    learn.main(["--digests"])
+    learn.main(["5", "--digests"])
+    assert not capsys.readouterr().out  # of another page nothing is said
+    learn.main(["4", "--digests"])
     assert capsys.readouterr().out == "wrote 04.zh.md\n    ## Why\n"
     assert not languages.differences(ENGLISH, chinese.read_text(encoding="utf-8"))
     learn.main(["--digests"])
