@@ -22,6 +22,11 @@ from engine.linear import (
 from generate import answers, beam, generate
 from model import Attention
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(inference, "PATIENCE", 0)
+
+
 KINDS = {
     "plain": PlainLinear,
     "transposed": TransposedLinear,
@@ -120,20 +125,23 @@ def test_eight_bits_change_the_logits_a_little(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_step_of_fixed_shape_equals_a_growing_one(shape, monkeypatch):
-    monkeypatch.setattr(inference, "records", lambda device: True)
+def test_a_recorded_step_equals_a_growing_one(shape, monkeypatch):
+    monkeypatch.setattr(inference, "records", lambda *_: True)
+    monkeypatch.setattr(inference, "SPAN", 8)  # recorded anew behind 16 positions
     plain, model, x = make(shape), ready(make(shape)), tokens()
     growing, fixed = plain.new_cache(3), model.new_cache(3)
     assert isinstance(fixed, RecordedCache)
-    plain(x[:, :9], cache=growing)
-    model(x[:, :9], cache=fixed)
-    for i in range(9, 24):
-        expected = plain(x[:, i : i + 1], cache=growing)
-        step = model(x[:, i : i + 1], cache=fixed)
-        torch.testing.assert_close(step, expected, atol=1e-4, rtol=1e-4)
-    assert fixed.lengths.tolist() == growing.lengths.tolist() == [24] * 3
-    with pytest.raises(ValueError, match="25"):
-        model(x[:, :1], cache=fixed)
+    with torch.inference_mode():
+        plain(x[:, :9], cache=growing)
+        model(x[:, :9], cache=fixed)
+        for i in range(9, 24):
+            expected = plain(x[:, i : i + 1], cache=growing)
+            step = model(x[:, i : i + 1], cache=fixed)
+            torch.testing.assert_close(step, expected, atol=1e-4, rtol=1e-4)
+        assert fixed.replay and fixed.span == 24
+        assert fixed.lengths.tolist() == growing.lengths.tolist() == [24] * 3
+        with pytest.raises(ValueError, match="25"):
+            model(x[:, :1], cache=fixed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,9 +149,10 @@ def test_a_step_of_fixed_shape_equals_a_growing_one(shape, monkeypatch):
 @pytest.mark.parametrize("length, rows", [(1, 3), (3, 1), (40, 3)])
 def test_generating_with_recorded_steps_changes_nothing(shape, length, rows, dtype, monkeypatch):
     prompt = list(range(length))
+    monkeypatch.setattr(inference, "records", lambda *_: False)
     plain = list(generate(ready(make(shape).to(dtype), rows=rows), prompt, 60, num_samples=rows))
     calls = []
-    monkeypatch.setattr(inference, "records", lambda device: True)
+    monkeypatch.setattr(inference, "records", lambda *_: True)
     step = RecordedCache.step
     monkeypatch.setattr(RecordedCache, "step", lambda *a: calls.append(1) or step(*a))
     model = ready(make(shape).to(dtype), rows=rows)
@@ -162,8 +171,9 @@ def test_recorded_steps_serve_rows_of_different_lengths(shape, monkeypatch):
         found = dict(answers(model, tokenizer, prompts, 12, slots=4))
         return found, [beam(model, tokenizer, prompt, 12) for prompt in prompts[:3]]
 
+    monkeypatch.setattr(inference, "records", lambda *_: False)
     plain, places = run(), []
-    monkeypatch.setattr(inference, "records", lambda device: True)
+    monkeypatch.setattr(inference, "records", lambda *_: True)
     step = RecordedCache.step
     monkeypatch.setattr(
         RecordedCache, "step", lambda *a: places.append(a[0].lengths.tolist()) or step(*a)
@@ -173,7 +183,7 @@ def test_recorded_steps_serve_rows_of_different_lengths(shape, monkeypatch):
 
 
 def test_a_recorded_cache_stays_where_it_is_when_beams_change_places(monkeypatch):
-    monkeypatch.setattr(inference, "records", lambda device: True)
+    monkeypatch.setattr(inference, "records", lambda *_: True)
     cache = ready(make("modern")).new_cache(3)
     known = cache.k
     cache.take([2, 2, 0])
