@@ -45,9 +45,6 @@ def ready(
         names = fast.agreeing(model.config, like.device, like.dtype, training=False)
         fast.install(model, names)
         model.__class__ = FastGPT
-        narrow = like.dtype == torch.bfloat16 and not fast_bfloat16()
-        if on_cpu and rows == 1 and narrow and {"embedding", "attention"} <= set(names):
-            widen(model)
     if quantize:
         kind = partial(StreamedLinear, quantize=quantize)
     elif on_cpu and rows == 1:
@@ -59,18 +56,24 @@ def ready(
     if quantize or parts:
         for module in list(model.modules()):
             replace_linears(module, kind, model.wte.weight)
+    if on_cpu and rows == 1 and like.dtype == torch.bfloat16 and not fast_bfloat16():
+        widen(model)
     return model
 
 
 def widen(model: GPT) -> None:
     """Activations in float32, where to compute with bfloat16 costs more than to read it saves:
-    matrices and embeddings stay as they are."""
+    embeddings, and the matrices of layers that were replaced, stay as they are."""
+    own = [(m, p) for m in model.modules() for p in m.parameters(recurse=False)]
+    own = [(m, p) for m, p in own if type(m) is not fast.FastEmbedding]
+    wide = all(p.dim() == 1 or isinstance(m, Canon) for m, p in own)  # no other matrix is left
+    if not wide or not isinstance(model.blocks[0].attn, fast.FastAttention):
+        return
+    for _, p in own:
+        p.data = p.data.float()
     for module in model.modules():
         if type(module) is fast.FastEmbedding:
             module.__class__ = WideEmbedding
-        for name, p in module.named_parameters(recurse=False):
-            if p.dim() == 1 or isinstance(module, Canon):
-                p.data = p.data.float()
 
 
 class WideEmbedding(fast.FastEmbedding):
@@ -140,7 +143,7 @@ class FastGPT(GPT):
 
 def records(device: torch.device, batch: int = 1) -> bool:
     """Several texts on a CPU have lengths of their own, and wait for products, not for Python."""
-    return device.type == "cuda" or device.type == "cpu" and batch == 1
+    return device.type == "cuda" or (device.type == "cpu" and batch == 1)
 
 
 SPAN = 128  # positions by which attention grows on a CPU, where a step is then recorded anew
@@ -185,8 +188,9 @@ class RecordedCache(KVCache):
         if longest == size:
             raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
         span = size if self.k.is_cuda or self.whole else min(size, longest // SPAN * SPAN + SPAN)
-        if self.recorded is not self.k or self.span != span:  # or before `take` had other rows
-            self.span = span
+        how = span, torch.get_num_threads()
+        if self.recorded is not self.k or self.how != how:  # or before `take` had other rows
+            self.how, self.span = how, span
             self.record(forward, tokens)
         self.tokens.copy_(tokens)
         self.place.copy_(self.lengths[:, None])
@@ -203,11 +207,14 @@ class RecordedCache(KVCache):
         self.tokens = tokens.clone()
         self.place = self.lengths[:, None].to(device, copy=True)
         self.columns = torch.arange(self.span, device=device)
-        if device.type == "cpu":
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in forward.__self__.modules())
+        if device.type == "cpu" and hooked:  # which would not be called
+            self.fit = False
+        elif device.type == "cpu":
             changing = [self.tokens, self.place, self.k, self.v, self.past]
             try:
                 self.logits, self.replay = recording.record(lambda: self.run(forward), changing)
-            except ValueError:
+            except (ValueError, RuntimeError):  # or an operation is not like others
                 self.fit = False
         if device.type != "cuda":
             return

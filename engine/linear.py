@@ -18,7 +18,8 @@ from engine.machine import fast_bfloat16
 EXPECTED = 8  # rows that oneDNN chooses a layout for: it is the best for 1, 2 and 4 rows, too
 FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
 WORTH_IT = 1 << 18  # weights of a layer for which a choice pays
-TRIES = 3
+TRIES = 5
+ENOUGH = 1 << 22  # weights of a large layer that are tried
 CACHE = 1 << 26  # bytes that drive the weights out of the caches of a processor
 
 
@@ -46,6 +47,7 @@ class Fastest:
         """The shortest time in which a layer of that form reads its weights from memory."""
         if self.other is None:
             self.other = torch.ones(CACHE // 8, dtype=torch.int64)
+        weight = weight[: ENOUGH // weight.size(1) + 1]
         layer, x, times = form(weight, None), weight.new_ones(1, 1, weight.size(1)), []
         for _ in range(1 + TRIES):
             self.other.sum()
@@ -64,7 +66,11 @@ class OneOrSeveral(Fastest):
         dtype = weight.dtype if packable(weight.dtype) else torch.float32
         if weight.dtype == torch.bfloat16 and not fast_bfloat16():
             dtype = torch.float32  # products would be emulated
-        if isinstance(one, PackedLinear) or weight.numel() < WORTH_IT or not packable(dtype):
+        if (
+            isinstance(one, PackedLinear | HalfLinear)
+            or weight.numel() < WORTH_IT
+            or not packable(dtype)
+        ):
             return one
         bias = None if bias is None else bias.to(dtype)
         return OneOrSeveralLinear(one, PackedLinear(weight.to(dtype), bias), dtype)
@@ -73,9 +79,9 @@ class OneOrSeveral(Fastest):
 def forms(dtype: torch.dtype) -> dict[str, Callable]:
     """The candidates by name, that for small layers first."""
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in (256, 128)}
-    if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines:
-        streamed |= {"half": HalfLinear}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
+        if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines:
+            streamed["half"] = HalfLinear
         return streamed  # products would be emulated
     found = {"plain": PlainLinear, "transposed": TransposedLinear}
     found |= {"packed": PackedLinear} if packable(dtype) else {}
@@ -159,7 +165,8 @@ class StreamedLinear(nn.Module):
             if x.dtype == torch.bfloat16 and not fast_bfloat16():  # emulated, it would take minutes
                 y = F.linear(x.float(), self.weight.float()).to(x.dtype)
                 return y if self.bias is None else y + self.bias
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.to(x.dtype), bias)
         # a block for all rows of x before the next: it is in the cache from the second row on
         index = self.index.expand(-1, n, -1).reshape(-1)
         factors = x.reshape(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)

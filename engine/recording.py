@@ -19,6 +19,7 @@ WEIGHTS = 1 << 18  # numbers of a matrix for whose product another thread is wor
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # no dropout here
 LOOKS_UP = {torch.ops.aten.embedding.default}  # which reads a row of a matrix and not all
 LARGE = 1 << 21  # and of what else an operation reads, all of a long text's keys say
+COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd  # made of other operations
 UNFIT = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
 
 
@@ -26,7 +27,8 @@ def record(function: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[Tensor
     """The result of `function`, and what computes it anew, into the same tensor, from what the
     tensors `inputs` hold then, which `function` may change; all else it takes to be constant.
 
-    Raises ValueError where numbers in tensors decide what is done next: Python is not recorded.
+    Large products get all threads of this moment, all else one. Raises ValueError where numbers in
+    tensors decide what is done next: Python is not recorded.
     """
     with Recorder() as recorder:
         result = function()
@@ -39,7 +41,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.done: list[tuple] = []  # (operation, arguments, named ones, what it read, results)
+        self.done: list[tuple] = []  # (operation, arguments, named ones, what it reads, results)
         self.known: dict[tuple, tuple] = {}
         self.shared: set[int] = set()  # storages of results that were given out twice
         self.changes: Counter[int] = Counter()  # of each storage, in place
@@ -53,7 +55,7 @@ class Recorder(TorchDispatchMode):
         composed, changes = kind(operation)
         if composed:
             with self:
-                return operation.decompose(*args, **kwargs)
+                return operation._op_dk(COMPOSED, *args, **kwargs)
         leaves = [*flat(args), *kwargs, *flat(kwargs.values())]
         read = tensors(leaves)
         same = operation, *map(self.key, leaves)
@@ -82,25 +84,28 @@ class Recorder(TorchDispatchMode):
     def program(self, inputs: list[Tensor], result: Tensor) -> Callable[[], Tensor]:
         """What runs those operations again that depend on `inputs`."""
         varies, before = {*map(storage, inputs)}, 0
+        done = [(*step, {*map(storage, step[3])}, {*map(storage, step[4])}) for step in self.done]
         while before != (before := len(varies)):  # what is changed in place is made anew first
-            for *_, read, made in self.done:
-                if varies.intersection(map(storage, read + made)):
-                    varies.update(map(storage, made))
-        needed = {storage(t) for *_, read, _ in self.done for t in read} | {storage(result)}
-        steps, threads = [(torch.set_num_threads, (1,), {})], torch.get_num_threads()
-        for operation, args, kwargs, read, made in self.done:
-            sources = {*map(storage, read)}
-            view = not operation._schema.is_mutable and sources.issuperset(map(storage, made))
-            if view or varies.isdisjoint(sources.union(map(storage, made))):
+            for *_, sources, targets in done:
+                if not (varies.isdisjoint(sources) and varies.isdisjoint(targets)):
+                    varies |= targets
+        needed = {storage(result)}.union(*(sources for *_, sources, _ in done))
+        steps, threads = [], torch.get_num_threads()
+        for operation, args, kwargs, read, made, sources, targets in done:
+            view = not operation._schema.is_mutable and targets <= sources
+            if view or varies.isdisjoint(sources | targets):
                 continue
             step = again(operation, args, kwargs, made, needed)
-            wide = operation not in LOOKS_UP and large(args, read, varies)
+            wide = threads > 1 and operation not in LOOKS_UP and large(args, read, varies)
             steps += several(step, threads) if wide else [step]
-        steps += [(torch.set_num_threads, (threads,), {})]
 
         def replay() -> Tensor:
-            for function, args, kwargs in steps:
-                function(*args, **kwargs)
+            torch.set_num_threads(1)
+            try:
+                for function, args, kwargs in steps:
+                    function(*args, **kwargs)
+            finally:
+                torch.set_num_threads(threads)
             return result
 
         return replay
@@ -121,8 +126,7 @@ def several(step: tuple, threads: int) -> list[tuple]:
 def kind(operation) -> tuple[bool, bool]:
     """Whether an operation is made of others, and whether it changes a tensor. Raises ValueError
     for one whose results may differ for reasons that are not recorded."""
-    composed = torch._C.DispatchKey.CompositeImplicitAutograd
-    if operation.has_kernel_for_dispatch_key(composed):
+    if operation.has_kernel_for_dispatch_key(COMPOSED):
         return True, False
     if UNFIT & set(operation.tags) and operation is not ATTENTION:
         raise ValueError(f"{operation} cannot be recorded")
