@@ -147,7 +147,7 @@ def records(device: torch.device, batch: int = 1) -> bool:
 
 
 SPAN = 128  # positions by which attention grows on a CPU, where a step is then recorded anew
-PATIENCE = 4  # tokens behind which recording pays on a CPU: it takes about as long as these
+PATIENCE = 16  # tokens without, on a CPU: recording takes as long as it saves in some twenty
 
 
 class RecordedCache(KVCache):
