@@ -166,7 +166,7 @@ def train(
     gradients.active = True
     x = torch.randint(s.vocab_size, (s.rows, s.length + 1), device=here.device)
     mean_loss = partial(peers.transformers_loss, model) if peer else model
-    if here.compile and not peer if compiled is None else compiled:
+    if (here.compile and not peer) if compiled is None else compiled:
         mean_loss = torch.compile(mean_loss)
     markers = Markers(*range(s.vocab_size - 5, s.vocab_size))
     if of_rows:

@@ -41,8 +41,9 @@ class Canon(nn.Module):
         self.std = 0.3  # shares that begin at 0 are learned much later: docs/tasks.md
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) to (B, T, C); nothing is taken from where the `mask` of `Attention` lets
-        nobody look, such as from another text in the same row."""
+        """x (B, T, C) to (B, T, C). Nothing is taken from a position at which the `mask` of
+        `Attention` does not let it look, such as one of another text in the same row; and where a
+        mask lets it look ahead, too (prefix, full), still only from what stands before."""
         T, reach = x.size(1), len(self.weight)
         # (B, reach + T, C): zeros stand before a text
         past = F.pad(x, (0, 0, reach, 0)) if cache is None else cache.behind(self.site, x)
@@ -50,7 +51,8 @@ class Canon(nn.Module):
         for i, share in enumerate(self.weight.to(x.dtype), start=1):
             before = past[:, reach - i : reach - i + T]  # (B, T, C), of i places before
             if mask is not None and cache is None:  # a cache has each text in a row of its own
-                sees = F.pad(mask.reshape(-1, T, T), (i, 0)).diagonal(0, 1, 2)  # (B, T)
+                sees = mask.reshape(-1, T, T).diagonal(-i, 1, 2)  # (B, T - i)
+                sees = F.pad(sees, (min(i, T), 0))  # (B, T): nothing is before the first i
                 before = before * sees[..., None]
             y = y + share * before
         return y

@@ -141,7 +141,8 @@ def print_memory(s: Settings, c: GPTConfig, windows: int) -> int:
     own = s.gpu == Settings.gpu and not s.memory
     here = s.tokens_per_second and own  # where it was measured: no card of the table
     weights, moments = (x / parts for x in state(c, s.optimizer))
-    # in 16 bits, logits with their gradient and what the products beside them need: docs/speed.md
+    # in 16 bits, logits with their gradient and what the products beside them need: 6 bytes, by
+    # the 18.8 and 19.9 GB that 32 windows took (docs/speed.md)
     window = c.block_size * (2 * c.n_layer * activations(c) + 6 * c.vocab_size)
     whole = 4 * c.parameters() / c.n_layer if parts > 1 else 0.0  # a block while it computes
     left = memory * 1e9 * (1 - RESERVED) - weights - moments - whole

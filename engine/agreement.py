@@ -56,8 +56,8 @@ def largest_error(
         module.__class__ = reference
         usual = max(map(rms, true))
         for t, s, f in zip(true, slow, fast, strict=True):
-            # a gradient that is zero, as that of a bias of keys, has no digits to compare: what it
-            # gets is what was rounded on the way, and a fused kernel rounds elsewhere
+            # a gradient that is zero, as that of a bias of keys with learned positions, has no
+            # digits to compare: it gets what was rounded on the way, by a fused kernel elsewhere
             size = max(rms(t), (0.5 if rms(t) < 1e-4 * usual else 0.1) * usual)
             rounding = max(1e-4, 2 * torch.finfo(kind).eps) * size
             worst = max(worst, rms(f - t) / (2 * rms(s - t) + rounding + 1e-30))

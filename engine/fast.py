@@ -1,9 +1,9 @@
-"""Fast parts: what computes the same as a module of model.py, in less time.
+"""Fast parts: what computes the same as a module of the book, model.py or canon.py, in less time.
 
 A part is a subclass that overrides `forward` and nothing else; `install` gives it to the modules of
-a model by setting their class, so parameters, names and hooks stay. model.py is the reference: a
+a model by setting their class, so parameters, names and hooks stay. The book is the reference: a
 part is used only if it agrees with it when a run starts (engine/agreement.py), so whoever edits
-model.py is obeyed on every device. docs/speed.md has the figures.
+the book is obeyed on every device. docs/speed.md has the figures.
 """
 
 import torch
@@ -152,7 +152,7 @@ class FastHead(Head):
     def product(self, x: Tensor, embedding: Tensor) -> Tensor:
         weight = embedding if self.weight is None else self.weight  # (V, C)
         if x.is_cuda and x.size(-2) > 1:  # tensor cores want a multiple of 64
-            weight = F.pad(weight, (0, 0, 0, -weight.size(0) % 64))  # zeros: never stored
+            weight = padded(weight, weight.dtype)  # never stored
         return F.linear(x, weight)[..., : embedding.size(0)].float()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ class FastHead(Head):
         return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
 
     def cross_entropy(self, x, targets, embedding, reduction, smoothing) -> Tensor:
-        """In pieces, but for float16, whose small gradients need scaling first. Where kernels are
-        compiled, whole: by our own on a GPU, and elsewhere by those, which join these steps."""
+        """In pieces, but for float16, whose small gradients need scaling first. Whole where kernels
+        are compiled: on a GPU by our own, elsewhere by the compiler's, which join these steps."""
         weight = embedding if self.weight is None else self.weight
         whole = torch.compiler.is_compiling()
         book = (whole and not has_kernels(x)) or working_type(x) == torch.float16
@@ -182,7 +182,7 @@ class FastHead(Head):
         return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
 
-PARTS = {  # name: the module of model.py, what may take its place
+PARTS = {  # name: the module of the book, what may take its place
     "embedding": (nn.Embedding, FastEmbedding),
     "norm": (Norm, FastNorm),
     "canon": (Canon, FastCanon),
@@ -213,14 +213,15 @@ def use(model: nn.Module, here: Machine, wanted: bool, before: dict | None = Non
     the bits stay.
     """
     if not wanted:
-        here.say("fast=false: model.py computes everything itself")
+        here.say("fast=false: model.py and canon.py compute everything themselves")
         return
     names = agreeing(model.config, here.device, here.dtype) if here.rank == 0 else []
     chosen = sum(1 << i for i, name in enumerate(PARTS) if name in names)
     chosen = int(here.from_first(chosen))
     names = [name for i, name in enumerate(PARTS) if chosen >> i & 1]
     for name in [name for name in PARTS if name not in names]:
-        here.say(f"{name} was changed, or has no fast form here: model.py computes it itself")
+        book = "canon.py" if name == "canon" else "model.py"
+        here.say(f"{name} was changed, or has no fast form here: {book} computes it itself")
     had = (before or {}).get("fast") or names  # none: it was begun with fast=false
     install(model, [name for name in names if name in had])
 

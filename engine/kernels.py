@@ -11,13 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model import IGNORE
+
 BLOCK = 4096  # columns at once
 A_WARP = 512  # columns of its 32 threads: 16 each, so 8 warps
-NONE = tl.constexpr(-100)  # IGNORE of model.py: a target that does not count
+NONE = tl.constexpr(IGNORE)  # a target that does not count
 
 
 @triton.jit
-def bent(z, cap, CAPPED: tl.constexpr):
+def softcap(z, cap, CAPPED: tl.constexpr):
     """cap * tanh(z / cap), if there is a cap."""
     if CAPPED:
         z = 2 * cap * tl.sigmoid(z * (2 / cap)) - cap
@@ -35,12 +37,12 @@ def loss_kernel(
     Z += row * Vp
     largest = tl.full((BLOCK,), -3e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    plain = tl.zeros((BLOCK,), tl.float32)  # sum of logits
+    logit_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, Vp, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z = bent(tl.load(Z + at, mask=at < Vp, other=0.0).to(tl.float32), cap, CAPPED)
+        z = softcap(tl.load(Z + at, mask=at < Vp, other=0.0).to(tl.float32), cap, CAPPED)
         if SMOOTH:
-            plain += tl.where(at < V, z, 0.0)
+            logit_sum += tl.where(at < V, z, 0.0)
         z = tl.where(at < V, z, float("-inf"))
         e = tl.exp(-tl.abs(z - largest))
         total = tl.where(z > largest, total * e + 1, total + e)
@@ -49,10 +51,10 @@ def loss_kernel(
     lse = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
     y = tl.load(Y + row)
     known = (y >= 0) & (y < V)
-    at_target = bent(tl.load(Z + y, mask=known, other=0.0).to(tl.float32), cap, CAPPED)
+    at_target = softcap(tl.load(Z + y, mask=known, other=0.0).to(tl.float32), cap, CAPPED)
     nats = lse - (1 - smoothing) * tl.where(known, at_target, float("nan"))  # nan: no such token
     if SMOOTH:
-        nats -= smoothing * tl.sum(plain, 0) / V
+        nats -= smoothing * tl.sum(logit_sum, 0) / V
     tl.store(NATS + row, tl.where(y == NONE, 0.0, nats))
     tl.store(LSE + row, lse)
 
@@ -70,7 +72,7 @@ def gradient_kernel(
     target = y.to(tl.int32)
     for start in range(0, Vp, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z = bent(tl.load(Z + at, mask=at < Vp, other=0.0).to(tl.float32), cap, CAPPED)
+        z = softcap(tl.load(Z + at, mask=at < Vp, other=0.0).to(tl.float32), cap, CAPPED)
         d = tl.exp(z - lse) - smoothing / V
         d = g * tl.where(at == target, d - (1 - smoothing), d)
         if CAPPED:

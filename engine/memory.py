@@ -48,6 +48,8 @@ def most_windows(learner: nn.Module, inputs: tuple, here: Machine) -> tuple[int,
     # The first pass of all also takes what stays, such as workspaces of the GPU's libraries
     _, one, two = (pass_bytes(learner, inputs, min(n, share), here) for n in (1, 1, 2))
     each, fixed = max(two - one, 1), max(2 * one - two, 0)
+    if here.compile and not hasattr(learner, "unshard"):  # sharded, only blocks are compiled
+        each += whole_logits(learner, inputs, here)
     room = SHARE[here.device.type] * free_bytes(here) - moments(learner)
     fits = max(n for n in sizes if n == 1 or fixed + n * each <= room)
     most = int(min(here.of_each(fits)))
@@ -64,6 +66,13 @@ def most_windows(learner: nn.Module, inputs: tuple, here: Machine) -> tuple[int,
             break
         most = least
     return most, f"{each / 1e6:,.1f} MB each, and room for {max(room - fixed, 0) / 1e6:,.0f} MB"
+
+
+def whole_logits(learner: nn.Module, inputs: tuple, here: Machine) -> int:
+    """What a window takes in a compiled pass beside what is tried, which is not compiled and has
+    logits in pieces: they are whole, and so is their gradient (engine/kernels.py)."""
+    padded = math.ceil(learner.gpt.config.vocab_size / 64) * 64
+    return 2 * here.dtype.itemsize * inputs[0].shape[1] * padded
 
 
 def pass_bytes(learner: nn.Module, inputs: tuple, windows: int, here: Machine) -> int:

@@ -142,7 +142,8 @@ class Run:
         self.validate, self.tokenizer = validate, data.tokenizer
         learned, held_out = (f"{data.split(name).tokens:,} tokens" for name in ("train", "val"))
         known = f"vocabulary {data.tokenizer.vocab_size:,}"
-        self.pace = Pace(s, self.step, self.state.get("pace"), data.split("val").tokens)
+        found, seconds = self.state.get("pace"), here.from_first(self.elapsed())
+        self.pace = Pace(s, self.step, found, data.split("val").tokens, seconds)
         here.say(f"data: {s.data}, {learned} to train on, {held_out} to validate, {known}")
         if packed := data.split("train").describe(s.model.block_size, s.seed):
             here.say(packed)
@@ -167,6 +168,8 @@ class Run:
         if self.step:
             checkpoint.load_optimizers(self.path, learner.by_name(), optimizers)
         here.first_does(self.open_log)  # the first that changes anything
+        if self.pace.due:  # at once
+            here.say(str(self.pace))
         threads = f"{number} thread{'s' if number > 1 else ''}"
         count = f"{sum(p.numel() for p in learner.parameters()):,} parameters"
         here.say(f"model: {count}, {s.batch_tokens:,} tokens a step, {threads}")
@@ -280,6 +283,8 @@ class Run:
         self.record(**row, **means, tokens_per_second=round(speed, 1))
         also = "".join(f"  {name} {value:.4f}" for name, value in means.items())
         left = int((self.s.steps - step) * self.s.batch_tokens / speed)
+        if self.pace.open:  # fewer steps, if they take longer
+            left = min(left, max(0, int(60 * self.s.minutes - self.elapsed())))
         self.here.say(
             f"step {step} of {self.s.steps}  loss {loss:.4f}{also}  lr {lr:.2e}"
             f"  gradient {norm:.3f}  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
@@ -290,8 +295,8 @@ class Run:
         that is saved then, before any update depends on it."""
         if not self.pace.open:
             return
-        taken, seconds = map(self.here.from_first, (taken, self.elapsed()))
-        if not self.pace.choose(step, taken, seconds):
+        first = self.here.rank == 0  # whose clock is that of all
+        if not self.pace.choose(step, *self.here.sum([first * taken, first * self.elapsed()])):
             return
         self.here.say(str(self.pace))
         now = resume.as_file(settings.flat(self.s))

@@ -324,13 +324,14 @@ def test_a_mask_may_be_a_window_or_the_edges_of_a_graph(kind):
                 assert differs.tolist() == reached[:, changed].tolist()
 
 
-@pytest.mark.parametrize("shape", [None, (6, 6), (2, 1, 6, 6)])
-def test_a_canon_layer_adds_shares_of_the_tokens_before_that_a_mask_shows(shape):
-    canon, x = make("canon").blocks[1].mlp_canon, torch.randn(2, 6, 32)
-    mask = None if shape is None else torch.rand(shape) < 0.5
-    sees = torch.ones(2, 1, 6, 6) if mask is None else mask.expand(2, 1, 6, 6)
+@pytest.mark.parametrize("T", range(1, 10))
+@pytest.mark.parametrize("batch", [None, (), (1, 1), (2, 1)])
+def test_a_canon_layer_adds_shares_of_the_tokens_before_that_a_mask_shows(batch, T):
+    canon, x = make("canon").blocks[1].mlp_canon, torch.randn(2, T, 32)
+    mask = None if batch is None else torch.rand(*batch, T, T) < 0.5
+    sees = torch.ones(2, 1, T, T) if mask is None else mask.expand(2, 1, T, T)
     expected = x.clone()
-    for t in range(6):
+    for t in range(T):
         for i in range(1, min(3, t) + 1):
             expected[:, t] += sees[:, :, t, t - i] * canon.weight[i - 1] * x[:, t - i]
     torch.testing.assert_close(canon(x, mask, None), expected)

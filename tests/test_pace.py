@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import forked
 import pytest
 from conftest import TINY
-from test_train import rows, weights
+from test_train import interrupted, rows, training, weights
 
 from engine import pace
 from engine.pace import Pace
@@ -25,7 +25,7 @@ def by_our_clock(seconds: list[float], setattr=setattr):
     setattr(pace, "WARMING", 0)
     setattr(pace, "FEWEST", 3)
     setattr(Run, "fit", lambda run, step, taken: fit(run, step, seconds[0]))
-    setattr(Run, "elapsed", lambda run: seconds[0] * run.current)
+    setattr(Run, "elapsed", lambda run: seconds[0] * getattr(run, "current", run.step))
 
 
 @pytest.fixture
@@ -64,6 +64,25 @@ def test_a_run_that_is_killed_has_the_number_that_it_had(train, seconds, capsys)
     train("run", *FIT, "--minutes=4")  # behind step 12, by the speed that is known
     assert "minutes=4: 23 of 1000 steps fit" in capsys.readouterr().out
     assert rows(run)[-1]["step"] == 23
+    assert (run / "step-00000012").exists()  # the first update that depends on it
+    assert training(run)[11]["lr"] == 0.02 * learning_rate(11, 23, 0, 0.6, 0.0, "linear")
+
+
+def test_a_run_that_is_stopped_before_the_choice_makes_it_when_it_would_have(
+    train, seconds, monkeypatch, capsys
+):
+    whole = train("whole", *FIT)
+    run = interrupted(train, "run", monkeypatch, *FIT)
+    assert rows(run)[-1]["step"] == 3
+    train("run", *FIT)
+    assert (rows(run), weights(run, 11)) == (rows(whole), weights(whole, 11))
+    capsys.readouterr()
+    interrupted(train, "other", monkeypatch, *FIT, "--minutes=9", "--steps=1000000000")
+    assert "8:50 left" in capsys.readouterr().out  # of 540 seconds
+    train("other", *FIT, "--minutes=1", "--log_every=100")  # 3 of 5 steps: it is time at once
+    assert rows(train.folder / "other")[-1]["step"] == 5
+    config = json.loads((train.folder / "other" / "config.json").read_text())
+    assert config["steps"] == 5 and "minutes=1: 5 of 1000 steps fit" in capsys.readouterr().out
 
 
 def unequal():
@@ -125,7 +144,9 @@ def chosen(s, takes, held_out: int = 0) -> tuple[int, int]:
         (dict(decay=0.0), 844, 844),  # a rate that is constant to the end waits for the end
         (dict(final_lr=1.0), 844, 844),
         (dict(steps=400), 81, 400),  # never more than asked
-        (dict(minutes=0.2), 60, 60),  # never fewer than tell the speed
+        (dict(minutes=0.2), 60, 66),  # never fewer than tell the speed, and then the rate falls
+        (dict(minutes=0.2, decay=0.02), 60, 61),
+        (dict(minutes=0.2, decay=0.0), 60, 60),
     ],
 )
 def test_the_number_is_chosen_before_the_rate_depends_on_it(changes, due, steps):
@@ -142,10 +163,12 @@ def test_the_number_is_chosen_before_the_rate_depends_on_it(changes, due, steps)
 def test_slow_steps_at_first_and_a_stall_cost_little():
     # the first 60 at 5,200 tokens a second, the others at 8,500: 211 s are enough for 1,128 steps
     _, found = chosen(asked(), lambda step: 0.295 if step <= 60 else 0.1807)
-    assert 990 < found < 1128  # by the first 60 alone it were 715
+    assert 980 < found < 1128  # by the first 60 alone it were 715
     # one of 10 s, where there would be 844 steps without, and 805 are left
     _, found = chosen(asked(), lambda step: 10.0 if step == 100 else 0.25)
     assert 795 < found <= 805
+    # one that takes all that is left: a tenth more, so that the rate falls
+    assert chosen(asked(), lambda step: 180.0 if step == 160 else 0.25) == (160, 176)
     # twice as slow at every other step is no stall: 211 / 0.3 fit
     _, found = chosen(asked(), lambda step: 0.2 if step % 2 else 0.4)
     assert abs(found - 703) < 3

@@ -22,6 +22,7 @@ from test_train import rows
 
 from engine import checkpoint, memory
 from engine.learner import Learner
+from engine.machine import Machine
 
 pytestmark = pytest.mark.cpu
 
@@ -260,6 +261,20 @@ def test_device_batch_auto_takes_what_memory_there_is(train, monkeypatch, capsys
     assert isinstance(moments[0], Learner) and len(moments) == 1
 
 
+@pytest.mark.parametrize(
+    "compile, dtype, most", [(False, "bfloat16", 8), (True, "bfloat16", 6), (True, "float32", 4)]
+)
+def test_a_compiled_pass_has_whole_logits_beside_what_is_tried(monkeypatch, compile, dtype, most):
+    """Windows of 3 * 2^20 bytes, and of 2^20 or 2^21 for logits (1,024 x 256) and gradient."""
+    monkeypatch.setattr(memory, "pass_bytes", lambda learner, inputs, n, here: n * 3 * 2**20)
+    monkeypatch.setattr(memory, "free_bytes", lambda here: 24.5 * 2**20 / memory.SHARE["cpu"])
+    learner = torch.nn.Module()
+    learner.gpt = SimpleNamespace(config=SimpleNamespace(vocab_size=250))  # padded: 256
+    here = Machine(torch.device("cpu"), getattr(torch, dtype), compile, rank=0, world=1, why="")
+    found, _ = memory.most_windows(learner, (torch.zeros(24, 1024),), here)
+    assert found == most
+
+
 def test_a_gpu_that_runs_out_of_memory_gets_fewer_windows(monkeypatch):
     """A stub: 12 windows are said to fit, and 3 do."""
 
@@ -271,5 +286,6 @@ def test_a_gpu_that_runs_out_of_memory_gets_fewer_windows(monkeypatch):
     monkeypatch.setattr(memory, "pass_bytes", takes)
     monkeypatch.setattr(memory, "free_bytes", lambda here: 1e9)
     here = SimpleNamespace(device=SimpleNamespace(type="cuda"), of_each=lambda value: [value])
+    here.compile = False
     most, _ = memory.most_windows(torch.nn.Linear(1, 1), (torch.zeros(12, 4),), here)
     assert most == 3
