@@ -33,7 +33,7 @@ class Settings:
     check: str = ""  # a file of yours, with the functions that you have written or changed
     language: Literal["en", "zh"] = "en"  # of the pages; English where another is not written
     links: bool = False  # for authors: bring the line numbers in docs/learn up to date
-    digests: bool = False  # for authors: the Chinese pages render the English ones of today
+    digests: bool = False  # for authors: this Chinese page renders the English one of today
     ablations: bool = False  # for authors: measure every why anew, and write it into docs/learn
 
 
@@ -49,7 +49,7 @@ def act(s: Settings) -> None:
     if s.links:
         return update_pages(lessons.linked)
     if s.digests:
-        return write_digests()
+        return write_digests(s.chapter)
     if s.ablations:
         from lessons import ablations
 
@@ -63,7 +63,7 @@ def act(s: Settings) -> None:
     number = int(s.chapter)
     if s.check:
         return check(loaded(number), number, Path(s.check), s.language)
-    answers = ",".join(s.answer).split(",") if s.answer else []
+    answers = lessons.typed(",".join(s.answer)).split(",") if s.answer else []
     teach(number, s.language, answers)
 
 
@@ -116,7 +116,7 @@ def teach(number: int, language: str, answers: list[str]) -> None:
         value = loaded(number).QUESTIONS[i]()
         while word:
             try:
-                score.append(lessons.predicted(word, value))
+                score.append(lessons.predicted(word, value, question))
                 break
             except ValueError as e:
                 if i < len(answers):
@@ -125,6 +125,8 @@ def teach(number: int, language: str, answers: list[str]) -> None:
                 word = ask()
         sign = (RIGHT if score[-1] else WRONG) if word else IS
         said = lessons.as_printed(value, question.answer)
+        if sign == WRONG:
+            said = lessons.said(f"you said {word}; it is {said}", language)
         print(f"\n{sign} {said}\n\n{plain(question.reveal)}\n")
     if score:
         print(f"{RIGHT} {sum(score)} / {len(score)}")
@@ -169,13 +171,14 @@ def update_pages(change) -> None:
             print(f"wrote {path.relative_to(lessons.ROOT)}")
 
 
-def write_digests() -> None:
-    """Says of every Chinese page that it renders the English one of today, and names the sections
-    that it said so of before and that have changed since. Raises ValueError for pages that differ
-    otherwise, in their sections, code or numbers: what is not rendered is not said to be."""
+def write_digests(only: str = "") -> None:
+    """Says of every Chinese page, or of one (9, README), that it renders the English one of today,
+    and names the sections that it said so of before and that have changed since. Raises ValueError
+    for pages that differ otherwise, in their sections, code or numbers: what is not rendered is not
+    said to be."""
     differ = []
     for english, chinese in languages.pairs():
-        if not chinese.exists():
+        if not chinese.exists() or (only and only.zfill(2) != english.stem):
             continue
         text, before = english.read_text(encoding="utf-8"), chinese.read_text(encoding="utf-8")
         try:

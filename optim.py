@@ -17,7 +17,7 @@ AdamW       Weights that nothing pulls back grow and fit noise. w -= lr * decay 
             overfit with, and a norm's weight, which begins at 1, would shrink what its layer sees.
 Muon        Adam treats a matrix as a list of numbers. Muon treats it as a map: see below.
 
-Before the step, `update` in train.py clips the gradient and undoes loss scaling (`LossScale`).
+Before the step, `update` in train.py undoes loss scaling (`LossScale`) and then clips the gradient.
 """
 
 import math

@@ -86,12 +86,15 @@ def main(argv: list[str]) -> None:
     settings.require(D >= T, s, "tokens", f"at least one window of block_size={T}")
     per_token = products(c, T)
     names = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
-    print(f"model    {words(N)} parameters: {', '.join(f'{k}={getattr(c, k)}' for k in names)}")
+    asked = f" (of {s.params} asked for)" if s.params else ""
+    shape = ", ".join(f"{k}={getattr(c, k)}" for k in names)
+    print(f"model    {words(N)} parameters{asked}: {shape}")
     if s.params and abs(N / amount(s.params) - 1) > 0.1:
         print("         the nearest of 64 channels a layer: --n_layer and --n_embd have more")
     enough = "20 make the most of the compute: arXiv:2203.15556"
     print(f"tokens   {words(D)}, {D / N:.3g} for each parameter ({enough})")
-    print(f"compute  {per_token * D:.2g} operations: {words(per_token)} for each token")
+    each = f"{words(per_token)} for each token, none of them for the embedding"
+    print(f"compute  {per_token * D:.2g} operations: {each}, which is looked up")
 
     # the batch that is just not wasteful grows with the compute (arXiv:2401.02954, section 3.1)
     least = T * s.gpus

@@ -49,7 +49,7 @@ class GPTConfig:
     norm_eps: NotNegative = 1e-6  # keeps norms from dividing by zero
     embed_norm: bool = True  # a norm after the embedding
     qk_norm: bool = True  # a norm of each query and key
-    mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # the bend between the two layers of the MLP
+    mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # the bend in the MLP
     bias: bool = False  # biases in linear layers and LayerNorm
     qkv_bias: bool = False  # biases of queries, keys and values alone (Qwen2)
     tied: bool = False  # the head is the embedding

@@ -3,10 +3,10 @@
 #     python train.py config/small.py
 #
 # Expected result: 1.43 bits per byte of unseen files (xz -9e 1.69, gzip -9 1.95) after all
-# steps; the figures of another Python's library differ. How long they take with this context was
-# not measured on a quiet machine: with one of 256, as it was before, two CPU cores with fast
-# bfloat16 took 93 s. A slower machine makes fewer steps, as many as fit into `minutes` by
-# its speed until the rate begins to fall; if it becomes slower after that, they take longer.
+# steps; the figures of another Python's library differ. With --block_size=256 they took 93 s on
+# two CPU cores with fast bfloat16; with this context they were not timed. A slower
+# machine makes fewer steps, as many as fit into `minutes` by its speed until the rate begins to
+# fall; if it becomes slower after that, they take longer.
 
 data = "data/python"
 

@@ -211,12 +211,16 @@ NANOGPT |= dict(warmup_iters="warmup", lr_decay_iters="decay", min_lr="final_lr"
 NANOGPT |= dict(eval_interval="eval_every", eval_iters="eval_tokens", log_interval="log_every")
 NANOGPT |= dict(always_save_checkpoint="save_every", decay_lr="schedule")
 NANOGPT |= dict(wandb_project="wandb", start="prompt", max_new_tokens="max_tokens")
+RUN_FIRST = "the run stands first, as in sample.py out/small"
+ELSEWHERE = dict(backend="torchrun chooses it", out_dir=RUN_FIRST, init_from=RUN_FIRST)
 
 
 def unknown(name: str, known, where: str, owner=lambda name: "") -> ValueError:
     if of := owner(name):
         return ValueError(f"{name} is a setting of {of}: choose that, or leave it out")
     near = [NANOGPT[name]] if NANOGPT.get(name) in known else []
+    if not near and name in ELSEWHERE:
+        return ValueError(f"unknown setting {name!r} in {where}: {ELSEWHERE[name]}")
     near = near or difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists them all"
     return ValueError(f"unknown setting {name!r} in {where}: {hint}")

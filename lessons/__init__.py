@@ -21,6 +21,7 @@ import ast
 import importlib
 import inspect
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ QUESTION = re.compile(
 SOURCE = re.compile(r"\[`([\w/]+\.py): ([\w.]+)`\]\(([^)]*)\)")
 ROW = re.compile(r"^\| (.+?) \| (.+) \|$", re.M)
 NEAR = 0.1  # a number within a tenth of the true one is a good prediction
+COUNTED = 100  # people count so far; a whole number up to this is right or wrong
+SCALES = {"k": 1e3, "m": 1e6, "万": 1e4, "亿": 1e8, "%": 1}
 
 
 class Question(NamedTuple):
@@ -52,6 +55,11 @@ class Question(NamedTuple):
     def answer(self) -> str:
         """As the page has it: the first thing that is in bold."""
         return re.search(r"\*\*(.+?)\*\*", self.reveal)[1]
+
+    @property
+    def choices(self) -> list[str]:
+        """Their letters; none where the answer is a number, or any letter."""
+        return re.findall(r"[(（]([a-z])[)）]", self.body)
 
 
 def page(number: int, language: str = "en") -> Path:
@@ -76,17 +84,32 @@ def as_printed(value, like: str) -> str:
     return f"{value:,.{len(like.partition('.')[2])}f}"
 
 
-def predicted(word: str, value) -> bool:
-    """Whether what the reader has predicted counts as right. Raises ValueError for no number."""
+def typed(text: str) -> str:
+    """As a plain keyboard types it: Chinese ones have wide letters and signs of their own."""
+    return unicodedata.normalize("NFKC", text).replace("、", ",")
+
+
+def predicted(word: str, value, question: Question) -> bool:
+    """Whether what the reader has predicted counts as right: (A), 50% and 131万, too. Raises
+    ValueError for what is no number, or none of the choices."""
+    plain = typed(word).strip().lstrip("(").rstrip(").。 ").lower()
     if isinstance(value, str):
-        return word.strip().lower() == value
+        if plain not in (question.choices or [plain]):
+            choices = ", ".join(question.choices)
+            raise ValueError(f"the prediction {word!r:.60} should be one of {choices}")
+        return plain == value
+    scale = SCALES.get(plain[-1:])
     try:
-        number = float(word.replace(",", ""))
+        number = float((plain[:-1] if scale else plain).replace(",", "")) * (scale or 1)
     except ValueError:
         raise ValueError(f"the prediction {word!r:.60} should be a number") from None
-    if isinstance(value, int):
+    if isinstance(value, int) and value <= COUNTED:
         return number == value
-    return abs(number - value) <= NEAR * max(abs(value), NEAR)
+    unit = 10.0 ** -len(question.answer.partition(".")[2])  # the last digit that is printed
+    near = max(NEAR * abs(value), unit / 2)
+    if plain.endswith("%") and abs(value) < 1:  # a share; above, the question asks for percent
+        number /= 100
+    return abs(number - value) <= near
 
 
 def said(message: str, language: str) -> str:

@@ -6,7 +6,7 @@
 
 Code, numbers, pictures and links are equal, and the words between them Chinese. Who changes English
 changes its digest, and `differences` tells. Who has brought the Chinese up to date then writes
-what the digest is now: python learn.py --digests. docs/learn/glossary.md has the terms.
+what the digest is now: python learn.py --digests. docs/learn/glossary.zh.md has the terms.
 """
 
 import hashlib
@@ -40,12 +40,13 @@ FORBIDDEN = {
 
 
 def pairs() -> list[tuple[Path, Path]]:
-    """Every English page and its Chinese one, which may not exist; of other pages than README and
-    the chapters, those that have one."""
+    """Every English page and its Chinese one, which may not exist; of other pages than README, the
+    chapters and the glossary, those that have one."""
     readmes = [lessons.ROOT / "README.md", lessons.ROOT / "engine" / "README.md"]
     docs = sorted((lessons.ROOT / "docs").glob("*.md"))
     docs = [path for path in docs if path.with_suffix(".zh.md").exists()]
-    english = [*readmes, *docs, *sorted(lessons.PAGES.glob("[0-9][0-9].md"))]
+    chapters = sorted(lessons.PAGES.glob("[0-9][0-9].md"))
+    english = [*readmes, *docs, *chapters, lessons.PAGES / "glossary.md"]
     return [(path, path.with_suffix(".zh.md")) for path in english]
 
 

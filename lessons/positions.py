@@ -1,6 +1,7 @@
 """Chapter 5: one pair turned, scores that know distances only, order without positions, halves."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -76,9 +77,11 @@ def shuffled() -> str:
 
 
 @torch.no_grad()
-def far() -> float:
-    """How well the specimen copies beyond the distances it has learned from."""
+def far(**squeezed) -> float:
+    """How well the specimen copies beyond the distances it has learned from, its positions as they
+    are or with other settings."""
     net, tokenizer = specimen.load()
+    net.config = replace(net.config, **squeezed)
     generator = torch.Generator().manual_seed(0)
     for size in (4, 8, 12, 16, 20, 24):
         right = []

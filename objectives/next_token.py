@@ -47,8 +47,9 @@ class Objective(Base):
         yield self.prepare(batch, keys, learner)
 
     def shown(self, inputs, i):
-        last = inputs[1][i, -1:]
-        return self.tokenizer.decode([*inputs[0][i].tolist(), *last[last != IGNORE].tolist()])
+        read, targets = inputs[0][i], inputs[1][i]
+        asked = targets[targets != IGNORE]  # each is what follows, so moved by one
+        return "\n-> ".join(self.tokenizer.decode(ids.tolist()) for ids in (read, asked))
 
     def loss(self, gpt, heads, tokens, targets, positions, mask):
         smoothing = self.own.label_smoothing if gpt.training else 0.0

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import dataset
 from dataset import IGNORE, Dataset, Split, epoch_order, windows_per_epoch
@@ -169,6 +170,16 @@ def test_public_shards_train_with_a_named_vocabulary(tmp_path):
     assert len(data.verify()) == 64
     with pytest.raises(ValueError, match="--tokenizer=gpt2"):
         Dataset(str(tmp_path))
+
+
+def test_the_recipe_for_nanogpts_files_makes_shards_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        np.arange(200, dtype="<u2").tofile(f"{split}.bin")
+    page = (ROOT / "docs" / "nanogpt.md").read_text(encoding="utf-8")
+    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    data = Dataset("data/mine", "bytes")
+    assert all(data.split(s).read(0, 200).tolist() == [*range(200)] for s in ("train", "val"))
 
 
 @pytest.mark.parametrize("token", [257, 300])  # the first id that the vocabulary lacks, and more

@@ -23,8 +23,9 @@ def test_both_languages_say_the_same(english, chinese):
 
 
 def test_the_glossary_has_the_terms_once_and_none_that_is_forbidden():
-    text = (lessons.PAGES / "glossary.md").read_text(encoding="utf-8")
-    terms = re.findall(r"^\| ([^|]+?) \| ([^|]+?) \| [^|]+ \|$", text, re.MULTILINE)[1:]
+    texts = [(lessons.PAGES / f"glossary{of}.md").read_text("utf-8") for of in ("", ".zh")]
+    terms = re.findall(r"^\| ([^|]+?) · ([^|]+?) \| [^|]+ \|$", texts[1], re.MULTILINE)
+    assert [term for term, _ in terms] == re.findall(r"^\| ([^|]+?) \| ", texts[0], re.M)[1:]
     assert len(terms) > 60
     english = [term.lower() for term, _ in terms]
     assert sorted(set(english)) == sorted(english)
@@ -124,7 +125,9 @@ def test_the_command_writes_the_digests_and_names_what_had_changed(tmp_path, mon
     (tmp_path / "README.md").write_text(ENGLISH, encoding="utf-8")
     chinese = tmp_path / "04.zh.md"
     chinese.write_text(languages.stamped(ENGLISH.replace("Why", "How"), CHINESE), encoding="utf-8")
-    learn.main(["--digests"])
+    learn.main(["5", "--digests"])
+    assert not capsys.readouterr().out  # of another page nothing is said
+    learn.main(["4", "--digests"])
     assert capsys.readouterr().out == "wrote 04.zh.md\n    ## Why\n"
     assert not languages.differences(ENGLISH, chinese.read_text(encoding="utf-8"))
     learn.main(["--digests"])

@@ -286,9 +286,32 @@ def test_predictions_are_compared_and_none_are_needed(capsys, monkeypatch):
     assert RIGHT not in silent
     learn.main(["4", "--answer=0.52,64,0,b"])  # the last is left open
     told = capsys.readouterr().out
-    for line in ("✓ 0.503", "✗ 8.0", "✓ 0", "✓ b", "= c", "✓ 3 / 4"):
+    for line in ("✓ 0.503", "✗ you said 64; it is 8.0", "✓ 0", "✓ b", "= c", "✓ 3 / 4"):
         assert f"{line}\n" in told
     assert "[0.248 0.248 0.503]" in told  # a real step, in numbers
+
+
+@pytest.mark.parametrize(
+    "words, value, printed, right",
+    [
+        ("50% ０．５ ５０％ .5", 0.503, "0.503", True),
+        ("0.3 5 0.5%", 0.503, "0.503", False),
+        ("131万 1.3M 1,310,720 １３１万 1300k", 1310720, "1,310,720", True),
+        ("12万", 1310720, "1,310,720", False),
+        ("11 11. １１。 11%", 11, "11", True),
+        ("10 12", 11, "11", False),  # what can be counted
+        ("0.01 1%", 0.01, "0.010", True),
+        ("0 0.02 -0.01", 0.01, "0.010", False),
+        ("0 0%", 1e-5, "0.0", True),
+        ("b B （b） (b) b。 ｂ", "b", "b", True),
+        ("a (c)", "b", "b", False),
+    ],
+)
+def test_what_counts_as_right_however_it_is_typed(words, value, printed, right):
+    body = "(a) so （b）so (c)" if isinstance(value, str) else "How many?"
+    question = lessons.Question("1.1", "", body, f"**{printed}**")
+    for word in words.split(" "):
+        assert lessons.predicted(word, value, question) == right, word
 
 
 def test_a_page_in_another_language_is_enough(tmp_path, monkeypatch, capsys):
@@ -312,6 +335,7 @@ def test_a_page_in_another_language_is_enough(tmp_path, monkeypatch, capsys):
         (["13"], "chapter='13' should be a number from 0 to 12"),
         (["four"], "chapter='four' should be a number from 0 to 12"),
         (["4", "--answer=many"], "the prediction 'many' should be a number"),
+        (["5", "--answer=1,1,1,z"], "the prediction 'z' should be one of a, b, c"),
         (["4", "--answer=1,2,3,4,5,6"], "6 answers, but 04.md has 5 questions"),
         (["4", "--check=nothing.py"], "no such file: 'nothing.py'"),
         (["4", "--check=README.md"], "is no Python"),
@@ -372,6 +396,8 @@ def test_mistakes_are_told_in_the_language_of_the_lesson(tmp_path, monkeypatch, 
     assert "- causal_mask: mine.py 里没有\n" in told
     with pytest.raises(ValueError, match="预测 'many' 应是一个数"):
         learn.main(["4", "--language=zh", "--answer=many"])
+    learn.main(["4", "--language=zh", "--answer=0.3"])
+    assert "✗ 你答的是 0.3，应是 0.503\n" in capsys.readouterr().out
     words = iter(["many", "0.5"])
     monkeypatch.setattr(learn, "ask", lambda: next(words, ""))
     learn.main(["4", "--language=zh"])

@@ -142,7 +142,9 @@ def test_a_measured_speed_tells_the_time_and_no_card_counts(capsys):
 def test_a_shape_that_is_far_from_what_was_asked_for_is_told(capsys):
     for params, far in (("1.3M", True), ("124M", False)):
         plan.main([f"--params={params}", f"--vocab_size={2048 if far else 50257}"])
-        assert ("the nearest of 64 channels" in capsys.readouterr().out) == far
+        told = capsys.readouterr().out
+        assert ("the nearest of 64 channels" in told) == far
+        assert f"(of {params} asked for)" in told
 
 
 @pytest.mark.parametrize(
