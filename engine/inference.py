@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from engine import fast
+from canon import Canon
+from engine import fast, recording
 from engine.linear import (
     Fastest,
     OneOrSeveral,
@@ -22,6 +23,7 @@ from engine.linear import (
     StreamedLinear,
     packable,
 )
+from engine.machine import fast_bfloat16
 from model import GPT, Head, KVCache
 
 
@@ -55,7 +57,31 @@ def ready(
     if quantize or parts:
         for module in list(model.modules()):
             replace_linears(module, kind, model.wte.weight)
+    if on_cpu and rows == 1 and like.dtype == torch.bfloat16 and not fast_bfloat16():
+        widen(model)
     return model
+
+
+def widen(model: GPT) -> None:
+    """Activations in float32, where to compute with bfloat16 costs more than to read it saves:
+    embeddings, and the matrices of layers that were replaced, stay as they are."""
+    own = [(m, p) for m in model.modules() for p in m.parameters(recurse=False)]
+    own = [(m, p) for m, p in own if type(m) is not fast.FastEmbedding]
+    wide = all(p.dim() == 1 or isinstance(m, Canon) for m, p in own)  # no other matrix is left
+    if not wide or not isinstance(model.blocks[0].attn, fast.FastAttention):
+        return
+    for _, p in own:
+        p.data = p.data.float()
+    for module in model.modules():
+        if type(module) is fast.FastEmbedding:
+            module.__class__ = WideEmbedding
+
+
+class WideEmbedding(fast.FastEmbedding):
+    """Vectors in float32, of a table that is not."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).float()
 
 
 def replace_linears(module: nn.Module, kind, embedding: Tensor) -> None:
@@ -74,6 +100,8 @@ def replace_linears(module: nn.Module, kind, embedding: Tensor) -> None:
     for name, layer in module.named_children():
         if type(layer) is nn.Linear:  # not somebody's own
             setattr(module, name, kind(layer.weight, layer.bias))
+        elif type(layer) is nn.Dropout:  # which copies its input where it does nothing
+            setattr(module, name, nn.Identity())
 
 
 class JoinedAttention(fast.FastAttention):
@@ -98,58 +126,80 @@ class ReadyHead(fast.FastHead):
 
 
 class FastGPT(GPT):
-    """A GPT that chooses the type of its KV cache, and on a GPU records a step and replays it."""
+    """A GPT that chooses the type of its KV cache, and records a step and replays it."""
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
         like = self.wte.weight
         dtype = like.dtype
         if like.device.type == "cpu" and isinstance(self.blocks[0].attn, fast.FastAttention):
             dtype = torch.float32  # attention is several times faster, its memory traffic small
-        kind = RecordedCache if records(like.device) else KVCache
+        kind = RecordedCache if records(like.device, batch) else KVCache
         return kind(self.config, batch, like.device, dtype, size, whole)
 
     def forward(self, tokens: Tensor, *more, cache: KVCache | None = None, **options) -> Tensor:
-        if isinstance(cache, RecordedCache) and tokens.size(1) == 1:
+        if isinstance(cache, RecordedCache) and tokens.size(1) == 1 and cache.ready():
             return cache.step(super().forward, tokens)
         return super().forward(tokens, *more, cache=cache, **options)
 
 
-def records(device: torch.device) -> bool:
-    """What a scatter does to be deterministic cannot be recorded."""
-    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+def records(device: torch.device, batch: int = 1) -> bool:
+    """On a GPU, but for what a scatter does to be deterministic, which cannot be recorded. Several
+    texts on a CPU have lengths of their own, and wait for products, not for Python."""
+    if device.type == "cuda":
+        return not torch.are_deterministic_algorithms_enabled()
+    return device.type == "cpu" and batch == 1
+
+
+SPAN = 128  # positions by which attention grows on a CPU, where a step is then recorded anew
+PATIENCE = 16  # tokens without, on a CPU: recording takes as long as it saves in some twenty
 
 
 class RecordedCache(KVCache):
-    """A KV cache whose next token can be a CUDA graph, recorded once and replayed.
+    """A KV cache whose next token can be recorded once and replayed: on a GPU as a CUDA graph,
+    since to start hundreds of kernels one by one takes longer than to run them; on a CPU, for one
+    text, as a list of operations (engine/recording.py).
 
-    A replay starts hundreds of kernels at once, which one by one take longer to start than to run.
-    Its shapes and addresses are fixed: attention spans the whole cache, and where each row stands
-    is a tensor on the device, `place`. A result is valid until the next call. Elsewhere than on a
-    GPU nothing is recorded, and the result is the same.
+    Shapes and addresses are fixed: attention spans the whole cache (on a CPU what is a multiple of
+    SPAN), and where each row stands is a tensor on the device, `place`. A result is valid until the
+    next call.
     """
 
     fixed = True
-    recorded = None  # the buffers that the graph knows
+    recorded = None  # the buffers that the recording knows
     running = False  # whether a step is computed, or recorded, at this moment
+    span = 0  # positions that a step attends to
+    waited = 0  # tokens since a recording became possible
+    fit = True  # whether Python decides nothing in a step
+
+    def ready(self) -> bool:
+        """Whether the next token is worth, and can be, a recorded step."""
+        if self.k.is_cuda:
+            return True
+        self.waited += 1
+        few = records(self.k.device, len(self.lengths)) and torch.is_inference_mode_enabled()
+        return few and self.fit and self.waited > PATIENCE
 
     def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
         if not self.running:
             return super().begin(T)
-        self.end = self.k.size(3)
+        self.end = self.span
         self.at = self.place  # (B, 1)
         return self.at, (self.columns <= self.at[..., None])[:, None]  # (B, 1, 1, S)
 
     def step(self, forward, tokens: Tensor) -> Tensor:
         """`forward` for one new token in each row of `tokens` (B, 1): logits (B, 1, V)."""
-        longest = int(self.lengths.max())
-        if longest == self.k.size(3):
+        longest, size = int(self.lengths.max()), self.k.size(3)
+        if longest == size:
             raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
-        if self.recorded is not self.k:  # not yet, or before `take` had other rows
+        span = size if self.k.is_cuda or self.whole else min(size, longest // SPAN * SPAN + SPAN)
+        how = span, torch.get_num_threads()
+        if self.recorded is not self.k or self.how != how:  # or before `take` had other rows
+            self.how, self.span = how, span
             self.record(forward, tokens)
         self.tokens.copy_(tokens)
         self.place.copy_(self.lengths[:, None])
-        if self.graph:
-            self.graph.replay()
+        if self.replay:
+            self.replay()
         else:
             self.logits = self.run(forward)
         self.lengths += 1
@@ -157,10 +207,19 @@ class RecordedCache(KVCache):
 
     def record(self, forward, tokens: Tensor) -> None:
         device = self.k.device
-        self.recorded, self.graph = self.k, None
+        self.recorded, self.replay = self.k, None
         self.tokens = tokens.clone()
         self.place = self.lengths[:, None].to(device, copy=True)
-        self.columns = torch.arange(self.k.size(3), device=device)
+        self.columns = torch.arange(self.span, device=device)
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in forward.__self__.modules())
+        if device.type == "cpu" and hooked:  # which would not be called
+            self.fit = False
+        elif device.type == "cpu":
+            changing = [self.tokens, self.place, self.k, self.v, self.past]
+            try:
+                self.logits, self.replay = recording.record(lambda: self.run(forward), changing)
+            except (ValueError, RuntimeError, AttributeError):  # or an operation is like no other
+                self.fit = False
         if device.type != "cuda":
             return
         with torch.cuda.device(device):
@@ -170,16 +229,18 @@ class RecordedCache(KVCache):
                 for _ in range(3):  # libraries set themselves up, which must not be recorded
                     self.run(forward)
             torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
                 self.logits = self.run(forward)
+            self.replay = graph.replay
 
     def run(self, forward) -> Tensor:
         lengths, self.running = self.lengths.clone(), True
-        logits = forward(self.tokens, cache=self)
-        self.lengths.copy_(lengths)
-        self.running = False
-        return logits
+        try:
+            return forward(self.tokens, cache=self)
+        finally:
+            self.lengths.copy_(lengths)
+            self.running = False
 
     def take(self, rows: list[int]) -> None:
         """In place if there are as many: the graph knows the addresses."""

@@ -18,7 +18,8 @@ from engine.machine import fast_bfloat16
 EXPECTED = 8  # rows that oneDNN chooses a layout for: it is the best for 1, 2 and 4 rows, too
 FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
 WORTH_IT = 1 << 18  # weights of a layer for which a choice pays
-TRIES = 3
+TRIES = 5
+ENOUGH = 1 << 22  # weights of a large layer that are tried
 CACHE = 1 << 26  # bytes that drive the weights out of the caches of a processor
 
 
@@ -37,12 +38,16 @@ class Fastest:
             worth = weight.numel() >= WORTH_IT and len(self.forms) > 1
             times = {n: self.seconds(f, weight) if worth else 0 for n, f in self.forms.items()}
             self.chosen[shape] = min(times, key=times.get)
-        return self.forms[self.chosen[shape]](weight, bias)
+        name = self.chosen[shape]
+        if name == "half" and not in_half(weight):
+            name = next(iter(self.forms))
+        return self.forms[name](weight, bias)
 
     def seconds(self, form: Callable, weight: Tensor) -> float:
         """The shortest time in which a layer of that form reads its weights from memory."""
         if self.other is None:
             self.other = torch.ones(CACHE // 8, dtype=torch.int64)
+        weight = weight[: ENOUGH // weight.size(1) + 1]
         layer, x, times = form(weight, None), weight.new_ones(1, 1, weight.size(1)), []
         for _ in range(1 + TRIES):
             self.other.sum()
@@ -61,7 +66,11 @@ class OneOrSeveral(Fastest):
         dtype = weight.dtype if packable(weight.dtype) else torch.float32
         if weight.dtype == torch.bfloat16 and not fast_bfloat16():
             dtype = torch.float32  # products would be emulated
-        if isinstance(one, PackedLinear) or weight.numel() < WORTH_IT or not packable(dtype):
+        if (
+            isinstance(one, PackedLinear | HalfLinear)
+            or weight.numel() < WORTH_IT
+            or not packable(dtype)
+        ):
             return one
         bias = None if bias is None else bias.to(dtype)
         return OneOrSeveralLinear(one, PackedLinear(weight.to(dtype), bias), dtype)
@@ -71,6 +80,8 @@ def forms(dtype: torch.dtype) -> dict[str, Callable]:
     """The candidates by name, that for small layers first."""
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in (256, 128)}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
+        if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines:
+            streamed["half"] = HalfLinear
         return streamed  # products would be emulated
     found = {"plain": PlainLinear, "transposed": TransposedLinear}
     found |= {"packed": PackedLinear} if packable(dtype) else {}
@@ -108,8 +119,11 @@ class TransposedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.matrix
-        return y if self.bias is None else y + self.bias
+        if self.bias is None or x.numel() > x.size(-1):
+            y = x @ self.matrix
+            return y if self.bias is None else y + self.bias
+        y = torch.addmm(self.bias, x.reshape(1, -1), self.matrix)  # one row: one operation
+        return y.view(*x.shape[:-1], -1)
 
 
 class StreamedLinear(nn.Module):
@@ -151,7 +165,8 @@ class StreamedLinear(nn.Module):
             if x.dtype == torch.bfloat16 and not fast_bfloat16():  # emulated, it would take minutes
                 y = F.linear(x.float(), self.weight.float()).to(x.dtype)
                 return y if self.bias is None else y + self.bias
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.to(x.dtype), bias)
         # a block for all rows of x before the next: it is in the cache from the second row on
         index = self.index.expand(-1, n, -1).reshape(-1)
         factors = x.reshape(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)
@@ -160,10 +175,29 @@ class StreamedLinear(nn.Module):
             bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
             y = bag(self.rows, index, begins, per_sample_weights=factors.float())
         else:
+            factors = factors.to(self.rows.dtype)
             y = torch.embedding_bag(self.rows, index, begins, False, 0, False, factors)[0]
         y = y.view(self.blocks, n, self.width).transpose(0, 1).reshape(n, -1)[:, : self.outputs]
         y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
         return y if self.bias is None else y + self.bias
+
+
+class HalfLinear(nn.Module):
+    """x W^T + b with W in float16, which has more digits than bfloat16 has and fewer exponents, by
+    FBGEMM: it widens them to float32 in an instruction that every processor with AVX2 has."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        bias = None if bias is None else bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
+
+
+def in_half(weight: Tensor) -> bool:
+    """Whether float16 reaches as far as these weights: what is below 6e-8 becomes 0."""
+    return bool(weight.abs().max() <= torch.finfo(torch.float16).max)
 
 
 class OneOrSeveralLinear(nn.Module):
