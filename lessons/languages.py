@@ -23,6 +23,7 @@ LINK = re.compile(r"\]\(([^)]*)\)")
 CODE = re.compile(r"`([^`]+)`")
 NUMBER = re.compile(r"(?<![A-Za-z0-9])[0-9]+(?:[.,][0-9]+)*(?:\.[a-z]\b)?")  # 0.5; 4.a; not AVX2
 MILLIONS = re.compile(r"([0-9.]+) (?:million|M)\b")  # 2.3 million is 230 万 in Chinese
+YI = re.compile(r"([0-9.]+) 亿")  # 163 million, 16,300 万, is 1.63 亿
 WRITTEN = r"#L\d+-L\d+|^\| `\w+` \|.*±.*$"  # by --links and --ablations, in both languages
 
 # what a Chinese page must not have, outside code: a pattern, and what it should be
@@ -93,6 +94,7 @@ def shared(section: str) -> dict[str, object]:
     """What is the same in both languages, by its name."""
     prose = FENCED.sub("", DIGEST.sub("", section))
     prose = MILLIONS.sub(lambda m: f"{100 * float(m[1]):,.0f} 万", prose)
+    prose = YI.sub(lambda m: f"{10_000 * float(m[1]):,.0f} 万", prose)
     links = [re.sub(r"#(?!L\d).*", "", to.replace(".zh.md", ".md")) for to in LINK.findall(prose)]
     words = LINK.sub("]", prose)
     quoted = [" ".join(code.split()) for code in CODE.findall(words)]
