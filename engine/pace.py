@@ -10,7 +10,7 @@ FEWEST, MOST = 50, 500  # of the last steps that tell it
 EVERY = 10  # steps from one reckoning to the next: half a millisecond, much beside a GPU's step
 STALL = 2  # times the median: more a step does not count, for what happens once is not the speed
 FALL = 0.1  # of the steps made, which are left to the fall of the rate if the time is over by then
-EVALUATION = 3  # times as fast as learned, a token is evaluated: the backward pass costs two more
+EVALUATION = 2  # times as fast as learned, a token is evaluated, by measurement
 ENDING = 5.0  # seconds for what comes behind the last evaluation: the sample, the compressors
 
 

@@ -176,8 +176,8 @@ def test_slow_steps_at_first_and_a_stall_cost_little():
 
 def test_evaluations_are_reckoned_with():
     s = asked(minutes=2, steps=10_000, eval_every=100, decay=1.0)
-    # 3,000 tokens take as long as 100 steps: 60 + (120 - 6 - 5 - 10) / (0.1 + 10 / 100)
-    assert chosen(s, lambda step: 0.1, held_out=3_000) == (60, 555)
-    few = asked(minutes=2, steps=10_000, eval_every=100, decay=1.0, eval_tokens=300)
+    # 2,000 tokens take as long as 100 steps: 60 + (120 - 6 - 5 - 10) / (0.1 + 10 / 100)
+    assert chosen(s, lambda step: 0.1, held_out=2_000) == (60, 555)
+    few = asked(minutes=2, steps=10_000, eval_every=100, decay=1.0, eval_tokens=200)
     # 60 + (120 - 6 - 5 - 1) / (0.1 + 1 / 100)
-    assert chosen(few, lambda step: 0.1, held_out=3_000) == (60, 1041)
+    assert chosen(few, lambda step: 0.1, held_out=2_000) == (60, 1041)
