@@ -16,7 +16,7 @@ n_head = 4
 n_embd = 128
 
 steps = 1500
-minutes = 3.4  # of the whole command; 0 makes all steps, however long they take
+minutes = 3.5  # of the whole command; 0 makes all steps, however long they take
 batch_tokens = 6 * 256
 lr = 0.02
 decay = 0.8
