@@ -29,9 +29,12 @@ def timed(calls: int, function: Callable) -> float:
 
 
 def figure(value: float, unit: str, more: str = "", of_children: bool = False) -> dict:
-    """With the peak of memory of this process, or of the largest of its children."""
-    peak = None
-    if resource:
+    """With the peak of memory of this process, or of the largest of its children; of a GPU's, if
+    one is at work."""
+    peak, torch = None, sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated() / 1e6
+    elif resource:
         scale = 1e6 if sys.platform == "darwin" else 1e3  # ru_maxrss is in bytes there, else in kB
         whose = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
         peak = resource.getrusage(whose).ru_maxrss / scale

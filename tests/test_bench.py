@@ -176,6 +176,12 @@ def test_it_starts_where_nobody_tells_the_peak_of_memory(monkeypatch):
         importlib.reload(measure)
 
 
+def test_where_a_gpu_is_at_work_its_memory_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 18_800_000_000)
+    assert measure.figure(1.0, "s")["peak_mb"] == 18_800
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [
