@@ -350,9 +350,6 @@ def check(s: Settings) -> None:
     itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
     public = not all((Path(name) / "meta.json").exists() for name in s.data.split(","))
     another = f"another run than out={s.out!r}: choose another --out"
-    theirs = s.init_from.partition("-")[0] in ("gpt2", "resume") and not begin.exists()
-    folder = "a folder: huggingface.py import makes one of gpt2, the same command again resumes"
-    settings.require(not theirs, s, "init_from", folder)
     settings.require(s.batch_tokens % rows == 0, s, "batch_tokens", whole)
     settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
     settings.require(s.show_batch <= s.steps, s, "show_batch", f"at most steps={s.steps}")
