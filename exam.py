@@ -20,11 +20,11 @@ import grading
 import tasks
 from dataset import Dataset, Split
 from engine import inference, machine, tables
+from engine.arithmetic import EVAL_TOKENS, LOGITS
 from engine.files import write_durably
 from engine.machine import Machine
 from engine.packing import Rows, fit
 from engine.pipeline import Progress
-from evaluate import EVAL_TOKENS, LOGITS
 from generate import answers, beam, prefill
 from grading import Exam, Result, Row
 from model import GPT

@@ -45,11 +45,10 @@ class Settings:
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Judge the pictures that a model draws.", "out")
     import exam
-    from evaluate import Opened, start
+    from engine.learner import opened_here
     from generate import answers
 
-    here = start(s)
-    run = Opened(s.out, s.checkpoint)
+    run, here = opened_here(s, s.checkpoint)
     objectives.require_writer(run.state, s.out)
     data = run.data(s)
     if data.kind != "rows":

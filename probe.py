@@ -16,8 +16,8 @@ import torch
 
 import scores
 from dataset import Dataset, layout
+from engine.arithmetic import EVAL_TOKENS
 from engine.settings import require_package
-from evaluate import EVAL_TOKENS
 from exam import FLOOR_ROWS, rows_of
 from grading import LABELS, Row, aligned
 from model import GPT
@@ -33,11 +33,7 @@ ITERATIONS = 1000
 
 def tell(s, run, here) -> None:
     """What `s` asks for (probe, nearest, map) of a model; `s` are the settings of evaluate.py."""
-    folder = s.data or run.trained_with.get("data")
-    if not folder:
-        raise ValueError(f"{s.out} was not trained here: name the data, --data=data/NAME")
-    named = s.tokenizer if s.data else s.tokenizer or run.trained_with.get("tokenizer", "")
-    data = Dataset(folder, named)
+    data = Dataset(*run.folder(s))
     run.make_ready(s, here)
     see = Sight(run.model.eval(), run.tokenizer)
     if s.probe:

@@ -187,7 +187,7 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
 def train(s: Settings, stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status."""
     from dataset import Dataset
-    from engine import machine
+    from engine import machine, memory
     from engine.adopt import adopt_heads
     from engine.learner import Learner
     from engine.run import Run
@@ -221,7 +221,7 @@ def train(s: Settings, stop: Stop) -> int:
     run.make_ready(learner, per_pass)
     first_batch = partial(train_split.batch, 0, B, T, s.seed, here.rank, here.world)
     if s.device_batch == "auto":
-        s.device_batch = run.device_batch(learner, first_batch())
+        s.device_batch = memory.device_batch(learner, first_batch(), here, run.state["machine"])
         per_pass = windows_in_a_pass(share, s)
     optimizers = make_optimizers(learner, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
