@@ -272,7 +272,8 @@ def evaluate_text(s: Settings, run: "Opened", data: Dataset, here: "Machine") ->
         import exam
 
         model = run.model if s.quantize else exam.ready(run.model, here, s)
-        exam.variety(s, model, run.tokenizer, split, answers_file(s, run, "drawn.jsonl"))
+        file = exam.answers_file(s.answers, run.path, "drawn.jsonl")
+        exam.variety(s, model, run.tokenizer, split, file)
     return 0
 
 
@@ -319,24 +320,15 @@ def evaluate_rows(s: Settings, run: "Opened", data: Dataset | None, here: "Machi
         opened.require_markers()
     if here.rank:
         return 0
-    bits = (s.quantize, "")  # the baseline as it is
-    models = [
-        (exam.ready(opened.model, here, s, quantize), opened.tokenizer)
-        for opened, quantize in zip(runs, bits, strict=False)
-    ]
+    models = []
+    for opened in runs:
+        quantize = s.quantize if opened is run else ""  # the baseline as it is
+        models.append((exam.ready(opened.model, here, s, quantize), opened.tokenizer))
     if s.label:
-        exam.label(s, *models[0], answers_file(s, run, "labelled.jsonl"))
+        exam.label(s, *models[0], exam.answers_file(s.answers, run.path, "labelled.jsonl"))
     else:
-        exam.examine(s, models, data, answers_file(s, run, "answers.jsonl"))
+        exam.examine(s, models, data, exam.answers_file(s.answers, run.path, "answers.jsonl"))
     return 0
-
-
-def answers_file(s: Settings, run: "Opened", name: str) -> Path:
-    """Where to write: by default the folder of the run, or of a model that belongs to none."""
-    from engine.checkpoint import checkpoints
-
-    of_run = run.path in checkpoints(run.path.parent)
-    return Path(s.answers) if s.answers else (run.path.parent if of_run else run.path) / name
 
 
 if __name__ == "__main__":

@@ -139,11 +139,9 @@ def tell_recognised(images: list, rows: list, labels: list[str]) -> None:
     if len({*known}) < 2:
         return
     svm = SVC(gamma="scale").fit(learned, known)
-    print(
-        f"  {svm.score(drawn, labels):.1%} recognised by a classifier that has learned from the",
-        end="",
-    )
-    print(f" same pictures (of the held-out ones {svm.score(new, held_out):.1%})")
+    by = "recognised by a classifier that has learned from the same pictures"
+    known = f"of the held-out ones {svm.score(new, held_out):.1%}"
+    print(f"  {svm.score(drawn, labels):.1%} {by} ({known})")
 
 
 def tell_nearest(learned: np.ndarray, drawn: np.ndarray) -> None:

@@ -278,9 +278,8 @@ def serve(s, clients: int, shape: dict | None = None, dtype: str = "auto") -> di
     def ask() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # no lock in common with it
             pool.apply(load.run, (*where, clients, clients, PROMPT, 4))  # a warm-up
-            found.update(
-                pool.apply(load.run, (*where, clients, s.calls * clients, PROMPT, s.tokens))
-            )
+            all_of_them = (*where, clients, s.calls * clients, PROMPT, s.tokens)
+            found.update(pool.apply(load.run, all_of_them))
         server.end()
 
     threading.Thread(target=ask).start()

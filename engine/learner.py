@@ -96,7 +96,8 @@ class Opened:
         folder = s.data or trained_with.get("data")
         if not folder:
             raise ValueError(f"{self.path} was not trained here: name the data, --data=data/NAME")
-        return folder, s.tokenizer or ("" if s.data else trained_with.get("tokenizer", ""))
+        given = getattr(s, "tokenizer", "")
+        return folder, given or ("" if s.data else trained_with.get("tokenizer", ""))
 
     def data(self, s) -> Dataset:
         """That data, as it was learned from. Raises ValueError if the model reads other tokens."""

@@ -118,13 +118,7 @@ def start_trackers(s, run: Path, step: int) -> list:
         known = run / "wandb.id"
         if not known.exists():
             known.write_text(secrets.token_hex(8))
-        session = wandb.init(
-            project=s.wandb,
-            id=known.read_text(),
-            resume="allow",
-            name=run.name,
-            config=settings.flat(s),
-            dir=run,
-        )
+        this = dict(project=s.wandb, id=known.read_text(), name=run.name, dir=run)
+        session = wandb.init(**this, resume="allow", config=settings.flat(s))
         trackers.append(lambda row: session.log(row, row["step"]) if row else session.finish())
     return trackers

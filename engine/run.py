@@ -115,18 +115,11 @@ class Run:
         if packed := data.split("train").describe(s.model.block_size, s.seed):
             here.say(packed)
         number = torch.get_num_threads()
-        self.circumstances = dict(  # what equal bits depend on, beside settings and data
-            processes=here.world,
-            threads=number,
-            torch=torch.__version__,
-            device=here.device.type,
-            dtype=str(here.dtype),
-            compile=here.compile,
-            fast=fast.installed(model),
-            deterministic=s.deterministic,
-            shard=s.shard,
-            device_batch=s.device_batch,
-        )
+        # what equal bits depend on, beside settings and data
+        on = dict(processes=here.world, threads=number, torch=torch.__version__)
+        on |= dict(device=here.device.type, dtype=str(here.dtype), compile=here.compile)
+        on |= dict(fast=fast.installed(model), deterministic=s.deterministic)
+        self.circumstances = on | dict(shard=s.shard, device_batch=s.device_batch)
         if s.shard:
             from engine import sharding
 

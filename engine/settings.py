@@ -150,12 +150,9 @@ def load(
     settings = settings_of(cls)
 
     # 1. the command line, as strings
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage=f"%(prog)s [{positional}{' ...' if nargs == '+' else ''}] [--setting=value ...]",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    usage = f"%(prog)s [{positional}{' ...' if nargs == '+' else ''}] [--setting=value ...]"
+    how = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=description, usage=usage, **how)
     parser.error = refuse  # its own would print the whole usage before the sentence
     for name, (kind, choices, _, default, comment) in settings.items():
         text = comment + ("" if default in ("", ()) else f" (default: {default})")
