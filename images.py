@@ -76,7 +76,8 @@ def main(argv: list[str]) -> None:
 
         # 2. what it draws
         labels = sorted({row.asked for row in known[task]}) * s.draw
-        prompts = [tokenizer.encode_row([user(label)], task, open=True) for label in labels]
+        turns = ([dict(role="user", content=label)] for label in labels)
+        prompts = [tokenizer.encode_row(asked, task, open=True) for asked in turns]
         drawn: list[np.ndarray] = [np.empty(0)] * len(labels)
         options = dict(slots=s.slots, seed=s.seed, temperature=s.temperature)
         wrong = 0
@@ -95,10 +96,6 @@ def size_of(rows: list, s: Settings) -> tuple[int, int]:
     if len(sizes) > 1 or not letters:
         raise ValueError("these rows are no pictures of one size: see tasks/digits.py")
     return pictures.size(rows[0].reference, s.width)
-
-
-def user(content: str) -> dict:
-    return dict(role="user", content=content)
 
 
 def floors(learned: np.ndarray, new: np.ndarray) -> dict[str, float]:
@@ -140,8 +137,8 @@ def tell_recognised(images: list, rows: list, labels: list[str]) -> None:
         return
     svm = SVC(gamma="scale").fit(learned, known)
     by = "recognised by a classifier that has learned from the same pictures"
-    known = f"of the held-out ones {svm.score(new, held_out):.1%}"
-    print(f"  {svm.score(drawn, labels):.1%} {by} ({known})")
+    real = f"of the held-out ones {svm.score(new, held_out):.1%}"
+    print(f"  {svm.score(drawn, labels):.1%} {by} ({real})")
 
 
 def tell_nearest(learned: np.ndarray, drawn: np.ndarray) -> None:
@@ -154,10 +151,9 @@ def tell_nearest(learned: np.ndarray, drawn: np.ndarray) -> None:
             np.fill_diagonal(away, np.inf)
         return np.sqrt(away.min(axis=1).clip(min=0))
 
-    for name, found in (
-        ("a drawing", nearest(drawn, False)),
-        ("a picture that was learned from", nearest(learned, True)),
-    ):
+    both = {"a drawing": nearest(drawn, False)}
+    both["a picture that was learned from"] = nearest(learned, True)
+    for name, found in both.items():
         print(f"  nearest other to {name}: least {found.min():.3f}, median {np.median(found):.3f}")
 
 

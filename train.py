@@ -360,16 +360,15 @@ def check(s: Settings) -> None:
     masks = Objective.masks
     if s.model.mask == GPTConfig.mask:
         s.model.mask = masks[0]
-    sees = f"{' or '.join(masks)} with objective={s.objective}"
-    settings.require(s.model.mask in masks, s.model, "mask", sees)
+    own = f"with objective={s.objective}"
+    settings.require(s.model.mask in masks, s.model, "mask", f"{' or '.join(masks)} {own}")
     Objective.check(s)
-    no_kernels = f"false with objective={s.objective}"
-    settings.require(Objective.compiles or s.compile != "true", s, "compile", no_kernels)
-    number = f"a number with objective={s.objective}, which calls parts of the model"
+    settings.require(Objective.compiles or s.compile != "true", s, "compile", f"false {own}")
+    parts = f"{own}, which calls parts of the model"
+    number = f"a number {parts}"
     settings.require(Objective.shards or s.device_batch != "auto", s, "device_batch", number)
     if s.shard and not (s.eval_only or s.show_batch):
-        inside = f"false with objective={s.objective}, which calls parts of the model"
-        settings.require(Objective.shards, s, "shard", inside)
+        settings.require(Objective.shards, s, "shard", f"false {parts}")
         settings.require(not s.lora_rank, s, "shard", "false with --lora_rank: adapters are small")
         settings.require(world > 1, s, "shard", "false with one process: torchrun starts several")
     settings.require_package("tensorboard", s.tensorboard)

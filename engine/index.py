@@ -204,5 +204,9 @@ def places(known: Index, kind: str, fractions: dict, seed: int) -> Callable[[Doc
 
 def draw(digest: bytes, seed: int) -> float:
     """Uniform in [0, 1), and the same for equal documents."""
-    hashed = hashlib.blake2b(b"%d " % seed + digest, digest_size=8).digest()
+    return uniform(b"%d " % seed + digest)
+
+
+def uniform(content: bytes) -> float:
+    hashed = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(hashed, "big") / 2**64
