@@ -80,11 +80,7 @@ def draw(each: int, seed: int) -> list[Canary]:
 
 
 def planted(
-    chunks: Iterable[np.ndarray],
-    size: int,
-    canaries: list[Canary],
-    tokenizer: Tokenizer,
-    seed: int,
+    chunks: Iterable[np.ndarray], size: int, canaries: list[Canary], tokenizer: Tokenizer, seed: int
 ) -> Iterator[np.ndarray]:
     """The tokens of a text of `size` bytes, in chunks of PIECE bytes, with canaries in them.
 

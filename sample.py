@@ -233,27 +233,25 @@ def write_samples(
         options |= dict(repetition_penalty=s.repetition_penalty, temperature=s.temperature)
         steps = write(model, tokens, most, top_k=s.top_k, top_p=s.top_p, **options)
     count = 1 if s.beam > 1 else s.num_samples
-    streams = [TextStream(tokenizer, s.stop) for _ in range(count)]
     before = "" if s.chat or s.task else turns[-1]["content"]  # of which a word may go on
-    gates = [Gate(listed(s.filter), s.filtered, before) for _ in range(count)]
-    texts = [""] * count
+    words, texts = listed(s.filter), [""] * count
+    ways = [(TextStream(tokenizer, s.stop), Gate(words, s.filtered, before)) for _ in texts]
     alone = count == 1
     if alone:
         print(echo, end="", flush=True)
     for new in steps:
-        for i, (stream, gate) in enumerate(zip(streams, gates, strict=True)):
+        for i, (stream, gate) in enumerate(ways):
             text = gate.feed(stream.feed(new[i]))
             texts[i] += text
             if alone:
                 print(text, end="", flush=True)
-        if all(stream.done or gate.done for stream, gate in zip(streams, gates, strict=True)):
+        if all(stream.done or gate.done for stream, gate in ways):
             break
-    for i, (stream, gate) in enumerate(zip(streams, gates, strict=True)):
+    for i, (stream, gate) in enumerate(ways):
         rest = gate.feed(stream.end()) + gate.end()
         texts[i] += rest
         print(rest if alone else f"--- sample {i + 1} of {count}\n{echo}{texts[i]}")
-    for i, (stream, gate) in enumerate(zip(streams, gates, strict=True), start=1):
-        who = "" if alone else f"sample {i} "
+        who = "" if alone else f"sample {i + 1} "
         if gate.hit and s.filtered == "stop":
             print(f"({who}stopped before {gate.hit!r}, of {s.filter})", file=sys.stderr)
         elif stream.stopped_by:

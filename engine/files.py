@@ -180,11 +180,9 @@ def clean_up(folder: Path, old: Path, target: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.iterdir())
-    }
-    write_json(folder / "manifest.json", files)
+    files = {p.name: p for p in sorted(folder.iterdir())}
+    facts = {n: dict(size=p.stat().st_size, sha256=sha256_of(p)) for n, p in files.items()}
+    write_json(folder / "manifest.json", facts)
 
 
 def verify(folder: Path, needed: Iterable[str], skip: Iterable[str] = ()) -> int:

@@ -96,11 +96,7 @@ class Machine:
 
 
 def pick(
-    device: str = "auto",
-    dtype: str = "auto",
-    compile: str = "auto",
-    rows: int = 0,
-    size: int = 0,
+    device: str = "auto", dtype: str = "auto", compile: str = "auto", rows: int = 0, size: int = 0
 ) -> Machine:
     """Chooses what is "auto"; `rows` is 0 to train, else the number of texts to generate at once by
     a model of `size` parameters.

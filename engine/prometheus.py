@@ -27,20 +27,13 @@ def text(engine, model: str) -> str:
     """All figures of `engine`, of a server that calls its model so."""
     model = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     labels = f'model_name="{model}"'
-    gauges = dict(
-        num_requests_running=engine.number_running(),
-        num_requests_waiting=engine.number_waiting(),
-        kv_cache_usage_perc=engine.used(),
-    )
-    counters = dict(
-        prompt_tokens=engine.counts["prompt"],
-        generation_tokens=engine.counts["generation"],
-    )
-    histograms = dict(
-        time_to_first_token_seconds=engine.first,
-        inter_token_latency_seconds=engine.between,
-        e2e_request_latency_seconds=engine.whole,
-    )
+    running, waiting, counts = engine.number_running(), engine.number_waiting(), engine.counts
+    gauges = dict(num_requests_running=running, num_requests_waiting=waiting)
+    gauges |= dict(kv_cache_usage_perc=engine.used())
+    counters = dict(prompt_tokens=counts["prompt"], generation_tokens=counts["generation"])
+    histograms = dict(time_to_first_token_seconds=engine.first)
+    histograms |= dict(inter_token_latency_seconds=engine.between)
+    histograms |= dict(e2e_request_latency_seconds=engine.whole)
     lines = []
     for name, value in gauges.items():
         lines += [f"# TYPE vllm:{name} gauge", f"vllm:{name}{{{labels}}} {value}"]
@@ -49,7 +42,7 @@ def text(engine, model: str) -> str:
     lines.append("# TYPE vllm:request_success_total counter")
     for reason in ("stop", "length", "content_filter", "abort"):
         more = f'{labels},finished_reason="{reason}"'
-        lines.append(f"vllm:request_success_total{{{more}}} {engine.counts[reason]}")
+        lines.append(f"vllm:request_success_total{{{more}}} {counts[reason]}")
     for name, histogram in histograms.items():
         lines += [f"# TYPE vllm:{name} histogram", *histogram.lines(f"vllm:{name}", labels)]
     return "\n".join(lines) + "\n"
