@@ -182,7 +182,7 @@ def load(
     for name, value in vars(given).items():
         values[name] = value if name == positional else convert(name, value, settings[name])
     begin = values.get("init_from", "")
-    remedy = VALUES.get(begin.partition("-")[0])
+    remedy = INIT_FROM.get(begin.partition("-")[0])
     if remedy and not Path(begin).exists():
         raise ValueError(f"init_from={begin!r} should be a folder: {remedy}")
     return make(cls, values)
@@ -214,7 +214,7 @@ NANOGPT |= dict(always_save_checkpoint="save_every", decay_lr="schedule")
 NANOGPT |= dict(wandb_project="wandb", start="prompt", max_new_tokens="max_tokens")
 RUN_FIRST = "the run stands first, as in sample.py out/small"
 ELSEWHERE = dict(backend="torchrun chooses it", out_dir=RUN_FIRST, init_from=RUN_FIRST)
-VALUES = dict(gpt2="huggingface.py import makes one of it", resume="the same command again resumes")
+INIT_FROM = dict(gpt2="huggingface.py import makes one", resume="the same command again resumes")
 
 
 def unknown(name: str, known, where: str, owner=lambda name: "") -> ValueError:
