@@ -18,9 +18,7 @@ import heapq
 from collections import Counter, defaultdict
 from itertools import pairwise
 
-import tiktoken
-
-from tokenizer import END_OF_TEXT, SPLIT, Tokenizer
+from tokenizer import END_OF_TEXT, SPLIT, Tokenizer, encoding_of
 
 LONGEST = 256  # characters of a word that is taken whole: longer ones are no words
 
@@ -128,8 +126,4 @@ def bpe_tokenizer(
         for p in changed:
             heapq.heappush(heap, (-pairs[p], p))
 
-    special = {END_OF_TEXT: len(ranks)}
-    encoding = tiktoken.Encoding(
-        "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-    )
-    return Tokenizer("bpe", encoding)
+    return Tokenizer("bpe", encoding_of("bpe", pattern, ranks, {END_OF_TEXT: len(ranks)}))

@@ -29,17 +29,16 @@ import objectives
 import scores
 from dataset import IGNORE, Dataset, Split
 from engine import locked, settings
+from engine.arithmetic import EVAL_TOKENS, LOGITS
 from engine.settings import BelowOne, Count, NotNegative, Positive
 
 if TYPE_CHECKING:  # torch is imported where it is used, since mistakes are told before that
-    from engine.learner import Learner
+    from engine.learner import Learner, Opened
     from engine.machine import Machine
     from model import GPT
     from tokenizer import Tokenizer
 
-EVAL_TOKENS = 16_384  # in one forward pass
 COMPARABLE_BYTES = 20_000_000  # xz takes too long for a larger text
-LOGITS = 1 << 26  # numbers of them at once, where each token's or answer's loss is wanted
 WINDOW_TOKENS = 1 << 18  # enough for a mean by position, and for an interval
 
 
@@ -108,25 +107,20 @@ def main(argv: list[str]) -> int:
     if s.label:
         refuse(s, ("limit", "task", "baseline", "exchange", "pairs"), "has no use with --label")
     locked.use(s.passphrase_file, *map(Path, filter(None, (s.out, s.baseline))))
-    here = start(s)
-    run = Opened(s.out, s.checkpoint)
-    if s.probe or s.nearest or s.map or s.canaries:
-        refuse(s, ("quantize",), "is for losses and answers")
-    if s.probe or s.nearest or s.map:
+    from engine.learner import opened_here
+
+    run, here = opened_here(s, s.checkpoint)
+    looks = s.probe or s.nearest or s.map
+    if s.label or (s.canaries and not looks):
+        objectives.require_writer(run.state, s.out)
+    if looks or s.canaries:
+        import canaries
         import probe
 
+        refuse(s, ("quantize",), "is for losses and answers")
         if here.rank == 0:
-            probe.tell(s, run, replace(here, world=1))
+            (probe if looks else canaries).tell(s, run, replace(here, world=1))
         return 0
-    if s.canaries:
-        import canaries
-
-        objectives.require_writer(run.state, s.out)
-        if here.rank == 0:
-            canaries.tell(s, run, replace(here, world=1))
-        return 0
-    if s.label:
-        objectives.require_writer(run.state, s.out)
     data = None if s.label else run.data(s)
     if data and not objectives.find(run.objective).Objective.generates:
         of_writers = ("baseline", "generate", "task", "limit", "marker", "noise", "choices")
@@ -153,67 +147,11 @@ def refuse(s: Settings, names: tuple[str, ...], why: str) -> None:
 
 def evaluate_run(s) -> int:
     """Prints the loss of the best checkpoint of the run `s.out`, and changes nothing."""
-    here = start(s)
-    run = Opened(s.out)
+    from engine.learner import opened_here
+
+    run, here = opened_here(s)
     tell_loss(s, run, run.data(s), here)
     return 0
-
-
-def start(s) -> "Machine":
-    from engine import machine
-
-    here = machine.pick(s.device, s.dtype, "false")
-    machine.start(here, s.deterministic)
-    return here
-
-
-class Opened:
-    """A model to be evaluated, with its tokenizer."""
-
-    def __init__(self, out: str, checkpoint: str = "best"):
-        from engine.checkpoint import find, load_weights
-
-        self.name, self.path = out, find(out, checkpoint)
-        self.model, self.tokenizer, self.state = load_weights(self.path)
-        self.trained_with = self.state["settings"]
-        self.objective = objectives.name_of(self.state)
-
-    def data(self, s) -> Dataset:
-        """The data of `s`, or of the run. Raises ValueError if the model reads other tokens."""
-        folder = s.data or self.trained_with.get("data")
-        if not folder:
-            raise ValueError(f"{self.path} was not trained here: name the data, --data=data/NAME")
-        named = s.tokenizer if s.data else s.tokenizer or self.trained_with.get("tokenizer", "")
-        train_on = self.trained_with.get("train_on", "answers")
-        lines = objectives.find(self.objective).Objective.lines
-        data = Dataset(folder, named, self.model.config.mask, train_on, lines=lines)
-        if data.kind != "text":
-            self.require_markers()
-        data.require_tokenizer(self.tokenizer, self.name)
-        return data
-
-    def learner(self) -> "Learner":
-        """The model under the objective that it has learned by."""
-        from engine.learner import restored
-
-        return restored(self.path, self.model, self.tokenizer, self.state)
-
-    def make_ready(self, s, here: "Machine", quantize: str = "") -> None:
-        from engine import fast, inference, machine
-
-        self.model.to(here.device)
-        machine.use_threads(s.threads, here, self.model, EVAL_TOKENS)
-        if quantize:
-            inference.ready(self.model, quantize, parts=s.fast)
-        else:
-            fast.use(self.model, here, s.fast)
-
-    def require_markers(self) -> None:
-        if not self.tokenizer.markers:
-            raise ValueError(
-                f"{self.name} has learned from running text alone and knows no turns: let it learn"
-                " from rows first, as in `python train.py --init_from=RUN --data=ROWS`"
-            )
 
 
 # --- text
@@ -285,7 +223,7 @@ def compressors(split: Split, tokenizer: "Tokenizer") -> str:
     return f"gzip -9 {gz:.3f}, xz -9e {xz:.3f}"
 
 
-def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
+def tell_loss(s, run: "Opened", data: Dataset, here: "Machine") -> None:
     from engine.learner import told
 
     learner = run.learner()
@@ -298,7 +236,7 @@ def tell_loss(s, run: Opened, data: Dataset, here: "Machine") -> None:
     here.say(f"{run.path} on the {s.split} split of {data.folder}: {found}")
 
 
-def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> int:
+def evaluate_text(s: Settings, run: "Opened", data: Dataset, here: "Machine") -> int:
     """Prints what a model makes of running text, beside compressors, another run, and people."""
     if not objectives.find(run.objective).Objective.bits:
         of_text = f"is for a loss of text, unlike objective={run.objective}"
@@ -315,6 +253,8 @@ def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> i
     print(f"perplexity {score.value:.3f} ({low:.3f} to {high:.3f} by {len(nats):,} windows)")
     print("loss by position in the window:", ", ".join(by_position(nats)))
     if s.baseline:
+        from engine.learner import Opened
+
         other = Opened(s.baseline)
         objectives.require_writer(other.state, s.baseline)
         data.require_tokenizer(other.tokenizer, s.baseline)
@@ -332,7 +272,8 @@ def evaluate_text(s: Settings, run: Opened, data: Dataset, here: "Machine") -> i
         import exam
 
         model = run.model if s.quantize else exam.ready(run.model, here, s)
-        exam.variety(s, model, run.tokenizer, split, answers_file(s, run, "drawn.jsonl"))
+        file = exam.answers_file(s.answers, run.path, "drawn.jsonl")
+        exam.variety(s, model, run.tokenizer, split, file)
     return 0
 
 
@@ -368,9 +309,10 @@ def by_position(nats: np.ndarray) -> Iterator[str]:
 # --- rows
 
 
-def evaluate_rows(s: Settings, run: Opened, data: Dataset | None, here: "Machine") -> int:
+def evaluate_rows(s: Settings, run: "Opened", data: Dataset | None, here: "Machine") -> int:
     """Asks rows, of the data or of the file `s.label`: the first process does."""
     import exam
+    from engine.learner import Opened
 
     runs = [run, Opened(s.baseline)] if s.baseline else [run]
     for opened in runs:
@@ -378,24 +320,15 @@ def evaluate_rows(s: Settings, run: Opened, data: Dataset | None, here: "Machine
         opened.require_markers()
     if here.rank:
         return 0
-    bits = (s.quantize, "")  # the baseline as it is
-    models = [
-        (exam.ready(opened.model, here, s, quantize), opened.tokenizer)
-        for opened, quantize in zip(runs, bits, strict=False)
-    ]
+    models = []
+    for opened in runs:
+        quantize = s.quantize if opened is run else ""  # the baseline as it is
+        models.append((exam.ready(opened.model, here, s, quantize), opened.tokenizer))
     if s.label:
-        exam.label(s, *models[0], answers_file(s, run, "labelled.jsonl"))
+        exam.label(s, *models[0], exam.answers_file(s.answers, run.path, "labelled.jsonl"))
     else:
-        exam.examine(s, models, data, answers_file(s, run, "answers.jsonl"))
+        exam.examine(s, models, data, exam.answers_file(s.answers, run.path, "answers.jsonl"))
     return 0
-
-
-def answers_file(s: Settings, run: Opened, name: str) -> Path:
-    """Where to write: by default the folder of the run, or of a model that belongs to none."""
-    from engine.checkpoint import checkpoints
-
-    of_run = run.path in checkpoints(run.path.parent)
-    return Path(s.answers) if s.answers else (run.path.parent if of_run else run.path) / name
 
 
 if __name__ == "__main__":

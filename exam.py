@@ -9,7 +9,7 @@ likeliest there. It is also asked how likely it finds the reference, and its own
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,12 @@ import grading
 import tasks
 from dataset import Dataset, Split
 from engine import inference, machine, tables
+from engine.arithmetic import EVAL_TOKENS, LOGITS
+from engine.checkpoint import checkpoints
 from engine.files import write_durably
 from engine.machine import Machine
 from engine.packing import Rows, fit
 from engine.pipeline import Progress
-from evaluate import EVAL_TOKENS, LOGITS
 from generate import answers, beam, prefill
 from grading import Exam, Result, Row
 from model import GPT
@@ -87,17 +88,13 @@ def label(s, model: GPT, tokenizer: Tokenizer, file: Path) -> None:
         raise ValueError("choices='auto' needs a training split to find labels in: name them")
     result = ask(model, tokenizer, rows, choices, s)
     said = zip(rows, result.answers, result.probabilities, strict=True)
-    write_lines(
-        file,
-        [
-            dict(
-                messages=[*row.messages, dict(role="assistant", content=answer)],
-                task=row.task,
-                probability=probability,
-            )
-            for row, answer, probability in said
-        ],
-    )
+    write_lines(file, [labelled(*found) for found in said])
+
+
+def labelled(row: Row, answer: str, probability: float) -> dict:
+    """A row with an answer, as prepare.py reads it."""
+    messages = [*row.messages, dict(role="assistant", content=answer)]
+    return dict(messages=messages, task=row.task, probability=probability)
 
 
 def unanswered(path: Path) -> Iterator[Row]:
@@ -138,6 +135,12 @@ def variety(s, model: GPT, tokenizer: Tokenizer, split: Split, file: Path) -> No
 def tell_what_lacks() -> None:
     for package in grading.lacking():
         print(f"{package} is not installed (pip install {package}): its scores are left out")
+
+
+def answers_file(asked: str, model: Path, name: str) -> Path:
+    """Where to write: by default the folder of the run, or of a model that belongs to none."""
+    of_run = model in checkpoints(model.parent)
+    return Path(asked) if asked else (model.parent if of_run else model) / name
 
 
 def choices_of(s) -> list[str]:
@@ -275,17 +278,23 @@ def surprise(
 ) -> list[list[float]]:
     """-ln p of each choice (ids) behind its prompt; all prompts have equally many."""
     found: list[list[float]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     each, T = len(choices[0]), max(len(ids) for some in choices for ids in some)
     most = LOGITS // (each * T * model.config.vocab_size)
-    while order:  # those of about one length together, the longest first
-        count = max(1, min(most, EVAL_TOKENS // (each * (len(prompts[order[-1]]) + T))))
-        some = order[-count:]
-        del order[-count:]
+    for some in by_length(prompts, lambda n: min(most, EVAL_TOKENS // (each * (n + T)))):
         both = [prompts[i] for i in some], [choices[i] for i in some]
         for i, nats in zip(some, one_pass(model, tokenizer, *both).tolist(), strict=True):
             found[i] = nats
     return found
+
+
+def by_length(prompts: list, most: Callable[[int], int]) -> Iterator[list[int]]:
+    """Numbers of prompts of about one length, the longest first, for a pass each: `most` of them,
+    given the longest."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    while order:
+        some = order[-max(1, most(len(prompts[order[-1]]))) :]
+        del order[-len(some) :]
+        yield some
 
 
 def one_pass(model: GPT, tokenizer: Tokenizer, prompts: list, choices: list) -> Tensor:

@@ -79,20 +79,15 @@ class Exam:
             self.labels = there if few else []
         elif choices:
             for answer in self.references:
-                self.require_choice(answer)
+                if answer not in choices:
+                    what = f"{answer[:60]!r} is an answer to {self.task or 'a row'}"
+                    raise ValueError(f"{what}, but not among the choices {','.join(choices)}")
         if self.labels or few:
             self.kind = "labels"
         elif self.module and all(self.module.right(row.prompt, row.reference) for row in rows):
             self.kind = "checked"
         else:
             self.kind = "texts"
-
-    def require_choice(self, answer: str) -> None:
-        if answer not in self.labels:
-            raise ValueError(
-                f"{answer[:60]!r} is an answer to {self.task or 'a row'}, but not among the choices"
-                f" {','.join(self.labels)}"
-            )
 
     def title(self, split: str) -> str:
         """What was asked, and from what the floors have learned."""
@@ -152,9 +147,7 @@ class Exam:
             copies["first line"] = scores.first_line
             copies[f"{count} words"] = lambda text: scores.first_words(text, count)
         copies |= getattr(self.module, "FLOORS", {})
-        return found | {
-            name: [copy(row.asked) for row in self.rows] for name, copy in copies.items()
-        }
+        return found | {n: [copy(row.asked) for row in self.rows] for n, copy in copies.items()}
 
 
 def lacking() -> list[str]:

@@ -45,11 +45,10 @@ class Settings:
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Judge the pictures that a model draws.", "out")
     import exam
-    from evaluate import Opened, start
+    from engine.learner import opened_here
     from generate import answers
 
-    here = start(s)
-    run = Opened(s.out, s.checkpoint)
+    run, here = opened_here(s, s.checkpoint)
     objectives.require_writer(run.state, s.out)
     data = run.data(s)
     if data.kind != "rows":
@@ -77,7 +76,8 @@ def main(argv: list[str]) -> None:
 
         # 2. what it draws
         labels = sorted({row.asked for row in known[task]}) * s.draw
-        prompts = [tokenizer.encode_row([user(label)], task, open=True) for label in labels]
+        turns = ([dict(role="user", content=label)] for label in labels)
+        prompts = [tokenizer.encode_row(asked, task, open=True) for asked in turns]
         drawn: list[np.ndarray] = [np.empty(0)] * len(labels)
         options = dict(slots=s.slots, seed=s.seed, temperature=s.temperature)
         wrong = 0
@@ -96,10 +96,6 @@ def size_of(rows: list, s: Settings) -> tuple[int, int]:
     if len(sizes) > 1 or not letters:
         raise ValueError("these rows are no pictures of one size: see tasks/digits.py")
     return pictures.size(rows[0].reference, s.width)
-
-
-def user(content: str) -> dict:
-    return dict(role="user", content=content)
 
 
 def floors(learned: np.ndarray, new: np.ndarray) -> dict[str, float]:
@@ -140,11 +136,9 @@ def tell_recognised(images: list, rows: list, labels: list[str]) -> None:
     if len({*known}) < 2:
         return
     svm = SVC(gamma="scale").fit(learned, known)
-    print(
-        f"  {svm.score(drawn, labels):.1%} recognised by a classifier that has learned from the",
-        end="",
-    )
-    print(f" same pictures (of the held-out ones {svm.score(new, held_out):.1%})")
+    by = "recognised by a classifier that has learned from the same pictures"
+    real = f"of the held-out ones {svm.score(new, held_out):.1%}"
+    print(f"  {svm.score(drawn, labels):.1%} {by} ({real})")
 
 
 def tell_nearest(learned: np.ndarray, drawn: np.ndarray) -> None:
@@ -157,10 +151,9 @@ def tell_nearest(learned: np.ndarray, drawn: np.ndarray) -> None:
             np.fill_diagonal(away, np.inf)
         return np.sqrt(away.min(axis=1).clip(min=0))
 
-    for name, found in (
-        ("a drawing", nearest(drawn, False)),
-        ("a picture that was learned from", nearest(learned, True)),
-    ):
+    both = {"a drawing": nearest(drawn, False)}
+    both["a picture that was learned from"] = nearest(learned, True)
+    for name, found in both.items():
         print(f"  nearest other to {name}: least {found.min():.3f}, median {np.median(found):.3f}")
 
 

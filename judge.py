@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exam import prompts_of, unanswered
+from exam import by_length, labelled, prompts_of, unanswered
 from grading import Row
 from objectives.classify import laid
 
@@ -35,10 +35,7 @@ class Judge:
         gpt, head = self.learner.gpt, self.learner.heads["label"]
         prompts, _ = prompts_of(gpt, self.tokenizer, rows, "", 0.0, [1] * len(rows))
         found = np.zeros((len(prompts), len(self.labels)))
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        while order:  # those of about one length together, the longest first
-            some = order[-max(1, PASS // len(prompts[order[-1]])) :]
-            del order[-len(some) :]
+        for some in by_length(prompts, lambda n: PASS // n):
             arrays = laid([prompts[i] for i in some], gpt.config.mask, self.tokenizer.markers)
             tokens, positions, mask = (z if z is None else torch.from_numpy(z) for z in arrays)
             ends = torch.tensor([len(prompts[i]) - 1 for i in some])
@@ -58,6 +55,5 @@ def tell(s) -> None:
         return
     rows = [row._replace(task=s.task or row.task or judge.task) for row in unanswered(Path(s.rows))]
     for row, p in zip(rows, judge(rows), strict=True):
-        said = dict(role="assistant", content=judge.labels[int(p.argmax())])
-        line = dict(messages=[*row.messages, said], task=row.task, probability=float(p.max()))
+        line = labelled(row, judge.labels[int(p.argmax())], float(p.max()))
         print(json.dumps(line, ensure_ascii=False))

@@ -133,9 +133,8 @@ def report(s, learner: Learner, tokenizer: Tokenizer) -> None:
     elbo = found["reconstruction"] + found["kl"]
     variance = found["mean"].var(axis=0)
     exchange = found["exchanged"] - found["reconstruction"]
-    costs = scores.Score(
-        np.stack([exchange, np.ones(len(lines))], axis=1), lambda sums: sums[0] / sums[1]
-    )
+    rows = np.stack([exchange, np.ones(len(lines))], axis=1)
+    costs = scores.Score(rows, lambda sums: sums[0] / sums[1])
     low, high = scores.interval(scores.resampled(costs))
     print(f"{s.run} on {len(lines):,} sentences of the {s.split} split of {folder}")
     print(f"reconstruction {found['reconstruction'].mean():.2f} nats a sentence")
@@ -144,9 +143,8 @@ def report(s, learner: Learner, tokenizer: Tokenizer) -> None:
     print(f"-ln p(x) {found['weighted'].mean():.2f} by {s.samples} codes of each")
     print(f"active units {(variance > ACTIVE).sum()} of {len(variance)}")
     used = "it is used" if low > 0 else "no use of it is shown"
-    print(
-        f"the code of another sentence costs {costs.value:+.2f} ({low:+.2f} to {high:+.2f}): {used}"
-    )
+    cost = f"{costs.value:+.2f} ({low:+.2f} to {high:+.2f})"
+    print(f"the code of another sentence costs {cost}: {used}")
 
 
 def sentences(split, block_size: int, most: int) -> list[list[int]]:

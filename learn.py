@@ -49,7 +49,7 @@ def act(s: Settings) -> None:
     if s.links:
         return update_pages(lessons.linked)
     if s.digests:
-        return write_digests(s.chapter)
+        return write_digests(s)
     if s.ablations:
         from lessons import ablations
 
@@ -171,15 +171,18 @@ def update_pages(change) -> None:
             print(f"wrote {path.relative_to(lessons.ROOT)}")
 
 
-def write_digests(only: str = "") -> None:
-    """Says of every Chinese page, or of one (9, README), that it renders the English one of today,
-    and names the sections that it said so of before and that have changed since. Raises ValueError
-    for pages that differ otherwise, in their sections, code or numbers: what is not rendered is not
-    said to be."""
-    differ = []
+def write_digests(s: Settings) -> None:
+    """Says of a Chinese page (9, README) that it renders the English one of today, and names the
+    sections that it said so of before and that have changed since. Of all of them nobody can say
+    so at once. Raises ValueError for a page that differs otherwise, in its sections, code or
+    numbers: what is not rendered is not said to be."""
+    pages: dict[str, list[tuple[Path, Path]]] = {}  # there are two of the name README
     for english, chinese in languages.pairs():
-        if not chinese.exists() or (only and only.zfill(2) != english.stem):
-            continue
+        if chinese.exists():
+            pages.setdefault(english.stem.removeprefix("0"), []).append((english, chinese))
+    settings.require(s.chapter in pages, s, "chapter", f"with --digests one of {', '.join(pages)}")
+    differ = []
+    for english, chinese in pages[s.chapter]:
         text, before = english.read_text(encoding="utf-8"), chinese.read_text(encoding="utf-8")
         try:
             after = languages.stamped(text, before)

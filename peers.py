@@ -6,8 +6,9 @@ depend on what they have learned.
 """
 
 import os
-from collections.abc import Callable
 from tempfile import TemporaryDirectory
+
+from engine.measure import dimensions, figure, machine_for, timed
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -28,42 +29,40 @@ def transformers_loss(model, tokens, targets):
     return cross_entropy(model(tokens).logits.float().flatten(0, 1), targets.flatten())
 
 
-def transformers_decoder(
-    shape: dict, tokens: int, here, compiled: bool = False
-) -> Callable[[], None]:
-    """A function that writes `tokens` greedy tokens behind a prompt of one; `compiled`: with a
-    cache of a fixed size, for which `generate` compiles its step on a GPU."""
+def transformers(s, dtype: str, compiled: bool = False) -> dict:
+    """Greedy tokens behind a prompt of one; `compiled`: with a cache of a fixed size, for which
+    `generate` compiles its step on a GPU."""
     import torch
 
-    model = transformers_gpt2(**shape).eval().to(here.device, here.dtype)
+    here, tokens = machine_for(dtype, gpu=compiled), s.tokens
+    model = transformers_gpt2(**dimensions(s)).eval().to(here.device, here.dtype)
     prompt = torch.zeros(1, 1, dtype=torch.long, device=here.device)
     options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     options |= dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
     options |= dict(cache_implementation="static") if compiled else {}
-    return lambda: model.generate(prompt, **options)
+    return figure(tokens / timed(s.calls, lambda: model.generate(prompt, **options)), "tokens/s")
 
 
-def ctranslate2_decoder(
-    shape: dict, tokens: int, dtype: str, samples: int = 1
-) -> Callable[[], None]:
+def ctranslate2(s, dtype: str, samples: int = 1) -> dict:
     """The same with CTranslate2, on a CPU, for a batch, its weights in `dtype`: float32 or int8."""
-    import ctranslate2
+    from ctranslate2 import Generator
+    from ctranslate2.converters import TransformersConverter
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     # a vocabulary of the right size: speed does not depend on what the tokens mean
-    vocab = {f"t{i}": i for i in range(shape["vocab_size"])}
+    vocab = {f"t{i}": i for i in range(s.vocab_size)}
     words = Tokenizer(models.BPE(vocab, []))
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "t0")
     with TemporaryDirectory() as folder:
         # the converter reads a folder in Hugging Face layout, tokenizer included
-        transformers_gpt2(**shape).save_pretrained(f"{folder}/hf")
+        transformers_gpt2(**dimensions(s)).save_pretrained(f"{folder}/hf")
         PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(f"{folder}/hf")
-        converter = ctranslate2.converters.TransformersConverter(f"{folder}/hf")
-        converter.convert(f"{folder}/ct2", quantization=dtype)
-        generator = ctranslate2.Generator(f"{folder}/ct2", "cpu", intra_threads=CORES)
-    options = dict(max_length=tokens, min_length=tokens, sampling_topk=1)
-    return lambda: generator.generate_batch([["t1"]] * samples, **options)
+        TransformersConverter(f"{folder}/hf").convert(f"{folder}/ct2", quantization=dtype)
+        generator = Generator(f"{folder}/ct2", "cpu", intra_threads=CORES)
+    options = dict(max_length=s.tokens, min_length=s.tokens, sampling_topk=1)
+    seconds = timed(s.calls, lambda: generator.generate_batch([["t1"]] * samples, **options))
+    return figure(samples * s.tokens / seconds, "tokens/s")
 
 
 def tiktoken_encode(text: str, name: str) -> int:

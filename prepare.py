@@ -32,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,19 +45,18 @@ import tasks
 from bpe import bpe_tokenizer
 from engine import encodings, settings, tables
 from engine.files import atomic_folder, write_json
-from engine.index import Document
+from engine.index import places
 from engine.pipeline import Progress, clean_up_when_told_to_end, processes
 from engine.prepared import SPLITS, AlreadyPrepared, made_like, print_table, recorded
 from engine.settings import BelowOne, Bound, Count, Part
 from engine.shards import ShardWriter
 from engine.sources import PIECE, Complaints, Source, documents, expand, name_of, parse, require
-from engine.spool import Listed, Spool, chunks, clean, draw, read_chunk, without
+from engine.spool import Listed, Spool, chunks, clean, read_chunk, without
 from engine.tables import Reading, Row
 from engine.wordfilter import WordFilter
 from robust import mistyped_prompt
 from tokenizer import ROLES, ROW_SPLIT, SPLIT, Tokenizer, find_tokenizer
 
-PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
 Secrets = Annotated[int, Bound("from 0 to 1000", range(1001).__contains__)]
 Near = Annotated[float, Bound("0 (off), or from 0.1 to below 1", lambda x: x == 0 or 0.1 <= x < 1)]
 
@@ -224,7 +223,7 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
     # where train was published, too, nothing of it is drawn for what came beside it
     rest = {name: 0.0 if name in spool.index.published else f for name, f in asked_for.items()}
     fractions = {"": asked_for, "train": rest}
-    place = places(spool, fractions, s.seed)
+    place = places(spool.index, spool.kind, fractions, s.seed)
     prompts: dict[str, set[bytes]] = {"val": set(), "test": set()}
     if spool.index.crossing:
         for document in spool:
@@ -248,53 +247,6 @@ def split(s: Settings, spool: Spool, report: Counter) -> None:
         report["asked in test"] = sum(d.prompt in asked for d in spool if d.split == "test")
     spool.require_splits(asked_for)
     report["crossing"] = sum(place(a) != place(b) for a, b in spool.index.nearly_alike())
-
-
-def places(spool: Spool, fractions: dict[str, dict], seed: int) -> Callable[[Document], str]:
-    """Which split a document goes to, as a function; "" stands for all of them, in order.
-
-    Val and test that were published stay what they are. Of the others a hash decides: of the
-    content, so that it is the same whatever else is there, or of a row's group or else prompt.
-    `fractions` are those of val and test, by the split in which a document was published.
-
-    But among a few novels chance would leave a split empty, or make it one novel. So a text larger
-    than a split's share is cut in order at line ends, train | val | test; so is a single text of
-    any size. Shorter ones than a page stay whole; where nothing is drawn for a split, it gets the
-    document that came nearest. In one part of a source all of this is as it would be in the whole.
-    """
-    known = spool.index
-
-    def is_cut(document: Document) -> bool:
-        held_back = [f for f in fractions[document.split].values() if f]
-        share = known.size * min(held_back, default=1)
-        return spool.kind == "text" and (known.count == 1 or document.size > max(share, PAGE))
-
-    @cache
-    def ends(split: str) -> tuple[float, float]:
-        def draws() -> Iterator[float]:
-            drawn = (d for d in known if d.split == split and not is_cut(d))
-            return (draw(document.group, seed) for document in drawn)
-
-        val, test = fractions[split]["val"], fractions[split]["test"]
-        val_end, test_end = val, val + test
-        first = min(draws(), default=1.0)
-        second = min((u for u in draws() if u > first), default=1.0)
-        if any(u > second for u in draws()):  # else nothing would be left to train on
-            val_end = max(val_end, first) if val else 0.0
-            nearest = min((u for u in draws() if u > val_end), default=1.0)
-            test_end = max(test_end, nearest) if test else val_end
-        return val_end, test_end
-
-    def place(document: Document) -> str:
-        if document.split in ("val", "test"):
-            return document.split
-        if is_cut(document):
-            return ""
-        u = draw(document.group, seed)
-        val_end, test_end = ends(document.split)
-        return "val" if u <= val_end else "test" if u <= test_end else "train"
-
-    return place
 
 
 # --- 4. learn

@@ -16,9 +16,9 @@ import torch
 
 import scores
 from dataset import Dataset, layout
+from engine.arithmetic import EVAL_TOKENS
 from engine.settings import require_package
-from evaluate import EVAL_TOKENS
-from exam import FLOOR_ROWS, rows_of
+from exam import FLOOR_ROWS, by_length, rows_of
 from grading import LABELS, Row, aligned
 from model import GPT
 from tokenizer import Tokenizer
@@ -33,11 +33,7 @@ ITERATIONS = 1000
 
 def tell(s, run, here) -> None:
     """What `s` asks for (probe, nearest, map) of a model; `s` are the settings of evaluate.py."""
-    folder = s.data or run.trained_with.get("data")
-    if not folder:
-        raise ValueError(f"{s.out} was not trained here: name the data, --data=data/NAME")
-    named = s.tokenizer if s.data else s.tokenizer or run.trained_with.get("tokenizer", "")
-    data = Dataset(folder, named)
+    data = Dataset(*run.folder(s))
     run.make_ready(s, here)
     see = Sight(run.model.eval(), run.tokenizer)
     if s.probe:
@@ -69,11 +65,8 @@ class Sight:
         prompts = [self.ids(what) for what in some]
         device, policy = self.model.wte.weight.device, self.model.config.mask
         found = np.zeros((len(prompts), self.model.config.n_embd), np.float32)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        while order:  # those of about one length together, the longest first
-            T = len(prompts[order[-1]])
-            batch = order[-max(1, EVAL_TOKENS // T) :]
-            del order[-len(batch) :]
+        for batch in by_length(prompts, lambda n: EVAL_TOKENS // n):
+            T = len(prompts[batch[-1]])
             there = np.arange(T) < np.array([len(prompts[i]) for i in batch])[:, None]  # (B, T)
             tokens = np.full(there.shape, self.tokenizer.end_of_text)
             tokens[there] = np.concatenate([prompts[i] for i in batch])
@@ -106,35 +99,25 @@ def probe(s, see: Sight, data: Dataset) -> None:
     require_package("sklearn", True, "scikit-learn")
     learned = rows_of(data.split("train"), s.limit or FLOOR_ROWS, s.task)
     asked = rows_of(data.split(s.split), s.limit, s.task)
-    few = [
-        task for task in asked if 2 <= len({r.reference for r in learned.get(task, [])}) <= LABELS
-    ]
+    labels = {task: len({row.reference for row in learned.get(task, [])}) for task in asked}
+    few = [task for task in asked if 2 <= labels[task] <= LABELS]
     if not few:
         raise ValueError(f"no task of {data.folder} has 2 to {LABELS} different answers to tell")
     for task in few:
-        print(
-            f"\n{task or 'rows'}: {len(asked[task]):,} rows of the {s.split} split, regressions",
-            end="",
-        )
-        print(f" from {len(learned[task]):,} of train")
-        print(
-            *aligned(
-                [["", "accuracy", "95% interval"], *probed(s, see, learned[task], asked[task])]
-            ),
-            sep="\n",
-        )
+        rows = f"{len(asked[task]):,} rows of the {s.split} split"
+        print(f"\n{task or 'rows'}: {rows}, regressions from {len(learned[task]):,} of train")
+        lines = probed(s, see, learned[task], asked[task])
+        print(*aligned([["", "accuracy", "95% interval"], *lines]), sep="\n")
 
 
 def probed(s, see: Sight, learned: list[Row], asked: list[Row]) -> Iterator[list[str]]:
     """The lines of a table."""
     labels = [row.reference for row in learned]
     references = [row.reference for row in asked]
-    both = learned + asked
-    features = {"this trunk": see(both), "bag of words": bag(both, len(learned))}
+    both, n = learned + asked, len(learned)
+    features = {"this trunk": see(both), "bag of words": bag(both, n)}
     features["random weights"] = Sight(untrained(see.model, s.seed), see.tokenizer)(both)
-    said = {
-        name: told(x[: len(learned)], labels, x[len(learned) :]) for name, x in features.items()
-    }
+    said = {name: told(x[:n], labels, x[n:]) for name, x in features.items()}
     said["most frequent"] = [scores.most_frequent(labels)] * len(asked)
     for name, answers in said.items():
         score = scores.mean(scores.exact(answers, references))
@@ -228,9 +211,8 @@ def draw(s, see: Sight, data: Dataset) -> None:
             text = see.tokenizer.decode([int(often[i])])
             axes.annotate(printable(text), at[i], fontsize=7, parse_math=False)
         what = f"the {len(often):,} most frequent tokens"
-    axes.set(
-        title=f"{s.out}: {what}", xlabel=f"{share[0]:.1%} of the variance", ylabel=f"{share[1]:.1%}"
-    )
+    across, up = f"{share[0]:.1%} of the variance", f"{share[1]:.1%}"
+    axes.set(title=f"{s.out}: {what}", xlabel=across, ylabel=up)
     figure.savefig(s.map, dpi=130)
     print(f"wrote {s.map}")
 

@@ -57,15 +57,14 @@ def main(argv: list[str]) -> None:
     import objectives
     from dataset import Dataset
     from engine import machine
-    from engine.checkpoint import find, load_weights
+    from engine.learner import Opened
     from generate import answers
     from judge import Judge
 
-    model, tokenizer, state = load_weights(find(s.run))
-    objectives.require_writer(state, s.run)
-    folder = s.data or state["settings"].get("data")
-    settings.require(folder, s, "data", "a folder of text: this model was not trained here")
-    data = Dataset(folder, "" if s.data else state["settings"].get("tokenizer", ""))
+    run = Opened(s.run)
+    model, tokenizer = run.model, run.tokenizer
+    objectives.require_writer(run.state, s.run)
+    data = Dataset(*run.folder(s))
     data.require_tokenizer(tokenizer, s.run)
     if data.kind != "text":
         raise ValueError(f"{data.folder} holds rows, and what is continued is text: --data=TEXT")
@@ -132,12 +131,11 @@ def varied(texts: dict[str, list[str]]):
     import scores
     from grading import aligned
 
-    names = {"distinct-1": 1, "distinct-2": 2, "distinct-3": 3}
-    lines = [
-        [name, *(f"{scores.distinct(some, n):.1f}" for some in texts.values())]
-        for name, n in names.items()
-    ]
-    yield from aligned([["", *texts], *lines])
+    lines = [["", *texts]]
+    for n in (1, 2, 3):
+        figures = (f"{scores.distinct(some, n):.1f}" for some in texts.values())
+        lines.append([f"distinct-{n}", *figures])
+    yield from aligned(lines)
 
 
 if __name__ == "__main__":

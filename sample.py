@@ -229,18 +229,9 @@ def write_samples(
         elif s.speculate:
             guess = Draft(draft, model, s.seed, tokenizer.markers) if draft else lookup
             write = partial(speculate, guess=guess)
-        steps = write(
-            model,
-            tokens,
-            most,
-            seed=s.seed,
-            repetition_penalty=s.repetition_penalty,
-            unused=tokenizer.unused,
-            markers=tokenizer.markers,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-        )
+        options = dict(unused=tokenizer.unused, markers=tokenizer.markers, seed=s.seed)
+        options |= dict(repetition_penalty=s.repetition_penalty, temperature=s.temperature)
+        steps = write(model, tokens, most, top_k=s.top_k, top_p=s.top_p, **options)
     count = 1 if s.beam > 1 else s.num_samples
     streams = [TextStream(tokenizer, s.stop) for _ in range(count)]
     before = "" if s.chat or s.task else turns[-1]["content"]  # of which a word may go on

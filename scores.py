@@ -123,8 +123,9 @@ def macro_f1(answers: list[str], references: list[str]) -> Score:
     return Score(rows, figure)
 
 
-def is_chinese(texts: list[str]) -> bool:
-    return any(re.search(f"[{CHINESE}]", text) for text in texts)
+def cut_of(texts: list[str]) -> str:
+    """How sacrebleu should cut them into words."""
+    return "zh" if any(re.search(f"[{CHINESE}]", text) for text in texts) else "13a"
 
 
 def by_sacrebleu(metric, answers: list[str], references: list[str]) -> Score:
@@ -138,8 +139,7 @@ def bleu(answers: list[str], references: list[str]) -> Score:
     require_package("sacrebleu", True)
     from sacrebleu.metrics import BLEU
 
-    metric = BLEU(tokenize="zh" if is_chinese(references) else "13a")
-    return by_sacrebleu(metric, answers, references)
+    return by_sacrebleu(BLEU(tokenize=cut_of(references)), answers, references)
 
 
 def chrf(answers: list[str], references: list[str]) -> Score:
@@ -198,7 +198,7 @@ def self_bleu(texts: list[str]) -> float:
     from sacrebleu.metrics import BLEU
 
     texts = texts[:MOST_TEXTS]
-    metric = BLEU(tokenize="zh" if is_chinese(texts) else "13a", effective_order=True)
+    metric = BLEU(tokenize=cut_of(texts), effective_order=True)
     found = [metric.sentence_score(t, texts[:i] + texts[i + 1 :]) for i, t in enumerate(texts)]
     return sum(score.score for score in found) / max(1, len(found))
 

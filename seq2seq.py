@@ -6,7 +6,6 @@ decoder writes token after token, each the likeliest, with a KV cache of what it
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -51,9 +50,8 @@ def main(argv: list[str]) -> None:
         result = ask(learner, tokenizer, rows, s)
         lines += grading.written_down(asked, result)
         print("", asked.title(s.split), *grading.table(asked, result), sep="\n")
-    path = checkpoint.find(s.run)
-    folder = path.parent if path in checkpoint.checkpoints(path.parent) else path
-    exam.write_lines(Path(s.answers) if s.answers else folder / "answers.jsonl", lines)
+    file = exam.answers_file(s.answers, checkpoint.find(s.run), "answers.jsonl")
+    exam.write_lines(file, lines)
 
 
 @torch.no_grad()
@@ -69,10 +67,8 @@ def ask(learner: Learner, tokenizer, rows: list[grading.Row], s) -> Result:
     if shorter:
         print(f"block_size={room}: of {len(rows):,} rows, {shorter:,} prompts lose their front")
     found: list[tuple] = [()] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # those of one length together
     with Progress("answering", len(rows), unit=1, name=" prompts") as progress:
-        for first in range(0, len(rows), s.slots):
-            some = order[first : first + s.slots]
+        for some in exam.by_length(prompts, lambda _: s.slots):
             known = [references[i][: rooms[i]] for i in some]
             read = encoded(learner, [prompts[i][:-1] for i in some])
             nats = surprise(learner, markers.assistant, *read, known)
@@ -83,7 +79,7 @@ def ask(learner: Learner, tokenizer, rows: list[grading.Row], s) -> Result:
             costs = torch.stack([nats, others], dim=1).tolist()
             for i, (ids, ln_p), (mine, other) in zip(some, said, costs, strict=True):
                 found[i] = tokenizer.decode(ids), ln_p, mine, rooms[i], other
-            progress(first + len(some))
+            progress(sum(map(bool, found)))
     texts, ln_p, nats, tokens, exchanged = map(list, zip(*found, strict=True))
     likely = torch.tensor(ln_p).exp().tolist()
     return Result(texts, likely, nats, tokens, exchanged if s.exchange else [])

@@ -78,18 +78,16 @@ def main(argv: list[str]) -> int:
     settings.require(here or s.key_file, s, "key_file", outside)
     masks = "stop without a --filter, of whose words it says what they do"
     settings.require(s.filter or s.filtered == "stop", s, "filtered", masks)
-    both = bool(s.certificate) == bool(s.certificate_key)
-    settings.require(
-        both, s, "certificate_key", "given beside certificate, and the other way round"
-    )
+    pair = bool(s.certificate) == bool(s.certificate_key)
+    both = "given beside certificate, and the other way round"
+    settings.require(pair, s, "certificate_key", both)
     for name in ("certificate", "certificate_key", "filter", "key_file"):
         path = getattr(s, name)
         settings.require(not path or Path(path).is_file(), s, name, "a file that exists")
     if s.certificate:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                s.certificate, s.certificate_key
-            )
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(s.certificate, s.certificate_key)
         except ssl.SSLError as e:
             names = f"certificate={s.certificate!r} and certificate_key={s.certificate_key!r}"
             raise ValueError(f"{names} do not make a pair in PEM ({e.reason})") from e

@@ -185,13 +185,9 @@ class Tokenizer:
             check_task(name)
         wanted = [f"<|{name}|>" for name in (*ROLES, "end", *tasks)]
         new = [text for text in wanted if text not in self.special]
+        special = self.special | {text: self.vocab_size + i for i, text in enumerate(new)}
         e = self.encoding
-        encoding = tiktoken.Encoding(
-            e.name,
-            pat_str=e._pat_str,
-            mergeable_ranks=e._mergeable_ranks,
-            special_tokens=self.special | {t: self.vocab_size + i for i, t in enumerate(new)},
-        )
+        encoding = encoding_of(e.name, e._pat_str, e._mergeable_ranks, special)
         literal = [text for text in self.literal if text not in wanted]  # a marker is no text
         kept = dict(end_of_text=self.end_of_text, begin=self.begin, ends=self.ends)
         return Tokenizer(self.kind, encoding, self.normalizer, literal=literal, **kept)
@@ -217,9 +213,8 @@ class Tokenizer:
             return self.encoding.decode_bytes(ids)
         except KeyError:  # tiktoken knows nothing of an id without a token
             unused = set(self.unused)
-            parts = [
-                b"\xef\xbf\xbd" if i in unused else self.encoding.decode_bytes([i]) for i in ids
-            ]
+            decode = self.encoding.decode_bytes
+            parts = [b"\xef\xbf\xbd" if i in unused else decode([i]) for i in ids]
             return b"".join(parts)
 
     def decode(self, ids: list[int]) -> str:
@@ -253,12 +248,7 @@ class Tokenizer:
         """The tokenizer stored in `folder`. Raises ValueError if its files are damaged."""
         info, ranks = vocabulary.read(Path(folder))
         try:
-            encoding = tiktoken.Encoding(
-                info["name"],
-                pat_str=info["pattern"],
-                mergeable_ranks=ranks,
-                special_tokens=info["special_tokens"],
-            )
+            encoding = encoding_of(info["name"], info["pattern"], ranks, info["special_tokens"])
         except ValueError as e:  # of the pattern
             raise vocabulary.damaged(folder, e) from e
         optional = {key: info.get(key) for key in vocabulary.OPTIONAL}
@@ -319,8 +309,8 @@ def published_tokenizer(name: str) -> Tokenizer:
 def bytes_tokenizer() -> Tokenizer:
     """Every byte is a token; end-of-text is 256."""
     ranks = {bytes([i]): i for i in range(256)}
-    special = {END_OF_TEXT: 256}
-    encoding = tiktoken.Encoding(
-        "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
-    )
-    return Tokenizer("bytes", encoding)
+    return Tokenizer("bytes", encoding_of("bytes", r"[\s\S]", ranks, {END_OF_TEXT: 256}))
+
+
+def encoding_of(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)

@@ -187,7 +187,7 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
 def train(s: Settings, stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status."""
     from dataset import Dataset
-    from engine import machine
+    from engine import machine, memory
     from engine.adopt import adopt_heads
     from engine.learner import Learner
     from engine.run import Run
@@ -221,7 +221,7 @@ def train(s: Settings, stop: Stop) -> int:
     run.make_ready(learner, per_pass)
     first_batch = partial(train_split.batch, 0, B, T, s.seed, here.rank, here.world)
     if s.device_batch == "auto":
-        s.device_batch = run.device_batch(learner, first_batch())
+        s.device_batch = memory.device_batch(learner, first_batch(), here, run.state["machine"])
         per_pass = windows_in_a_pass(share, s)
     optimizers = make_optimizers(learner, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
@@ -350,9 +350,6 @@ def check(s: Settings) -> None:
     itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
     public = not all((Path(name) / "meta.json").exists() for name in s.data.split(","))
     another = f"another run than out={s.out!r}: choose another --out"
-    theirs = s.init_from.partition("-")[0] in ("gpt2", "resume") and not begin.exists()
-    folder = "a folder: huggingface.py import makes one of gpt2, the same command again resumes"
-    settings.require(not theirs, s, "init_from", folder)
     settings.require(s.batch_tokens % rows == 0, s, "batch_tokens", whole)
     settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
     settings.require(s.show_batch <= s.steps, s, "show_batch", f"at most steps={s.steps}")
@@ -363,16 +360,15 @@ def check(s: Settings) -> None:
     masks = Objective.masks
     if s.model.mask == GPTConfig.mask:
         s.model.mask = masks[0]
-    sees = f"{' or '.join(masks)} with objective={s.objective}"
-    settings.require(s.model.mask in masks, s.model, "mask", sees)
+    own = f"with objective={s.objective}"
+    settings.require(s.model.mask in masks, s.model, "mask", f"{' or '.join(masks)} {own}")
     Objective.check(s)
-    no_kernels = f"false with objective={s.objective}"
-    settings.require(Objective.compiles or s.compile != "true", s, "compile", no_kernels)
-    number = f"a number with objective={s.objective}, which calls parts of the model"
+    settings.require(Objective.compiles or s.compile != "true", s, "compile", f"false {own}")
+    parts = f"{own}, which calls parts of the model"
+    number = f"a number {parts}"
     settings.require(Objective.shards or s.device_batch != "auto", s, "device_batch", number)
     if s.shard and not (s.eval_only or s.show_batch):
-        inside = f"false with objective={s.objective}, which calls parts of the model"
-        settings.require(Objective.shards, s, "shard", inside)
+        settings.require(Objective.shards, s, "shard", f"false {parts}")
         settings.require(not s.lora_rank, s, "shard", "false with --lora_rank: adapters are small")
         settings.require(world > 1, s, "shard", "false with one process: torchrun starts several")
     settings.require_package("tensorboard", s.tensorboard)

@@ -31,12 +31,8 @@ def main(argv: list[str]) -> None:
     if command not in ("lock", "unlock", "keys", "sign", "verify"):
         raise ValueError("say what to do: lock, unlock, sign or verify FOLDER, or keys NAME")
     signs, locks = command in ("sign", "verify"), command in ("lock", "unlock")
-    settings.require(
-        bool(s.key) == signs,
-        s,
-        "key",
-        "a NAME.key to sign with, or the NAME.pub to verify by, and else left out",
-    )
+    half = "a NAME.key to sign with, or the NAME.pub to verify by, and else left out"
+    settings.require(bool(s.key) == signs, s, "key", half)
     only = "left out but to lock and unlock"
     settings.require(locks or not s.passphrase_file, s, "passphrase_file", only)
     if command == "keys":

@@ -2,6 +2,9 @@
 
 from shape import GPTConfig
 
+EVAL_TOKENS = 16_384  # in a forward pass that nothing is learned from
+LOGITS = 1 << 26  # numbers of them at once, where each token's or answer's loss is wanted
+
 
 def products(c: GPTConfig, T: int) -> float:
     """Floating-point operations of the matrix products of one token in a window of T, forward and

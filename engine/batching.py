@@ -79,11 +79,7 @@ class Choice(Answer):
         if not finish and len(self.tokens) >= self.most:
             finish = "length"
         if finish:
-            rest = self.transcript.end()
-            piece.text += rest.text
-            piece.ids += rest.ids
-            piece.scores += rest.scores
-            piece.places += rest.places
+            piece.add(self.transcript.end())
             piece.finish = self.transcript.finish or finish
         piece.index = self.number
         return piece

@@ -120,14 +120,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q = q.reshape(B, K, H // K, D)
         if mask is not None and q.device.type == "cpu":  # a recorded step does it once for all
             mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    y = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and T > 1,  # a single new position may look at all before it
-        enable_gqa=q.size(1) != K,
-    )
+    causal = mask is None and T > 1  # a single new position may look at all before it
+    kind = dict(is_causal=causal, enable_gqa=q.size(1) != K)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **kind)
     return y.reshape(B, H, T, D)
 
 

@@ -1,11 +1,12 @@
-"""What is known of each document before it is split, on disk: of all parts of a source, also of
-those whose text is prepared elsewhere. So all that is compared or counted for the splits is the
-same in each part."""
+"""What is known of each document, on disk, and the split that it goes to: of all parts of a source,
+also of those whose text is prepared elsewhere. So all that is compared or counted for the splits is
+the same in each part."""
 
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ PUBLISHED = (*SPLITS, "")  # splits by number
 NUMBER = np.uint64(2**60 - 1)  # of a document: the low bits of an order, behind its
 RANK = np.array([2, 1, 0, 2], np.uint64) * (NUMBER + np.uint64(1))  # by split: least is first
 BLOCK = 4096  # documents that are read at a time
+PAGE = 1000  # bytes; shorter documents stay whole, unless there is only one
 
 
 class Document(NamedTuple):
@@ -152,3 +154,59 @@ class Index:
 
 def named(entry: tuple) -> Document:
     return Document(*entry[:4], PUBLISHED[entry[4]], *entry[5:])
+
+
+def places(known: Index, kind: str, fractions: dict, seed: int) -> Callable[[Document], str]:
+    """Which split a document goes to, as a function; "" stands for all of them, in order.
+
+    Val and test that were published stay what they are. Of the others a hash decides: of the
+    content, so that it is the same whatever else is there, or of a row's group or else prompt.
+    `fractions` are those of val and test, by the split in which a document was published.
+
+    But among a few novels chance would leave a split empty, or make it one novel. So a text larger
+    than a split's share is cut in order at line ends, train | val | test; so is a single text of
+    any size. Shorter ones than a page stay whole; where nothing is drawn for a split, it gets the
+    document that came nearest. In one part of a source all of this is as it would be in the whole.
+    """
+
+    def is_cut(document: Document) -> bool:
+        held_back = [f for f in fractions[document.split].values() if f]
+        share = known.size * min(held_back, default=1)
+        return kind == "text" and (known.count == 1 or document.size > max(share, PAGE))
+
+    @cache
+    def ends(split: str) -> tuple[float, float]:
+        def draws() -> Iterator[float]:
+            drawn = (d for d in known if d.split == split and not is_cut(d))
+            return (draw(document.group, seed) for document in drawn)
+
+        val, test = fractions[split]["val"], fractions[split]["test"]
+        val_end, test_end = val, val + test
+        first = min(draws(), default=1.0)
+        second = min((u for u in draws() if u > first), default=1.0)
+        if any(u > second for u in draws()):  # else nothing would be left to train on
+            val_end = max(val_end, first) if val else 0.0
+            nearest = min((u for u in draws() if u > val_end), default=1.0)
+            test_end = max(test_end, nearest) if test else val_end
+        return val_end, test_end
+
+    def place(document: Document) -> str:
+        if document.split in ("val", "test"):
+            return document.split
+        if is_cut(document):
+            return ""
+        u = draw(document.group, seed)
+        val_end, test_end = ends(document.split)
+        return "val" if u <= val_end else "test" if u <= test_end else "train"
+
+    return place
+
+
+def draw(digest: bytes, seed: int) -> float:
+    """Uniform in [0, 1), and the same for equal documents."""
+    return uniform(b"%d " % seed + digest)
+
+
+def uniform(content: bytes) -> float:
+    hashed = hashlib.blake2b(content, digest_size=8).digest()
+    return int.from_bytes(hashed, "big") / 2**64

@@ -11,7 +11,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import objectives
-from engine import checkpoint, settings
+from dataset import Dataset
+from engine import checkpoint, fast, inference, machine, resume, settings
+from engine.arithmetic import EVAL_TOKENS
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -73,22 +75,71 @@ def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner
     s = settings_of(state)
     s.model = gpt.config
     objective = objectives.find(s.objective).Objective(s, tokenizer)
-    facts = objective.facts()
-    for key, was in (state.get("objective") or {}).items():
-        if key != "name" and facts.get(key) != was:
-            raise ValueError(f"{path} was trained with another {key} than there is: bring it back")
+    resume.require_facts(path, state, objective.facts())
     objective.kept(checkpoint.load_kept(path, state))  # heads may depend on it
     learner = Learner(gpt, objective)
     checkpoint.load_heads(path, learner)
     return learner
 
 
-def opened(run: str, name: str, which: str = "best") -> tuple[Learner, Tokenizer]:
+class Opened:
+    """A model of a run or checkpoint, with its tokenizer, to be looked at."""
+
+    def __init__(self, out: str, which: str = "best"):
+        self.name, self.path = out, checkpoint.find(out, which)
+        self.model, self.tokenizer, self.state = checkpoint.load_weights(self.path)
+        self.objective = objectives.name_of(self.state)
+
+    def folder(self, s) -> tuple[str, str]:
+        """The data of `s`, or else of the run, and the vocabulary of public shards."""
+        trained_with = self.state["settings"]
+        folder = s.data or trained_with.get("data")
+        if not folder:
+            raise ValueError(f"{self.path} was not trained here: name the data, --data=data/NAME")
+        given = getattr(s, "tokenizer", "")
+        return folder, given or ("" if s.data else trained_with.get("tokenizer", ""))
+
+    def data(self, s) -> Dataset:
+        """That data, as it was learned from. Raises ValueError if the model reads other tokens."""
+        train_on = self.state["settings"].get("train_on", "answers")
+        lines = objectives.find(self.objective).Objective.lines
+        data = Dataset(*self.folder(s), self.model.config.mask, train_on, lines=lines)
+        if data.kind != "text":
+            self.require_markers()
+        data.require_tokenizer(self.tokenizer, self.name)
+        return data
+
+    def learner(self) -> Learner:
+        """The model under the objective that it has learned by."""
+        return restored(self.path, self.model, self.tokenizer, self.state)
+
+    def make_ready(self, s, here: machine.Machine, quantize: str = "") -> None:
+        self.model.to(here.device)
+        machine.use_threads(s.threads, here, self.model, EVAL_TOKENS)
+        if quantize:
+            inference.ready(self.model, quantize, parts=s.fast)
+        else:
+            fast.use(self.model, here, s.fast)
+
+    def require_markers(self) -> None:
+        if not self.tokenizer.markers:
+            raise ValueError(
+                f"{self.name} has learned from running text alone and knows no turns: let it learn"
+                " from rows first, as in `python train.py --init_from=RUN --data=ROWS`"
+            )
+
+
+def opened_here(s, which: str = "best") -> tuple[Opened, machine.Machine]:
+    """The run `s.out`, and the machine of the settings `s` of a command."""
+    here = machine.pick(s.device, s.dtype, "false")
+    machine.start(here, s.deterministic)
+    return Opened(s.out, which), here
+
+
+def opened(run: str, name: str) -> tuple[Learner, Tokenizer]:
     """The learner of a run or checkpoint, in eval mode, and its tokenizer: for the command of the
     objective `name`. Raises ValueError if it learned by another."""
-    path = checkpoint.find(run, which)
-    gpt, tokenizer, state = checkpoint.load_weights(path)
-    learned = objectives.name_of(state)
-    if learned != name:
-        raise ValueError(f"{run} has learned by objective={learned}, and this needs {name}")
-    return restored(path, gpt, tokenizer, state).eval(), tokenizer
+    found = Opened(run)
+    if found.objective != name:
+        raise ValueError(f"{run} has learned by objective={found.objective}, and this needs {name}")
+    return found.learner().eval(), found.tokenizer

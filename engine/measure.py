@@ -1,4 +1,4 @@
-"""Measuring for bench.py: variants in turn, each time in a process of its own, and their table."""
+"""For bench.py: where to measure, variants in turn, each in a process of its own, their table."""
 
 import json
 import statistics
@@ -13,6 +13,25 @@ except ImportError:  # on Windows nobody tells the peak of memory
     resource = None
 
 WARM_UP = 2  # calls in each measurement that do not count
+
+
+def machine_for(dtype: str, products: bool = True, gpu: bool = False):
+    """The machine with that number type. ValueError if it would emulate its matrix products, or if
+    it has to be a GPU: elsewhere compiled kernels do not pay (docs/speed.md)."""
+    from engine import machine
+
+    fast = machine.pick()
+    here = machine.pick(dtype=dtype)
+    if products and dtype == "bfloat16" and here.dtype != fast.dtype:
+        raise ValueError(f"no fast bfloat16 here, and emulating it takes minutes: {fast.why}")
+    if gpu and here.device.type != "cuda":
+        raise ValueError("compiled and not compiled are compared on a GPU")
+    return here
+
+
+def dimensions(s) -> dict:
+    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+    return {name: getattr(s, name) for name in names}
 
 
 def timed(calls: int, function: Callable) -> float:

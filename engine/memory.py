@@ -39,6 +39,21 @@ def remember_little(forward, x, rope, mask, cache):
 SHARE = dict(cuda=0.9, cpu=0.33, mps=0.33)
 
 
+def device_batch(learner: nn.Module, batch, here: Machine, before: dict | None) -> int:
+    """How many windows of this batch, which is a process's share, a pass has memory for: found now,
+    or, where the run's circumstances `before` were these, then: other passes make other bits."""
+    s, before = learner.objective.s, before or {}
+    now = dict(processes=here.world, device=here.device.type, shard=s.shard)
+    if before.get("device_batch") and now == {name: before.get(name) for name in now}:
+        found, why = before["device_batch"], "as before: a number changes it"
+    else:
+        keys = [(s.seed, i) for i in range(len(batch.tokens))]
+        inputs, _ = next(learner.objective.exercises(batch, keys, learner))
+        found, why = most_windows(learner, inputs, here)
+    here.say(f"device_batch=auto: {found} windows in a pass ({why})")
+    return found
+
+
 def most_windows(learner: nn.Module, inputs: tuple, here: Machine) -> tuple[int, str]:
     """The most of these windows, by a divisor of their number, that one pass has memory for in
     every process; and why. Tries passes that change nothing."""

@@ -40,14 +40,15 @@ def since_best(run: Path) -> int:
 
 
 class MetricsLog:
-    """metrics.jsonl of a run, one JSON object a line, and its sha256 at the last mark.
+    """metrics.jsonl of the run `s.out`, one JSON object a line, and its sha256 at the last mark.
 
     Opening it cuts it back to `mark`, its length and sha256 at the checkpoint of `step`, unless all
     of it is as it was marked last: then it may end with the evaluation of that very step, and
     `evaluated` is true. Raises ValueError if what stands before the mark has changed.
     """
 
-    def __init__(self, run: Path, step: int, mark: dict | None):
+    def __init__(self, s, step: int, mark: dict | None):
+        run = Path(s.out)
         self.path, self.checksum = run / "metrics.jsonl", run / "metrics.sha256"
         content = self.path.read_bytes() if self.path.exists() else b""
         length = mark["bytes"] if mark else 0
@@ -66,6 +67,7 @@ class MetricsLog:
             content = content[:length]
         self.bytes, self.sha256 = len(content), hashlib.sha256(content)
         self.file = open(self.path, "ab")
+        self.trackers = start_trackers(s, run, step)
 
     def line(self, sha256) -> str:
         return f"{sha256.hexdigest()}  metrics.jsonl\n"  # as `sha256sum --check` reads it
@@ -79,6 +81,8 @@ class MetricsLog:
             raise OSError(f"{self.path} could not be written ({e.strerror})") from e
         self.sha256.update(line)
         self.bytes += len(line)
+        for track in self.trackers:
+            track(row)
 
     def mark(self) -> dict:
         """Makes all rows so far durable; a checkpoint remembers what it returns."""
@@ -86,8 +90,12 @@ class MetricsLog:
         self.checksum.write_text(self.line(self.sha256))
         return {"bytes": self.bytes, "sha256": self.sha256.hexdigest()}
 
+    def close(self) -> None:
+        for track in self.trackers:
+            track(None)
 
-def start_trackers(s, run: Path, step: int = 0) -> list:
+
+def start_trackers(s, run: Path, step: int) -> list:
     """What settings `s` ask for: functions that take each row of metrics, and None at the end."""
     trackers = []
     if s.tensorboard:
@@ -110,13 +118,7 @@ def start_trackers(s, run: Path, step: int = 0) -> list:
         known = run / "wandb.id"
         if not known.exists():
             known.write_text(secrets.token_hex(8))
-        session = wandb.init(
-            project=s.wandb,
-            id=known.read_text(),
-            resume="allow",
-            name=run.name,
-            config=settings.flat(s),
-            dir=run,
-        )
+        this = dict(project=s.wandb, id=known.read_text(), name=run.name, dir=run)
+        session = wandb.init(**this, resume="allow", config=settings.flat(s))
         trackers.append(lambda row: session.log(row, row["step"]) if row else session.finish())
     return trackers

@@ -58,20 +58,15 @@ def png(picture: np.ndarray) -> bytes:
     """A PNG file of 8-bit greys (w3.org/TR/png): a header, the compressed lines, an end."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
+        check = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + check
 
     dots = np.rint(picture * 255).astype(np.uint8).repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
     height, width = dots.shape
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey, not interlaced
     lines = b"".join(b"\0" + line.tobytes() for line in dots)  # 0: as they are, without a filter
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(lines, 9))
-        + chunk(b"IEND", b"")
-    )
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def row(task: str, label: str, text: str) -> dict:

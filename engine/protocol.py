@@ -1,4 +1,4 @@
-"""What OpenAI's clients send and expect: requests checked by one table, answers in its shapes.
+"""What OpenAI's clients send: requests checked by one table. answers.py has what they expect.
 
 A field that changes the answer is obeyed or refused by name; one that does not is ignored. Every
 mistake of a client is a `Refusal` with a status of 4xx, since clients send again what met a 5xx.
@@ -6,19 +6,15 @@ Source: platform.openai.com/docs/api-reference, and vLLM for top_k, return_token
 continue_final_message.
 """
 
-import codecs
 import difflib
 import json
-import math
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.transcript import Piece
 from tokenizer import ROLES, Tokenizer
 
-LEAST = -9999.0  # stands for ln 0, which JSON has not
 STOPS, STOP_LENGTH = 4, 200
 ALTERNATIVES = 20
 DEFAULT_TOKENS = 16  # of a completion; of a chat what the context has left
@@ -309,11 +305,9 @@ def conversation(body: dict, model: str, served: Served, clean) -> tuple[list[in
     also what has been said of it."""
     tokenizer, messages = served.tokenizer, body.get("messages")
     if not tokenizer.markers:
-        raise Refusal(
-            f"{served.name} has not learned conversations: use /v1/completions, or train on rows",
-            "messages",
-            "model_not_supported",
-        )
+        message = f"{served.name} has not learned conversations"
+        message += ": use /v1/completions, or train on rows"
+        raise Refusal(message, "messages", "model_not_supported")
     if not isinstance(messages, list) or not messages:
         raise Refusal("messages should be a list of turns, each with role and content", "messages")
     turns = []
@@ -335,138 +329,3 @@ def conversation(body: dict, model: str, served: Served, clean) -> tuple[list[in
     begun = turns.pop()["content"] if go_on else ""
     task = served.models()[model]
     return tokenizer.encode_row(turns, task, open=True) + tokenizer.encode(begun), begun
-
-
-# --- answers
-
-
-class Answers:
-    """Pieces of all choices to the bodies that clients expect."""
-
-    def __init__(self, ask: Ask, tokenizer: Tokenizer):
-        self.ask, self.tokenizer = ask, tokenizer
-        count = len(ask.prompts) * ask.n
-        self.texts = [ask.before[i // ask.n] if ask.echo else "" for i in range(count)]
-        self.ids: list[list] = [[] for _ in range(count)]
-        self.scores: list[list] = [[] for _ in range(count)]
-        self.finish: list[str | None] = [None] * count
-        self.places: list[list[int]] = [[] for _ in range(count)]  # of the scores, in the text
-        self.tokens = 0
-        self.begun: set[int] = set()
-
-    def add(self, piece: Piece) -> None:
-        self.tokens += piece.count
-        self.texts[piece.index] += piece.text
-        self.ids[piece.index] += piece.ids
-        self.scores[piece.index] += piece.scores
-        self.places[piece.index] += self.placed(piece)
-        self.finish[piece.index] = piece.finish or None
-
-    def usage(self) -> dict:
-        asked = sum(map(len, self.ask.prompts))
-        total = asked + self.tokens
-        return dict(prompt_tokens=asked, completion_tokens=self.tokens, total_tokens=total)
-
-    def head(self, kind: str) -> dict:
-        ask = self.ask
-        number = ("chatcmpl-" if ask.chat else "cmpl-") + ask.id
-        return dict(id=number, object=kind, created=ask.created, model=ask.model)
-
-    def whole(self) -> dict:
-        """The body of an answer that is not streamed."""
-        choices = []
-        for i, said in enumerate(self.texts):
-            choice = dict(index=i, finish_reason=self.finish[i])
-            choice["logprobs"] = self.logprobs(self.scores[i], self.places[i])
-            if self.ask.chat:
-                choice["message"] = dict(role="assistant", content=said, refusal=None)
-            else:
-                choice["text"] = said
-            if self.ask.ids:
-                choice["token_ids"] = self.ids[i]
-                if not self.ask.chat:
-                    choice["prompt_token_ids"] = self.ask.prompts[i // self.ask.n]
-            choices.append(choice)
-        kind = "chat.completion" if self.ask.chat else "text_completion"
-        return self.head(kind) | dict(choices=choices, usage=self.usage())
-
-    def chunks(self, piece: Piece) -> Iterable[dict]:
-        """What a piece adds to a stream; in front of a choice's first, its role or echo."""
-        i, chat = piece.index, self.ask.chat
-        first = i not in self.begun
-        self.begun.add(i)
-        self.tokens += piece.count
-        if first and chat:
-            yield self.chunk(i, dict(delta=dict(role="assistant", content="")))
-        said = (self.texts[i] if first else "") + piece.text  # an echo
-        if said or piece.scores or piece.finish or (self.ask.ids and piece.ids):
-            shown = (
-                dict(delta=dict(content=said) if said or not piece.finish else {})
-                if chat
-                else dict(text=said)
-            )
-            shown["logprobs"] = self.logprobs(piece.scores, self.placed(piece))
-            if self.ask.ids:
-                shown["token_ids"] = piece.ids
-                if first and not chat:
-                    shown["prompt_token_ids"] = self.ask.prompts[i // self.ask.n]
-            if piece.finish and chat and said:  # the last delta is empty
-                yield self.chunk(i, shown)
-                shown = dict(delta={}, logprobs=None)
-            yield self.chunk(i, shown, piece.finish or None)
-
-    def chunk(self, i: int, shown: dict, finish: str | None = None) -> dict:
-        kind = "chat.completion.chunk" if self.ask.chat else "text_completion"
-        choice = dict(index=i, logprobs=None, finish_reason=finish) | shown
-        return (
-            self.head(kind) | dict(choices=[choice]) | ({"usage": None} if self.ask.usage else {})
-        )
-
-    def last(self) -> dict:
-        """The chunk behind all others, if the client wants to know what was used."""
-        kind = "chat.completion.chunk" if self.ask.chat else "text_completion"
-        return self.head(kind) | dict(choices=[], usage=self.usage())
-
-    def placed(self, piece: Piece) -> list[int]:
-        """Where the tokens that a piece tells stand in the text: an echo, then the answer."""
-        prompt = self.ask.before[piece.index // self.ask.n] if self.ask.echo else ""
-        if piece.places or not piece.scores:
-            return [len(prompt) + place for place in piece.places]
-        reader, found, place = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
-        special = {*self.tokenizer.special.values()}
-        for token, *_ in piece.scores:  # of the prompt
-            found.append(place)
-            raw = b"" if token in special else self.tokenizer.decode_bytes([token])
-            place += len(reader.decode(raw))
-        return found
-
-    def logprobs(self, scores: list[tuple], places: list[int]) -> dict | None:
-        if self.ask.top_logprobs is None:
-            return None
-        if self.ask.chat:
-            return dict(content=[self.item(*score) for score in scores], refusal=None)
-        words = [self.word(token) for token, _, _ in scores]
-        found = [None if p is None else finite(p) for _, p, _ in scores]
-        top = [
-            None if p is None else {self.word(other): finite(q) for other, q in best}
-            for _, p, best in scores
-        ]
-        return dict(tokens=words, token_logprobs=found, top_logprobs=top, text_offset=places)
-
-    def item(self, token: int, ln_p: float, best: list[tuple]) -> dict:
-        return self.entry(token, ln_p) | dict(top_logprobs=[self.entry(*pair) for pair in best])
-
-    def entry(self, token: int, ln_p: float) -> dict:
-        raw = [*self.tokenizer.decode_bytes([token])]
-        return dict(token=self.word(token), logprob=finite(ln_p), bytes=raw)
-
-    def word(self, token: int) -> str:
-        raw = self.tokenizer.decode_bytes([token])
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:  # a piece of a character, written as OpenAI writes it
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def finite(ln_p: float) -> float:
-    return ln_p if math.isfinite(ln_p) else LEAST

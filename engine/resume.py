@@ -1,11 +1,14 @@
-"""Whether a run may go on: whose its folder is, and what must not have changed since it stopped."""
+"""How a run goes on: whose its folder is, and what must not have changed since it stopped."""
 
 import json
 import os
+import shutil
 from itertools import count
 from pathlib import Path
 
-from engine.files import lock_file
+from engine import checkpoint, settings
+from engine.files import WINDOWS, lock_file, require_space, write_durably
+from engine.metrics import MetricsLog
 
 # What may differ when a run is resumed; anything else would make it another run. First where things
 # are and what is shown, then where and how it is computed: the data and the mathematics stay.
@@ -18,25 +21,73 @@ FREE |= {"shard", "checkpoint_activations"}
 ALOUD = {"steps": "the learning rate follows", "eval_tokens": "losses compare less exactly"}
 
 
+def open_folder(run) -> int:
+    """Locks the folder and clears what was interrupted there; returns the newest step."""
+    if not run.folder.exists():
+        return 0  # made by `take_up`, when no mistake has been found
+    run.lock = lock(run.folder)
+    if run.fresh:
+        return 0  # moved aside by `take_up`, likewise
+    for pattern in ("step-*.partial", "step-*.old"):  # an interrupted save or deletion
+        for leftover in run.folder.glob(pattern):
+            shutil.rmtree(leftover)
+    for leftover in run.folder.glob("*.partial"):
+        leftover.unlink()
+    step, run.files = checkpoint.newest(run.folder)
+    return step
+
+
+def take_up(run) -> None:
+    """Opens the log of a run that may begin or go on. Raises ValueError, with nothing changed."""
+    state, now = run.state, settings.flat(run.s)
+    if run.step:
+        check(run, settings.known(type(run.s), state["settings"]), now)
+    need = sum(p.nbytes * (3 if p.requires_grad else 1) for p in run.learner.parameters())
+    free = require_space(run.folder, need)
+    if run.fresh and run.lock:
+        if WINDOWS:  # where nothing in a folder may be open when it is renamed
+            run.lock.close()
+        move_aside(run.folder)
+        run.lock = None
+    run.lock = run.lock or lock(run.folder)
+    run.log_file = MetricsLog(run.s, run.step, state["metrics"])
+    path = run.folder / "config.json"
+    sound = (as_file(state["settings"]), as_file(now)) if run.step else ()
+    if run.step and (not path.exists() or path.read_bytes() not in sound):
+        print(f"{path} is not that of the checkpoint: written anew")
+    write_durably(path, as_file(now))
+    print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
+
+
+def require_same(path: Path, before: dict, now: dict) -> None:
+    """Raises ValueError if settings were others that make another run."""
+    differ = [k for k in now if k not in FREE and before[k] != now[k]]
+    if differ:
+        changes = ", ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in differ)
+        raise ValueError(
+            f"{path} belongs to a run with other settings ({changes}): choose another --out, or"
+            " begin anew with --fresh"
+        )
+
+
+def require_facts(path: Path, state: dict, facts: dict, remedy: str = "") -> None:
+    """Raises ValueError if what an objective depends on is another than in a checkpoint's state."""
+    for key, was in (state.get("objective") or {}).items():
+        if key != "name" and facts.get(key) != was:
+            raise ValueError(
+                f"{path} was trained with {key} {str(was)[:60]!r}, and it is now"
+                f" {str(facts.get(key))[:60]!r}: bring it back{remedy}"
+            )
+
+
 def check(run, before: dict, now: dict) -> None:
     """Says where `run` goes on, given its settings before and now.
 
     Raises ValueError if that would make it another run.
     """
-    differ = [k for k in now if k not in FREE and before[k] != now[k]]
-    if differ:
-        changes = ", ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in differ)
-        raise ValueError(
-            f"{run.path} belongs to a run with other settings ({changes}): choose another"
-            " --out, or begin anew with --fresh"
-        )
+    require_same(run.path, before, now)
     facts = run.learner.objective.facts()
-    for key, was in (run.state.get("objective") or {}).items():
-        if key != "name" and facts.get(key) != was:
-            raise ValueError(
-                f"{run.path} was trained with {key} {str(was)[:60]!r}, and it is now"
-                f" {str(facts.get(key))[:60]!r}: bring it back, or begin anew with --fresh"
-            )
+    require_facts(run.path, run.state, facts, ", or begin anew with --fresh")
     digest = run.state["data_digest"]
     if digest != run.digest:
         raise ValueError(

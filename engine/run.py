@@ -7,7 +7,6 @@ out/<run>/  lock  config.json  metrics.jsonl  metrics.sha256  step-00000400/  st
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -19,10 +18,10 @@ import torch
 import lora
 import objectives
 from engine import checkpoint, fast, machine, memory, resume, settings
-from engine.files import WINDOWS, require_space, write_durably
+from engine.files import write_durably
 from engine.learner import Learner, told
 from engine.machine import Machine
-from engine.metrics import MetricsLog, best_row, since_best, start_trackers
+from engine.metrics import best_row, since_best
 from engine.pace import Pace
 from engine.stop import Stop
 from model import GPT
@@ -57,7 +56,7 @@ class Run:
         self.folder, self.lock, self.files = Path(s.out), None, 0
         # what torchrun restarts must not begin anew once more
         self.fresh = s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        self.step = int(here.from_first(here.first_does(self.open) or 0))
+        self.step = int(here.from_first(here.first_does(partial(resume.open_folder, self)) or 0))
         self.path = self.folder / checkpoint.name(self.step)
         self.state = NEW
         self.shown = self.saved = self.step
@@ -65,30 +64,12 @@ class Run:
         self.stopping = self.completed = False
         self.status = 0
 
-    def open(self) -> int:
-        """Locks the folder and clears what was interrupted there; returns the newest step."""
-        if not self.folder.exists():
-            return 0  # made in `begin`, when no mistake has been found
-        self.lock = resume.lock(self.folder)
-        if self.fresh:
-            return 0  # moved aside in `begin`, likewise
-        for pattern in ("step-*.partial", "step-*.old"):  # an interrupted save or deletion
-            for leftover in self.folder.glob(pattern):
-                shutil.rmtree(leftover)
-        for leftover in self.folder.glob("*.partial"):
-            leftover.unlink()
-        step, self.files = checkpoint.newest(self.folder)
-        return step
-
     def load_model(self) -> GPT:
         """The model of the checkpoint that the run goes on from."""
         model, _, self.state = checkpoint.load_weights(self.path, merge=False, sound=True)
-        learned = objectives.name_of(self.state)
-        if learned != self.s.objective:  # before its heads are looked for
-            raise ValueError(
-                f"{self.path} belongs to a run with other settings (objective was {learned!r}, is"
-                f" {self.s.objective!r}): choose another --out, or begin anew with --fresh"
-            )
+        learned, now = objectives.name_of(self.state), self.s.objective
+        # before its heads are looked for
+        resume.require_same(self.path, dict(objective=learned), dict(objective=now))
         return model
 
     def make_ready(self, learner: Learner, rows: int) -> None:
@@ -113,20 +94,6 @@ class Run:
         shared = [] if self.s.shard or self.here.world == 1 else list(learner.parameters())
         self.here.gradients = machine.GradientSum(shared)
 
-    def device_batch(self, learner: Learner, batch) -> int:
-        """How many windows of this batch, which is a process's share, a pass has memory for: found
-        now, or as the run has found it before, since other passes make other bits."""
-        s, before = self.s, self.state["machine"] or {}
-        now = dict(processes=self.here.world, device=self.here.device.type, shard=s.shard)
-        if before.get("device_batch") and now == {name: before.get(name) for name in now}:
-            found, why = before["device_batch"], "as before: a number changes it"
-        else:
-            keys = [(s.seed, i) for i in range(len(batch.tokens))]
-            inputs, _ = next(learner.objective.exercises(batch, keys, learner))
-            found, why = memory.most_windows(learner, inputs, self.here)
-        self.here.say(f"device_batch=auto: {found} windows in a pass ({why})")
-        return found
-
     def begin(self, data, learner: Learner, optimizers: list, scale, validate: Callable) -> None:
         """Takes up the state of the optimizers, and opens the log where the run stands.
 
@@ -148,18 +115,11 @@ class Run:
         if packed := data.split("train").describe(s.model.block_size, s.seed):
             here.say(packed)
         number = torch.get_num_threads()
-        self.circumstances = dict(  # what equal bits depend on, beside settings and data
-            processes=here.world,
-            threads=number,
-            torch=torch.__version__,
-            device=here.device.type,
-            dtype=str(here.dtype),
-            compile=here.compile,
-            fast=fast.installed(model),
-            deterministic=s.deterministic,
-            shard=s.shard,
-            device_batch=s.device_batch,
-        )
+        # what equal bits depend on, beside settings and data
+        on = dict(processes=here.world, threads=number, torch=torch.__version__)
+        on |= dict(device=here.device.type, dtype=str(here.dtype), compile=here.compile)
+        on |= dict(fast=fast.installed(model), deterministic=s.deterministic)
+        self.circumstances = on | dict(shard=s.shard, device_batch=s.device_batch)
         if s.shard:
             from engine import sharding
 
@@ -167,7 +127,7 @@ class Run:
             here.say(sharding.describe(learner))
         if self.step:
             checkpoint.load_optimizers(self.path, learner.by_name(), optimizers)
-        here.first_does(self.open_log)  # the first that changes anything
+        here.first_does(partial(resume.take_up, self))  # the first that changes anything
         if self.pace.due:  # at once
             here.say(str(self.pace))
         threads = f"{number} thread{'s' if number > 1 else ''}"
@@ -178,32 +138,11 @@ class Run:
         if s.fresh:  # would begin anew once more
             self.stop.advice = "the same command without --fresh continues"
         self.keep(data)
-        if self.evaluation_missing():
+        missing = here.rank == 0 and self.step and not self.log_file.evaluated
+        if self.evaluates(self.step) and here.any(missing):
+            here.say(f"the evaluation of step {self.step} is made again")
             self.evaluate(self.step)
         self.prune()
-
-    def open_log(self) -> None:
-        state = self.state
-        now = settings.flat(self.s)
-        before = settings.known(type(self.s), state["settings"]) if self.step else now
-        if self.step:
-            resume.check(self, before, now)
-        need = sum(p.nbytes * (3 if p.requires_grad else 1) for p in self.learner.parameters())
-        free = require_space(self.folder, need)
-        if self.fresh and self.lock:
-            if WINDOWS:  # where nothing in a folder may be open when it is renamed
-                self.lock.close()
-            resume.move_aside(self.folder)
-            self.lock = None
-        self.lock = self.lock or resume.lock(self.folder)
-        self.log_file = MetricsLog(self.folder, self.step, state["metrics"])
-        path = self.folder / "config.json"
-        sound = (resume.as_file(state["settings"]), resume.as_file(now)) if self.step else ()
-        if self.step and (not path.exists() or path.read_bytes() not in sound):
-            print(f"{path} is not that of the checkpoint: written anew")
-        write_durably(path, resume.as_file(now))
-        print(f"a checkpoint takes up to {need / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
-        self.trackers = start_trackers(self.s, self.folder, self.step)
 
     def keep(self, data) -> None:
         """What the objective computes once for a whole run: now, or as it was at the first step."""
@@ -248,24 +187,21 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> bool:
         not_finite = isinstance(error, FloatingPointError)
-        if not_finite:
-            self.tell_not_finite(self.current, error)
+        if not_finite:  # what can be read of an update that was not made
+            step, rows = self.current, self.s.batch_tokens // self.s.model.block_size
+            self.here.say(
+                f"stopped at step {step}: {error}, so this update was not made. Its batch is"
+                f" windows {(step - 1) * rows} to {step * rows - 1} (--show_batch={step} prints"
+                f" it); the last saved step is {self.saved or 'none'}"
+            )
             self.status = 3
         if not error or not_finite:
             self.close()
         return not_finite
 
     def close(self) -> None:
-        for track in self.trackers if self.here.rank == 0 else ():
-            track(None)
-
-    def evaluation_missing(self) -> bool:
-        """Whether the newest checkpoint was to be evaluated, and no row tells how good it is."""
-        missing = self.here.rank == 0 and self.step and not self.log_file.evaluated
-        missing = self.evaluates(self.step) and self.here.from_first(bool(missing)) > 0
-        if missing:
-            self.here.say(f"the evaluation of step {self.step} is made again")
-        return missing
+        if self.here.rank == 0:
+            self.log_file.close()
 
     def log(self, step: int, loss: float, lr: float, norm: float) -> None:
         """Records the update that made `step`, and says how fast things go."""
@@ -312,10 +248,7 @@ class Run:
     def record(self, **row) -> None:
         """Writes a row of metrics; `seconds` are wall-clock time, added up over interruptions."""
         if self.here.rank == 0:
-            row = row | dict(seconds=round(self.elapsed(), 3))
-            self.log_file.write(row)
-            for track in self.trackers:
-                track(row)
+            self.log_file.write(row | dict(seconds=round(self.elapsed(), 3)))
 
     def evaluate(self, step: int) -> None:
         """Says and records how good the weights after `step` updates are, which are saved.
@@ -402,12 +335,3 @@ class Run:
     def tell_stopped(self, step: int) -> None:
         saved = f"stopped by a signal after step {step}, which is saved"
         self.here.say(f"{saved}; {self.stop.advice}")
-
-    def tell_not_finite(self, step: int, what: Exception) -> None:
-        """Tells what can be read of an update that was not made."""
-        rows = self.s.batch_tokens // self.s.model.block_size
-        self.here.say(
-            f"stopped at step {step}: {what}, so this update was not made. Its batch is windows"
-            f" {(step - 1) * rows} to {step * rows - 1} (--show_batch={step} prints it); the last"
-            f" saved step is {self.saved or 'none'}"
-        )

@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 import objectives
 from engine import guard, inference, inspection, locked, machine, prometheus, protocol
+from engine.answers import Answers
 from engine.batching import Engine, Full, Request
 from engine.checkpoint import find, load_weights
 from engine.protocol import Refusal
@@ -148,7 +149,7 @@ class Server:
         check = partial(protocol.check, chat=chat, served=self.served, clean=self.clean)
         ask = await self.checked(request, check)
         requests, queue = self.begin(ask)
-        answers, pieces = protocol.Answers(ask, self.served.tokenizer), self.pieces(requests, queue)
+        answers, pieces = Answers(ask, self.served.tokenizer), self.pieces(requests, queue)
         if ask.stream:
             return Stream(self.stream(answers, pieces), requests)
         return JSONResponse(await self.unless_gone(request, self.collect(answers, pieces)))
@@ -164,22 +165,13 @@ class Server:
         of_prompt = ask.echo and ask.top_logprobs is not None
         how = dict(stop=ask.stop, words=self.words, action=self.s.filtered, with_end=of_prompt)
         seed = random.getrandbits(63) if ask.seed is None else ask.seed
-        requests = [
-            Request(
-                prompt,
-                ask.n,
-                ask.max_tokens,
-                seed,
-                ask.options,
-                partial(Transcript, self.served.tokenizer, before=before, **how),
-                tell,
-                first=i * ask.n,
-                top_logprobs=ask.top_logprobs,
-                of_prompt=of_prompt,
-                deadline=time.monotonic() + self.s.timeout,
-            )
-            for i, (prompt, before) in enumerate(zip(ask.prompts, ask.before, strict=True))
-        ]
+        like = dict(n=ask.n, max_tokens=ask.max_tokens, seed=seed, options=ask.options, tell=tell)
+        like |= dict(top_logprobs=ask.top_logprobs, of_prompt=of_prompt)
+        like |= dict(deadline=time.monotonic() + self.s.timeout)
+        requests = []
+        for i, (prompt, before) in enumerate(zip(ask.prompts, ask.before, strict=True)):
+            transcript = partial(Transcript, self.served.tokenizer, before=before, **how)
+            requests.append(Request(prompt, transcript=transcript, first=i * ask.n, **like))
         try:
             self.engine.submit(requests)
         except Full as e:
@@ -217,14 +209,14 @@ class Server:
             for request in requests:
                 request.gone = True
 
-    async def collect(self, answers: protocol.Answers, pieces: AsyncIterator) -> dict:
+    async def collect(self, answers: Answers, pieces: AsyncIterator) -> dict:
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 if piece:
                     answers.add(piece)
         return answers.whole()
 
-    async def stream(self, answers: protocol.Answers, pieces: AsyncIterator) -> AsyncIterator[str]:
+    async def stream(self, answers: Answers, pieces: AsyncIterator) -> AsyncIterator[str]:
         """Server-sent events."""
         try:
             async with contextlib.aclosing(pieces):
@@ -269,21 +261,11 @@ class Server:
         """Lets clients in at `listener`, a bound socket, until `end` is called; then the engine
         ends, too."""
         s = self.s
-        config = uvicorn.Config(
-            self.app,
-            http=guard.ImpatientProtocol,
-            ws="none",
-            lifespan="off",
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=s.connections + 1,  # it counts the one that asks
-            timeout_graceful_shutdown=2,
-            ssl_certfile=s.certificate or None,
-            ssl_keyfile=s.certificate_key or None,
-        )
-        self.http = uvicorn.Server(config)
+        how = dict(http=guard.ImpatientProtocol, ws="none", lifespan="off", log_level="error")
+        how |= dict(access_log=False, server_header=False, proxy_headers=False)
+        how |= dict(ssl_certfile=s.certificate or None, ssl_keyfile=s.certificate_key or None)
+        how |= dict(limit_concurrency=s.connections + 1)  # it counts the one that asks
+        self.http = uvicorn.Server(uvicorn.Config(self.app, timeout_graceful_shutdown=2, **how))
         self.http.capture_signals = contextlib.nullcontext  # its own would stop listening at once
         startup = self.http.startup
 

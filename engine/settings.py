@@ -150,12 +150,9 @@ def load(
     settings = settings_of(cls)
 
     # 1. the command line, as strings
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage=f"%(prog)s [{positional}{' ...' if nargs == '+' else ''}] [--setting=value ...]",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    usage = f"%(prog)s [{positional}{' ...' if nargs == '+' else ''}] [--setting=value ...]"
+    how = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=description, usage=usage, **how)
     parser.error = refuse  # its own would print the whole usage before the sentence
     for name, (kind, choices, _, default, comment) in settings.items():
         text = comment + ("" if default in ("", ()) else f" (default: {default})")
@@ -184,6 +181,10 @@ def load(
         values = read_file(getattr(given, "config", settings["config"].default), settings, owner)
     for name, value in vars(given).items():
         values[name] = value if name == positional else convert(name, value, settings[name])
+    begin = values.get("init_from", "")
+    remedy = VALUES.get(begin.partition("-")[0])
+    if remedy and not Path(begin).exists():
+        raise ValueError(f"init_from={begin!r} should be a folder: {remedy}")
     return make(cls, values)
 
 
@@ -213,6 +214,7 @@ NANOGPT |= dict(always_save_checkpoint="save_every", decay_lr="schedule")
 NANOGPT |= dict(wandb_project="wandb", start="prompt", max_new_tokens="max_tokens")
 RUN_FIRST = "the run stands first, as in sample.py out/small"
 ELSEWHERE = dict(backend="torchrun chooses it", out_dir=RUN_FIRST, init_from=RUN_FIRST)
+VALUES = dict(gpt2="huggingface.py import makes one of it", resume="the same command again resumes")
 
 
 def unknown(name: str, known, where: str, owner=lambda name: "") -> ValueError:

@@ -194,12 +194,6 @@ def without(words: WordFilter, how: str, pieces: Iterable[str], report: Counter)
         raise Listed
 
 
-def draw(digest: bytes, seed: int) -> float:
-    """Uniform in [0, 1), and the same for equal documents."""
-    hashed = hashlib.blake2b(b"%d " % seed + digest, digest_size=8).digest()
-    return int.from_bytes(hashed, "big") / 2**64
-
-
 def digest_of(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
 

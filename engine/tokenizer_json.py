@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_SPLIT
 
 from engine import chat_template
 from engine.tensors import read_json
-from tokenizer import END_OF_TEXT, Tokenizer, published_tokenizer
+from tokenizer import END_OF_TEXT, Tokenizer, encoding_of, published_tokenizer
 
 # tokenizer.json spells bytes as printable characters: Latin-1 where that is printable, the other
 # bytes in order from U+0100 on. As in encoder.py of github.com/openai/gpt-2.
@@ -141,9 +140,7 @@ def from_json(info: dict, name: str, vocab_size: int, ends: Sequence[list] = ())
     if pattern == GPT2_SPLIT and vocab_size == 50257:
         name = "gpt2"  # whichever model has it: its data are prepared with --tokenizer=gpt2
     try:
-        encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
+        encoding = encoding_of(name, pattern, ranks, special)
     except ValueError as e:
         raise ValueError(f"the tokenizer of {name} cuts words by {pattern!r}: {e}") from e
     form = forms[0] if forms else None

@@ -33,6 +33,14 @@ class Piece:
     places: list[int] = field(default_factory=list)  # characters in front of each, in the answer
     finish: str = ""
 
+    def add(self, more: "Piece") -> None:
+        self.text += more.text
+        self.count += more.count
+        self.ids += more.ids
+        self.scores += more.scores
+        self.places += more.places
+        self.finish = more.finish
+
 
 class Transcript:
     """`before` is what the reader has in front of the answer: listed words may begin there.

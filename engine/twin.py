@@ -84,9 +84,8 @@ def twin(model: GPT, rows: int, dtype: str, several: bool = False) -> tuple[GPT,
     state = [*map(mark, parameters), *map(structure, model.modules())]
     made, form = twins.setdefault(model, {}), (rows > 1, several, here.dtype)
     if form not in made or made[form][0] != state:
-        shared = {
-            id(p): nn.Parameter(p.detach().to(here.dtype), requires_grad=False) for p in parameters
-        }
+        like = dict(requires_grad=False)
+        shared = {id(p): nn.Parameter(p.detach().to(here.dtype), **like) for p in parameters}
         ready = copy.deepcopy(model, shared).eval()
         inference.ready(ready, rows=rows, several=several)
         made[form] = state, ready

@@ -6,7 +6,7 @@
 
 Code, numbers, pictures and links are equal, and the words between them Chinese. Who changes English
 changes its digest, and `differences` tells. Who has brought the Chinese up to date then writes
-what the digest is now: python learn.py --digests. docs/learn/glossary.zh.md has the terms.
+what the digest is now: python learn.py 4 --digests. docs/learn/glossary.zh.md has the terms.
 """
 
 import hashlib
@@ -128,7 +128,7 @@ def differences(english: str, chinese: str) -> list[str]:
             if left[kind] != right[kind]
         ]
         if DIGEST.findall(ours) != [digest(theirs)]:
-            found.append(f"{title(theirs)} has changed: render it, then python learn.py --digests")
+            found.append(f"{title(theirs)} has changed: render it, then learn.py PAGE --digests")
         for pattern, better in FORBIDDEN.items():
             wrong = re.finditer(pattern, plain(ours))
             found += [f"{title(ours)}: {f[0]!r}: {better}" for f in wrong]

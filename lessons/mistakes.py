@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import generate
-from engine.spool import digest_of, draw
+from engine.index import draw
+from engine.spool import digest_of
 from lessons import ablations, require, specimen
 from lessons.mislearned import (
     SEEDS,

@@ -29,10 +29,8 @@ class Objective(Base):
 
     @staticmethod
     def check(s):
-        all_of_it = s.own.augment and s.train_on == "all"
-        settings.require(
-            not all_of_it, s.own, "augment", "0 with train_on=all: prompts are targets"
-        )
+        both = s.own.augment and s.train_on == "all"
+        settings.require(not both, s.own, "augment", "0 with train_on=all: prompts are targets")
         both = s.own.adversarial and s.compile == "true"
         settings.require(not both, s, "compile", "false with --adversarial, which needs gradients")
         both = s.own.adversarial and s.shard

@@ -136,9 +136,8 @@ def pair_in(row: np.ndarray, markers) -> list[tuple]:
 def key_of(row: np.ndarray, markers) -> int:
     """A number by which a pair is known, however far its row is filled up."""
     ids = row[: np.flatnonzero(row == markers.end)[-1] + 1]
-    return int.from_bytes(
-        hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True
-    )
+    digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def ln_p_of(gpt, tokens, targets, positions, mask):

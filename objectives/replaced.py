@@ -84,9 +84,8 @@ class Objective(masked.Objective):
         # 3. the trunk: a score for each token, above 0 where it says "replaced"
         score = scores(gpt, heads, seen, positions, mask)
         replaced, flagged = (seen != tokens) & counted, (score > 0) & counted
-        apart = F.binary_cross_entropy_with_logits(
-            score[counted], replaced[counted].float(), reduction="sum"
-        )
+        both = score[counted], replaced[counted].float()
+        apart = F.binary_cross_entropy_with_logits(*both, reduction="sum")
         auc = score.new_zeros(()) if gpt.training else areas(score, replaced, counted)[at.any(1)]
         shares = [z.sum() for z in (replaced, flagged, replaced & flagged)]
         return [nats, apart, right, auc.sum(), *shares]

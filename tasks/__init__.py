@@ -8,13 +8,14 @@ the prompt where that is possible.
     python prepare.py sums numbers --out=data/tasks     one data set of two tasks
 """
 
-import hashlib
 import importlib
 import math
 import random
 from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 from typing import TypeVar
+
+from engine.index import uniform
 
 NAMES = ("digits", "docstrings", "facts", "modules", "numbers")
 NAMES += ("repeat", "sums", "sums_plain", "tictactoe")
@@ -99,8 +100,7 @@ def distinct(
     seen = set()
     for _ in range(DRAWS):
         drawn = draw(rng)
-        hashed = hashlib.blake2b(repr(key(drawn)).encode(), digest_size=8).digest()
-        u = int.from_bytes(hashed, "big") / 2**64
+        u = uniform(repr(key(drawn)).encode())
         if drawn not in seen and split_of(u, val, test) == split:
             seen.add(drawn)
             yield drawn

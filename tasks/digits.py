@@ -13,9 +13,9 @@ back are pictures, and not prompts.
 import random
 from collections.abc import Iterator
 from functools import lru_cache
-from hashlib import blake2b
 
 from engine import pictures
+from engine.index import uniform
 from tasks import TEST, VAL, split_of
 
 GREYS, WIDTH = 17, 8
@@ -38,8 +38,7 @@ def rows(split: str, seed: int, val: float = VAL, test: float = TEST) -> Iterato
     found = []
     for picture, label in zip(*all_digits(), strict=True):
         text = pictures.letters(picture, GREYS)
-        u = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
-        if split_of(u, val, test) == split:
+        if split_of(uniform(text.encode()), val, test) == split:
             found.append(pictures.row("digits", str(label), text))
     random.Random(f"{split} {seed}").shuffle(found)
     yield from found

@@ -59,9 +59,8 @@ def without_docstring(node: ast.FunctionDef, lines: list[str]) -> str:
 def name_as_words(source: str) -> str:
     """get_word and getWord become "get word": what a summary has to beat."""
     name = re.search(r"def (\w+)", source)
-    return (
-        " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name[1])).lower() if name else ""
-    )
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name[1]) if name else []
+    return " ".join(words).lower()
 
 
 FLOORS = {"name as words": name_as_words}  # what evaluate.py puts beside a model, too

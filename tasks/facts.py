@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Iterator
 from itertools import islice
+from operator import itemgetter
 
 from tasks import TEST, VAL, distinct, row
 
@@ -75,17 +76,13 @@ class World:
 
 def rows(split: str, seed: int, val: float = VAL, test: float = TEST) -> Iterator[dict]:
     """Rows of which hardly two are alike; a story belongs to one split with all its questions."""
-    found = distinct(draw, story_of, split, seed, val, test)
+    found = distinct(draw, itemgetter(0), split, seed, val, test)  # by the story
     for story, questions in islice(found, ROWS[split]):
         turns = []
         for question in questions[: ASKED[split]]:
             prompt = question if turns else f"{story}\n{question}"
             turns += row("facts", prompt, solve(f"{story}\n{question}"))["messages"]
         yield dict(messages=turns, task="facts", group=story)
-
-
-def story_of(drawn: tuple[str, tuple]) -> str:
-    return drawn[0]
 
 
 def draw(rng: random.Random) -> tuple[str, tuple[str, ...]]:

@@ -13,8 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.index import draw
 from engine.sources import Complaints, file_documents, library
-from engine.spool import clean, draw
+from engine.spool import clean
 from engine.tables import Reading
 from tasks import split_of
 

@@ -123,10 +123,8 @@ def play(model, tokenizer, s: Command) -> dict[str, int]:
     turn = 0
     while going:
         numbers, turn = [*going], turn + 1
-        prompts = [
-            tokenizer.encode_row([dict(role="user", content=written(going[i]))], "tictactoe", True)
-            for i in numbers
-        ]
+        asked = ([dict(role="user", content=written(going[i]))] for i in numbers)
+        prompts = [tokenizer.encode_row(turns, "tictactoe", True) for turns in asked]
         options = dict(temperature=s.temperature, seed=f"{s.seed} {turn}")
         for k, ids in answers(model, tokenizer, prompts, 4, **options):
             i, move = numbers[k], tokenizer.decode(ids).strip()

@@ -11,6 +11,7 @@ import torch
 
 import bench
 import peers
+import stages
 from engine import machine, measure
 
 pytestmark = pytest.mark.cpu  # as its variants are: int8 and others
@@ -57,13 +58,13 @@ def test_transformers_is_measured(what, capsys):
 
 
 def test_the_limits_of_the_machine_are_measured(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "timed", lambda _, function: function() and 1.0)  # once is enough
+    monkeypatch.setattr(stages, "timed", lambda _, function: function() and 1.0)  # once is enough
     assert measure_one(capsys, "train", "matrix product, float32")["unit"] == "GFLOP/s"
     assert measure_one(capsys, "train", "memory read")["unit"] == "GB/s"
 
 
 def test_preparing_is_measured_by_the_whole_command(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "library_text", lambda: "a line of text\n" * 3000)
+    monkeypatch.setattr(stages, "library_text", lambda: "a line of text\n" * 3000)
     result = measure_one(capsys, "prepare", "ours", "--tokenizer=bytes")
     assert result["unit"] == "M tokens/s"
 
@@ -84,7 +85,7 @@ def test_the_peer_encodes_the_same_text(monkeypatch):
 def test_the_peer_has_our_size_and_no_dropout():
     pytest.importorskip("transformers", reason="the peer is not installed")
     model = peers.transformers_gpt2(**SHAPE).train()
-    ours = bench.our_model(bench.Settings(n_layer=2, n_head=2, n_embd=32, vocab_size=300))
+    ours = stages.our_model(bench.Settings(n_layer=2, n_head=2, n_embd=32, vocab_size=300))
     assert sum(p.numel() for p in model.parameters()) == ours.num_parameters()
     x = torch.arange(32).view(2, 16)
     assert torch.equal(model(x).logits, model(x).logits)

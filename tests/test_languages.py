@@ -125,17 +125,18 @@ def test_the_command_writes_the_digests_and_names_what_had_changed(tmp_path, mon
     (tmp_path / "README.md").write_text(ENGLISH, encoding="utf-8")
     chinese = tmp_path / "04.zh.md"
     chinese.write_text(languages.stamped(ENGLISH.replace("Why", "How"), CHINESE), encoding="utf-8")
-    learn.main(["5", "--digests"])
-    assert not capsys.readouterr().out  # of another page nothing is said
+    for page in ("5", ""):
+        with pytest.raises(ValueError, match=f"chapter='{page}' should be with --digests one of 4"):
+            learn.main(["--digests", *filter(None, [page])])
     learn.main(["4", "--digests"])
     assert capsys.readouterr().out == "wrote 04.zh.md\n    ## Why\n"
     assert not languages.differences(ENGLISH, chinese.read_text(encoding="utf-8"))
-    learn.main(["--digests"])
+    learn.main(["4", "--digests"])
     assert not capsys.readouterr().out
     code = ENGLISH.replace("learn.py 4", "learn.py 4 --answer=8")
     (tmp_path / "04.md").write_text(code, encoding="utf-8")
-    learn.main(["--digests"])
+    learn.main(["4", "--digests"])
     assert not languages.differences(code, chinese.read_text(encoding="utf-8"))
     chinese.write_text("# 4 · 注意力\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"was: 04\.zh\.md \(2 sections in English, 1 in"):
-        learn.main(["--digests"])
+        learn.main(["4", "--digests"])

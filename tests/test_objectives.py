@@ -112,7 +112,7 @@ def test_a_checkpoint_from_before_there_were_objectives_goes_on(train):
     import json
 
     from engine.files import write_manifest
-    from evaluate import Opened
+    from engine.learner import Opened
 
     run = train("run", "--label_smoothing=0.1")
     step = run / "step-00000008"

@@ -115,7 +115,7 @@ def test_bleu_and_chrf_of_many_rows_are_those_of_sacrebleu():
 @needs_sacrebleu
 def test_chinese_is_compared_by_characters():
     assert scores.bleu(["他今天去上海。"], ["他今天去北京。"]).value > 30
-    assert scores.is_chinese(["ab", "中"]) and not scores.is_chinese(["für é"])
+    assert (scores.cut_of(["ab", "中"]), scores.cut_of(["für é"])) == ("zh", "13a")
 
 
 @needs_rouge

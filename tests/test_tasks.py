@@ -11,6 +11,7 @@ import pytest
 import prepare
 import tasks
 from dataset import Dataset
+from engine.index import draw
 from tasks import docstrings, facts, library, numbers, sums, sums_plain
 
 SPLITS = ("train", "val", "test")
@@ -41,7 +42,7 @@ def small_library(tmp_path, monkeypatch):
 
     # by its hash the large one would be held back, were it not cut
     large = (f"x = {i}\n" * 10_000 for i in range(1000))
-    held = (text for text in large if prepare.draw(digest(text), 0) < 0.05)
+    held = (text for text in large if draw(digest(text), 0) < 0.05)
     (folder / "large.py").write_text(next(held))
     (folder / "binary.py").write_bytes(bytes(range(256)) * 9)
     (folder / "syntax.py").write_text("print 'an older Python'\n")
