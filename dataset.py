@@ -164,10 +164,11 @@ def windows_per_epoch(tokens: int, block_size: int) -> int:
 
 
 def epoch_order(tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each window of `epoch` starts, shuffled; the first window starts at a random phase."""
+    """Where each window of `epoch` starts, shuffled; the first one starts at a random phase, any
+    that leaves room for all of them. So in some epoch each token but the first is a target."""
     rng = np.random.default_rng((seed, epoch))
     count = windows_per_epoch(tokens, block_size)
-    phase = rng.integers(min(block_size, tokens - count * block_size))
+    phase = rng.integers(tokens - count * block_size)
     return phase + block_size * rng.permutation(count)
 
 

@@ -32,6 +32,7 @@ class Settings:
     limit: Count = 0  # rows of each task, evenly spread; 0 is all
     max_tokens: Count = 0  # of an answer; 0 is a few more than the longest reference
     slots: Positive = 64  # answers that are written side by side
+    exchange: bool = False  # also the perplexity of answers behind the prompt of another row
     answers: str = ""  # file to write them to; by default one in the folder of the run
 
 
@@ -68,16 +69,20 @@ def ask(learner: Learner, tokenizer, rows: list[grading.Row], s) -> Result:
     found: list[tuple] = [()] * len(rows)
     with Progress("answering", len(rows), unit=1, name=" prompts") as progress:
         for some in exam.by_length(prompts, lambda _: s.slots):
-            states, seen = encoded(learner, [prompts[i][:-1] for i in some])
-            lengths = torch.tensor([len(prompts[i]) - 1 for i in some])
             known = [references[i][: rooms[i]] for i in some]
-            nats = surprise(learner, markers.assistant, states, seen, lengths, known)
-            said = written(learner, markers, states, seen, lengths, most)
-            for i, cost, (ids, ln_p) in zip(some, nats.tolist(), said, strict=True):
-                found[i] = tokenizer.decode(ids), ln_p, cost, rooms[i]
+            read = encoded(learner, [prompts[i][:-1] for i in some])
+            nats = surprise(learner, markers.assistant, *read, known)
+            said = written(learner, markers, *read, most)
+            if s.exchange:
+                read = encoded(learner, [prompts[i - 1][:-1] for i in some])
+            others = surprise(learner, markers.assistant, *read, known) if s.exchange else nats
+            costs = torch.stack([nats, others], dim=1).tolist()
+            for i, (ids, ln_p), (mine, other) in zip(some, said, costs, strict=True):
+                found[i] = tokenizer.decode(ids), ln_p, mine, rooms[i], other
             progress(sum(map(bool, found)))
-    texts, ln_p, nats, tokens = map(list, zip(*found, strict=True))
-    return Result(texts, torch.tensor(ln_p).exp().tolist(), nats, tokens, [])
+    texts, ln_p, nats, tokens, exchanged = map(list, zip(*found, strict=True))
+    likely = torch.tensor(ln_p).exp().tolist()
+    return Result(texts, likely, nats, tokens, exchanged if s.exchange else [])
 
 
 def padded(lines: list[list[int]], with_: int = 0) -> Tensor:
@@ -85,14 +90,15 @@ def padded(lines: list[list[int]], with_: int = 0) -> Tensor:
     return torch.tensor([ids + [with_] * (T - len(ids)) for ids in lines])
 
 
-def encoded(learner: Learner, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """The states of the encoder (B, S, C), and which of them there are, (B, 1, 1, S) bool."""
+def encoded(learner: Learner, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The states of the encoder (B, S, C), which of them there are, (B, 1, 1, S) bool, and how many
+    each prompt has (B)."""
     tokens = padded(prompts)
     lengths = torch.tensor([len(ids) for ids in prompts])
     seen = (torch.arange(tokens.size(1)) < lengths[:, None])[:, None, None]
     mask = seen.expand(-1, -1, tokens.size(1), -1)
     x = learner.gpt.wte(tokens)
-    return learner.heads["encoder"].trunk(tokens, mask, embedded=x), seen
+    return learner.heads["encoder"].trunk(tokens, mask, embedded=x), seen, lengths
 
 
 def surprise(learner: Learner, begin: int, states, seen, lengths, answers) -> Tensor:

@@ -8,6 +8,7 @@ far off.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from model import IGNORE, MLP, Attention, Head, KVCache, Norm, rotary
 from shape import GPTConfig
 
 SHORT = 512  # longest context for which plain products beat the fused kernel in bfloat16
+LONG = 8192  # longest context behind which a token is tried
 
 
 def largest_error(
@@ -156,3 +158,46 @@ def attention_trials(
 
         if T > 4:
             yield in_pieces, normal(rows, T, c.n_embd), False
+
+    size = min(c.block_size, LONG)
+    k, v = normal(2, c.n_kv_head, size, c.head_dim)
+
+    def at_the_end(module, x: Tensor) -> Tensor:
+        """One token, and a whole context before it: how far it looks may have been changed."""
+        stored = x.dtype if type(module) is Attention else torch.float32
+        cache = KVCache(c, 1, device, stored, size=size)
+        cache.k[-1, 0], cache.v[-1, 0] = k, v
+        cache.lengths[:] = size - 1
+        at, mask = cache.begin(1)
+        rope = rotary(at, c) if c.position == "rotary" else None
+        return module(x, rope, mask, cache)
+
+    yield at_the_end, normal(1, 1, c.n_embd), False
+
+
+@torch.no_grad()
+def same_in_all_layers(config: GPTConfig) -> bool:
+    """Whether the book's attention computes the same whatever the number of its layer, for which a
+    fast form does not ask. Then the first speaks for all; to try each with it would be slow."""
+    c = replace(config, dropout=0.0)
+    g = torch.Generator().manual_seed(0)
+    size = min(c.block_size, LONG)
+    past = torch.randn(2, 1, c.n_kv_head, size - 1, c.head_dim, generator=g)
+    whole = SimpleNamespace(append=lambda layer, k, v: torch.cat((past, torch.stack((k, v))), 3))
+    some, last = torch.arange(min(33, size)), torch.tensor([size - 1])
+    tries = [
+        (torch.randn(1, len(at), c.n_embd, generator=g), rotary(at, c), cache)
+        for at, cache in ((some, None), (last, whole))
+    ]
+    weights = Attention(c, 0).state_dict()
+
+    def tried(layer: int) -> Tensor:
+        with torch.device("meta"):  # weights of its own would take time
+            module = Attention(c, layer)
+        module.load_state_dict(weights, assign=True)
+        learned = c.position == "learned"
+        found = [module(x, None if learned else rope, None, cache) for x, rope, cache in tries]
+        return torch.cat(found, dim=1)
+
+    first = tried(0)
+    return all(torch.allclose(tried(layer), first, rtol=1e-4) for layer in range(1, c.n_layer))

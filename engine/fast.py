@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canon import Canon
-from engine.agreement import SHORT, largest_error
+from engine.agreement import SHORT, largest_error, same_in_all_layers
 from engine.gradients import (
     ActivatedLinear,
     PiecewiseCrossEntropy,
@@ -233,6 +233,7 @@ def agreeing(
     for name, (reference, part) in PARTS.items():
         try:
             agrees = largest_error(reference, part, config, device, dtype, training) <= 1
+            agrees &= name != "attention" or same_in_all_layers(config)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, AttributeError, ValueError, ImportError):

@@ -68,6 +68,15 @@ def test_an_epoch_shows_every_window_once_and_the_next_has_another_phase(tmp_pat
     assert firsts == expected
 
 
+@pytest.mark.parametrize("n", [5, 7, 20, 23])
+def test_every_token_but_the_first_is_learned_in_some_epoch(n):
+    targets = set()
+    for epoch in range(200):
+        for start in epoch_order(n, 4, 5, epoch):
+            targets.update(range(start + 1, start + 5))
+    assert targets == {*range(1, n)}
+
+
 def test_each_epoch_of_each_of_many_folders_is_shuffled_once(tmp_path, monkeypatch):
     shuffled = []
 

@@ -11,6 +11,7 @@ from test_rows import BYTES, PAIRS, save, talk
 import prepare
 import seq2seq
 from dataset import IGNORE
+from grading import Row
 
 SIZE = ["--block_size=64", "--batch_tokens=512"]
 ARGV = ["--objective=encoder_decoder", "--encoder_layers=1", *SIZE]
@@ -73,17 +74,9 @@ def test_rows_of_a_window_cost_what_each_of_them_costs_alone(made):
         for start, end in zip(starts, [*starts[1:], len(text) - 1], strict=True):
             middle = text.index(t.markers.assistant, start)
             with torch.no_grad():
-                states, seen = seq2seq.encoded(learner, [text[start:middle]])
-                alone += float(
-                    seq2seq.surprise(
-                        learner,
-                        t.markers.assistant,
-                        states,
-                        seen,
-                        torch.tensor([middle - start]),
-                        [text[middle + 1 : end]],
-                    )
-                )
+                read = seq2seq.encoded(learner, [text[start:middle]])
+                answers = [text[middle + 1 : end]]
+                alone += float(seq2seq.surprise(learner, t.markers.assistant, *read, answers))
     assert packed == pytest.approx(alone, rel=1e-4)
 
 
@@ -93,9 +86,8 @@ def test_an_answer_sees_all_of_its_prompt_and_nothing_that_comes(made):
 
     def nats(prompt, answer):
         with torch.no_grad():
-            states, seen = seq2seq.encoded(learner, [prompt])
-            at = torch.tensor([len(prompt)])
-            return seq2seq.surprise(learner, markers.assistant, states, seen, at, [answer])
+            read = seq2seq.encoded(learner, [prompt])
+            return seq2seq.surprise(learner, markers.assistant, *read, [answer])
 
     prompt, answer = [*b"what is"], [*b"it"]
     for i in range(len(prompt)):
@@ -111,13 +103,23 @@ def test_answers_are_written_with_the_probability_that_the_loss_gives_them(made)
     learner = made[0]
     markers = learner.objective.tokenizer.markers
     prompts = [[*b"what is 1?"], [*b"and?"]]
-    lengths = torch.tensor([10, 4])
     with torch.no_grad():
-        states, seen = seq2seq.encoded(learner, prompts)
-        said = seq2seq.written(learner, markers, states, seen, lengths, 12)
+        read = seq2seq.encoded(learner, prompts)
+        said = seq2seq.written(learner, markers, *read, 12)
         ids = [[*ids, markers.end][:12] for ids, _ in said]
-        nats = seq2seq.surprise(learner, markers.assistant, states, seen, lengths, ids)
+        nats = seq2seq.surprise(learner, markers.assistant, *read, ids)
     assert -nats.numpy() == pytest.approx([ln_p for _, ln_p in said], rel=1e-4)
+
+
+def test_with_exchange_an_answer_stands_behind_the_prompt_of_the_row_before(made):
+    learner, t = made[0], made[0].objective.tokenizer
+    rows = [Row("a", talk(*pair)["messages"][:-1], pair[1]) for pair in PAIRS[:3]]
+    others = [row._replace(messages=rows[i - 1].messages) for i, row in enumerate(rows)]
+    s = seq2seq.Settings(exchange=True, slots=2, max_tokens=1)
+    exchanged = seq2seq.ask(learner, t, rows, s).exchanged
+    s.exchange = False
+    plain = seq2seq.ask(learner, t, others, s)
+    assert exchanged == pytest.approx(plain.nats, rel=1e-5) and plain.exchanged == []
 
 
 def test_it_keeps_the_promises_of_all(train, chat, made, capsys, tmp_path):
@@ -125,8 +127,9 @@ def test_it_keeps_the_promises_of_all(train, chat, made, capsys, tmp_path):
     run = promises.resumes(train, chat, *ARGV)
     promises.evaluates(run, capsys)
     promises.is_exported(run, tmp_path / "exported")
-    seq2seq.main([str(run), "--limit=4", "--max_tokens=6"])
-    assert "exact match" in capsys.readouterr().out
+    seq2seq.main([str(run), "--limit=4", "--max_tokens=6", "--exchange=true"])
+    out = capsys.readouterr().out
+    assert "exact match" in out and "prompts exchanged" in out
     rows = [json.loads(line) for line in open(run / "answers.jsonl")]
     assert len(rows) == 8 and {row["task"] for row in rows} == {"a", "b"}
     assert all(row["reference"].startswith("it is") for row in rows)

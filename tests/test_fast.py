@@ -58,6 +58,10 @@ EDITS = {  # what a student may change: the class, the line, what becomes of it,
     "no rotation": ("Attention", "q = rotate(q, rope)", "pass", "attention"),
     "a score more": ("Attention", "scores.softmax", "(scores + 0.1 * scores.tanh()).softmax",
                      "attention"),
+    "each second layer sharper": ("Attention", " / math.sqrt(D)",
+                                  " / math.sqrt(D) * (1 + self.layer % 2)", "attention"),
+    "the last layer sharper": ("Attention", " / math.sqrt(D)",
+                               " / math.sqrt(D) * (1 + self.layer // 2)", "attention"),
     "values halved": ("Attention", "y = weights @ v", "y = weights @ v * 0.5", "attention"),
     "shares doubled": ("Canon", "share * before", "2 * share * before", "canon"),
     "another norm": ("Norm", "y.square().mean(", "y.abs().mean(", "norm"),
@@ -88,14 +92,27 @@ def test_whoever_edits_the_book_is_obeyed(edit, dtype, monkeypatch):
         assert part not in agreeing and len(agreeing) == len(fast.PARTS) - 1
 
 
-@pytest.mark.parametrize("window", [4, 64])
-def test_whoever_lets_attention_see_less_far_is_obeyed(window, monkeypatch):
+@pytest.mark.parametrize("window, context", [(4, 128), (64, 128), (768, 1024)])
+def test_whoever_lets_attention_see_less_far_is_obeyed(window, context, monkeypatch):
     whole = book.causal_mask
     near = lambda T, S, device=None: whole(T, S, device).triu(S - T - window + 1)  # noqa: E731
     monkeypatch.setattr(book, "causal_mask", near)
-    config = replace(shape("modern"), block_size=128)
+    config = replace(shape("modern"), block_size=context)
     for training in (True, False):
         assert "attention" not in fast.agreeing(config, CPU, torch.float32, training)
+
+
+def test_whoever_lets_some_layers_see_less_far_is_obeyed(monkeypatch):
+    source = textwrap.dedent(inspect.getsource(book.Attention.forward))
+    line = "mask = causal_mask(T, k.size(2), x.device)"
+    near = "; mask = mask.triu(k.size(2) - T - 600 + 1) if self.layer == 2 else mask"
+    assert source.count(line) == 1
+    names: dict = {}
+    exec(source.replace(line, line + near), vars(book), names)
+    monkeypatch.setattr(book.Attention, "forward", names["forward"])
+    config = replace(shape("modern"), block_size=1024)
+    assert "attention" not in fast.agreeing(config, CPU, torch.float32)
+    assert "attention" in fast.agreeing(replace(config, n_layer=2), CPU, torch.float32)
 
 
 class Largest(TorchDispatchMode):
