@@ -150,6 +150,27 @@ def test_links_lead_somewhere_and_line_numbers_are_those_of_today(path):
             assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
 
 
+def figures_not_found(paragraph: str) -> list[str]:
+    """Of a paragraph that quotes pages of docs/: decimals that stand in none, rounded or not."""
+    pages = re.findall(r"(?:\]\(\.\./|\(docs/)(\w+\.md)", paragraph)
+    texts = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in pages]
+    there = [float(x) for text in texts for x in re.findall(r"\d+\.\d+", text.replace(",", ""))]
+    # not our figures: names of papers, code, and the numbers of questions
+    words = re.sub(r"\]\(.*?\)|`[^`]*`|arXiv:\S+|question \d+\.\d+", "", paragraph)
+    told = re.findall(r"(?<![\w.])\d+\.\d+", words.replace(",", "")) if pages else []
+    return [x for x in told if not any(f"{y:.{len(x.partition('.')[2])}f}" == x for y in there)]
+
+
+@pytest.mark.parametrize(
+    "path", [*map(lessons.page, NUMBERS), ROOT / "docs" / "log.md"], ids=lambda path: path.name
+)
+def test_figures_quoted_from_another_page_stand_there(path):
+    paragraphs = re.split(r"\n\n", path.read_text(encoding="utf-8"))
+    assert [x for paragraph in paragraphs for x in figures_not_found(paragraph)] == []
+    stale = "Reading brings 2.7 points, to 76.55 ([docs/tasks.md](../tasks.md#mr))."
+    assert figures_not_found(stale) == ["76.55"]
+
+
 def test_line_numbers_follow_the_code_and_a_name_that_is_gone_is_told():
     first, last = lessons.lines("model.py", "Attention.forward")
     source = (ROOT / "model.py").read_text(encoding="utf-8").splitlines()
