@@ -45,7 +45,7 @@ def read(source: str, name: str) -> tuple[Family, GPTConfig, dict[str, Mapped], 
         )
     try:
         c = saved_shape(GPT2.shape | dict(norm_eps=1e-5, tied=True) | args)
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         raise ValueError(f"model_args of {source}: {e}") from e
 
     # 2. the vocabulary
@@ -65,7 +65,7 @@ def read(source: str, name: str) -> tuple[Family, GPTConfig, dict[str, Mapped], 
     for key, w in weights.items():
         key = str(key).removeprefix("_orig_mod.")  # of a compiled model
         whole = isinstance(w, Tensor) and w.layout == torch.strided and w.device.type == "cpu"
-        if not (whole and w.is_contiguous()):
+        if not (whole and not w.is_nested and w.is_contiguous()):
             raise ValueError(f"{source} is damaged: {key!r:.80} of its model is no whole tensor")
         if key in (table, head) and w.shape[:1] == (rows,):
             w = w[:size]
