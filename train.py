@@ -95,7 +95,7 @@ class Settings:
     dtype: settings.DType = "auto"  # of matrix products
     compile: settings.Compile = "auto"  # whether torch.compile makes kernels for this very model
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
-    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
+    fast: bool = True  # parts that compute the same as model.py, faster; false runs model.py itself
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
     shard: bool = False  # several processes: each keeps a part of weights, gradients and moments
     checkpoint_activations: bool = False  # compute blocks again backward: less memory, more time
