@@ -59,7 +59,7 @@ class Settings:
     num_samples: Samples = 1  # continuations of the same prompt; a chat goes on with the first
     beam: Samples = 1  # width of a beam search for the likeliest text, which is no sample; 1 is off
     length_penalty: NotNegative = 0.6  # of beam search: higher makes longer answers win
-    speculate: str = ""  # guess tokens, which is faster: lookup (in the text so far), or a smaller run
+    speculate: str = ""  # guess tokens, to be faster: lookup (in the text so far), or a smaller run
     stop: Stops = ()  # end a sample before this text; may be given several times
     filter: str = ""  # a list of words: prompts that have one are refused, samples end before it
     filtered: Literal["stop", "mask"] = "stop"  # or go on, with asterisks in its place
