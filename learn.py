@@ -118,8 +118,8 @@ def teach(number: int, language: str, answers: list[str]) -> None:
         raise ValueError(f"{len(answers)} answers, but {path.name} has {len(asked)} questions")
     print(f"{path.relative_to(lessons.ROOT)}\n")
     if not answers and not sys.stdin.isatty():
-        how = "standard input is no terminal and is not read: predict by --answer=0.3,64,0,a, say"
-        print(f"{lessons.said(how, language)}\n")
+        how = lessons.said("what is piped is not read: predict by --answer=0.3,64,a", language)
+        print(f"{how}\n")
     score = []
     for i, question in enumerate(asked):
         print(f"{question.number}  {plain(question.title)}\n\n{plain(question.body)}\n")

@@ -4,10 +4,10 @@
     ## 为什么                      04.zh.md: the same sections, in the same order, each with
     <!-- en: 1a2b3c4d -->         the digest of the English section that it renders
 
-Code, numbers, pictures and links are equal, and the words between them Chinese; learn.py alone is
-told the language. Who changes English
-changes its digest, and `differences` tells. Who has brought the Chinese up to date then writes
-what the digest is now: python learn.py --digests. docs/learn/glossary.zh.md has the terms.
+Code, numbers, pictures and links are equal, and the words between them Chinese; only learn.py is
+told the language. Who changes English changes its digest, and `differences` tells. Who has brought
+the Chinese up to date then writes what the digest is now: python learn.py --digests.
+docs/learn/glossary.zh.md has the terms.
 """
 
 import hashlib
