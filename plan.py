@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     per_token = products(c, T)
     names = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
     off = N / amount(s.params) - 1 if s.params else 0.0
-    asked = f" ({off:+.1%} of the {s.params} asked for)" if s.params else ""
+    asked = f" ({s.params} asked for: {off:+.1%})" if s.params else ""
     shape = ", ".join(f"{k}={getattr(c, k)}" for k in names) + ", tied=true" * c.tied
     print(f"model    {words(N)} parameters{asked}: {shape}")
     if abs(off) > NEAR:

@@ -160,7 +160,7 @@ def test_a_shape_that_is_far_from_what_was_asked_for_is_told(capsys):
         plan.main([f"--params={params}"])
         told = capsys.readouterr().out
         assert ("the nearest of about 64 channels" in told) == far
-        assert f"({off}% of the {params} asked for)" in told
+        assert f"({params} asked for: {off}%)" in told
 
 
 @pytest.mark.parametrize(
