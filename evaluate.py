@@ -88,7 +88,7 @@ class Settings:
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of matrix products
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
-    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
+    fast: bool = True  # parts that compute the same as model.py, faster; false runs model.py itself
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
 
 

@@ -37,8 +37,8 @@ NO_TOKEN = "the prompt has no token: a new document begins with end-of-text"
 def prefill(model: GPT, texts: list[list[int]], cache: KVCache, markers=None) -> Tensor:
     """Reads a text for each row in one pass, which fills the cache; logits of the next: (B, V).
 
-    Short texts are filled up behind their end: no position of theirs looks there, and the cache
-    will not know of it. A model whose prompts see themselves whole (config.mask) needs the
+    Short texts are padded at their end: no position of theirs looks there, and the cache will not
+    know of it. A model whose prompts see themselves whole (config.mask) needs the
     tokenizer's `markers`, to know where they end.
     """
     device = cache.k.device
@@ -72,7 +72,7 @@ def decode_one_token(model: GPT, token: Tensor, cache: KVCache) -> Tensor:
     Why a cache: attention looks back at the keys and values of all positions, and since no position
     sees a later one, those never change. Without a cache each new token means reading the whole
     text again, T^2 / 2 positions for T tokens; with it only the token itself, T positions. For 200
-    tokens behind a prompt of 56 that is 31,100 positions against 255.
+    tokens after a prompt of 56 that is 31,100 positions against 255.
     """
     return model(token[:, None], cache=cache)[:, -1]
 
@@ -94,7 +94,7 @@ def generate(
 
     `options` go to `pick`: temperature, top_k and top_p, unless you bring a `pick` of your own. Ids
     in `unused` are never picked; `markers` as in `prefill`. Of the prompt, which must have a token,
-    the last `block_size` count. Goes on behind an end-of-text: to stop there is for the caller, see
+    the last `block_size` count. Goes on after an end-of-text: to stop there is for the caller, see
     `TextStream`. Raises ValueError for an empty prompt, at the first `next`.
     """
     if not prompt:
@@ -137,7 +137,52 @@ def generate(
             logits = prefill(model, context.tolist(), cache, markers)
 
 
-# --- many prompts
+class TextStream:
+    """Tokens in, text out, as soon as it is certain. `done` after an end-of-text or a stop string.
+
+    A token is a piece of bytes and not of characters: the three bytes of 文 may come in two tokens.
+    Until the last is there nothing can be shown. Held back is also what may be the beginning of one
+    of the `stop` strings; the one that was met is `stopped_by`.
+    """
+
+    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        self.ends = tokenizer.ends
+        self.stop = stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""
+        self.done = False
+        self.stopped_by = ""
+
+    def feed(self, token: int) -> str:
+        """The text that `token` makes certain."""
+        if self.done:
+            return ""
+        if token in self.ends:
+            return self.end()
+        text = self.held + self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        found = {text.find(stop): stop for stop in self.stop if stop in text}
+        if found:
+            first = min(found)
+            self.stopped_by = found[first]
+            self.held = ""
+            self.done = True
+            return text[:first]
+        # the longest ending of the text that begins a stop string
+        begun = [n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])]
+        certain = len(text) - max(begun, default=0)
+        self.held = text[certain:]
+        return text[:certain]
+
+    def end(self) -> str:
+        """What is still held back, when no more tokens come."""
+        text = "" if self.done else self.held + self.decoder.decode(b"", final=True)
+        self.held = ""
+        self.done = True
+        return text
+
+
+# --- many prompts at once, and beam search: skip them on a first reading
 
 
 @dataclass
@@ -182,7 +227,7 @@ class Slots:
 
     def place(self, answers: list[Answer], read: KVCache, logits: Tensor) -> None:
         """Puts prompts that have been `read`, one for each of `answers` or one for all, into free
-        slots, with the `logits` (B, V) behind them."""
+        slots, with the `logits` (B, V) after them."""
         rows = [len(self.writing) + i for i in range(len(answers))]
         self.cache.put(rows, read)
         self.logits[rows] = logits
@@ -199,7 +244,7 @@ class Slots:
         del self.writing[last]
 
     def decode(self) -> None:
-        """The last token of each answer goes into the cache, for the logits behind it."""
+        """The last token of each answer goes into the cache, for the logits after it."""
         taken = len(self.writing)
         rows = self.count if self.exact or self.cache.fixed else taken
         last = [answer.tokens[-1] for answer in self.writing] + [0] * (rows - taken)
@@ -300,7 +345,7 @@ def beam(
     scores = torch.zeros(1)  # ln p of each
     found = []  # (score, text) of those that have ended
     for n in range(1, answer.most + 1):
-        # 1. each beam with each token behind it, the likeliest first: so many that `width` of them
+        # 1. each beam with each token after it, the likeliest first: so many that `width` of them
         #    go on even if each beam comes with all ends there are
         require_finite(logits)
         logits = logits.index_fill(-1, left_out, -math.inf)
@@ -329,48 +374,3 @@ def beam(
         token = torch.tensor([token for _, _, token in going], device=device)
         logits = decode_one_token(model, token, cache)
     return max(found)[1]
-
-
-class TextStream:
-    """Tokens in, text out, as soon as it is certain. `done` after an end-of-text or a stop string.
-
-    A token is a piece of bytes and not of characters: the three bytes of 文 may come in two tokens.
-    Until the last is there nothing can be shown. Held back is also what may be the beginning of one
-    of the `stop` strings; the one that was met is `stopped_by`.
-    """
-
-    def __init__(self, tokenizer, stop: Sequence[str] = ()):
-        self.tokenizer = tokenizer
-        self.ends = tokenizer.ends
-        self.stop = stop
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.held = ""
-        self.done = False
-        self.stopped_by = ""
-
-    def feed(self, token: int) -> str:
-        """The text that `token` makes certain."""
-        if self.done:
-            return ""
-        if token in self.ends:
-            return self.end()
-        text = self.held + self.decoder.decode(self.tokenizer.decode_bytes([token]))
-        found = {text.find(stop): stop for stop in self.stop if stop in text}
-        if found:
-            first = min(found)
-            self.stopped_by = found[first]
-            self.held = ""
-            self.done = True
-            return text[:first]
-        # the longest ending of the text that begins a stop string
-        begun = [n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])]
-        certain = len(text) - max(begun, default=0)
-        self.held = text[certain:]
-        return text[:certain]
-
-    def end(self) -> str:
-        """What is still held back, when no more tokens come."""
-        text = "" if self.done else self.held + self.decoder.decode(b"", final=True)
-        self.held = ""
-        self.done = True
-        return text

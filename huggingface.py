@@ -1,6 +1,7 @@
 """Weights in and out of the layout of Hugging Face's transformers, which need not be installed.
 
     python huggingface.py import gpt2 out/gpt2        a folder, or a name on huggingface.co
+    python huggingface.py import ckpt.pt out/mine     a checkpoint of nanoGPT, see docs/nanogpt.md
     python huggingface.py export out/small hf/small   a run, or one checkpoint of it
 
 What is imported is a checkpoint, as train.py writes them; what is exported opens there with
@@ -23,6 +24,7 @@ from engine.files import atomic_folder, write_json, write_manifest
 @dataclass
 class Settings:
     command: tuple = ()  # import SOURCE TARGET, or export CHECKPOINT TARGET
+    tokenizer: str = ""  # of a ckpt.pt, which does not tell: a name or a folder; else it is gpt2
     checkpoint: str = "best"  # of an exported run: best (lowest validation loss), latest, step-...
     trunk_only: bool = False  # export the weights alone, though no class there has the model's mask
 
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> None:
     if Path(target).exists() and (not Path(target).is_dir() or any(Path(target).iterdir())):
         raise ValueError(f"{target} exists already: choose another target, or remove it")
     if command == "import":
-        import_model(source, locate(source), Path(target))
+        import_model(source, s, Path(target))
     else:
         export_model(source, s, Path(target))
 
@@ -46,20 +48,27 @@ def main(argv: list[str]) -> None:
 # --- in
 
 
-def import_model(source: str, folder: Path, target: Path) -> None:
-    """Writes the model in `folder` as checkpoint `target`. Raises ValueError if it does not fit."""
-    from engine import families, tensors, tokenizer_json
+def import_model(source: str, s: Settings, target: Path) -> None:
+    """Writes the model `source` as checkpoint `target`. Raises ValueError if it does not fit."""
+    file = Path(source).is_file()
+    settings.require(file or not s.tokenizer, s, "tokenizer", "left out: a folder has its own")
+    folder = None if file else locate(source)
+    from engine import families, nanogpt, tensors, tokenizer_json
     from engine.run import NEW
 
     # 1. what it is, and whether it has the tensors of such a model
-    theirs = tensors.read_json(folder / "config.json")
-    try:
-        family, c = families.from_config(theirs, source)
-    except (TypeError, AttributeError) as e:
-        raise ValueError(f"{folder / 'config.json'} is damaged ({e})") from e
-    found = tensors.find(folder, family.prefix)
-    c, there = families.fit(family, c, found, source)
-    tokenizer = tokenizer_json.read_folder(folder, source)
+    if file:
+        family, c, found, tokenizer = nanogpt.read(source, s.tokenizer or "gpt2")
+        c, there = families.fit(family, c, found, source)
+    else:
+        theirs = tensors.read_json(folder / "config.json")
+        try:
+            family, c = families.from_config(theirs, source)
+        except (TypeError, AttributeError) as e:
+            raise ValueError(f"{folder / 'config.json'} is damaged ({e})") from e
+        found = tensors.find(folder, family.prefix)
+        c, there = families.fit(family, c, found, source)
+        tokenizer = tokenizer_json.read_folder(folder, source)
 
     # 2. the checkpoint
     def weights() -> Iterator:

@@ -2,7 +2,7 @@
 
     python learn.py 4                       chapter 4, attention: predict, see, compare
     python learn.py 4 --answer=0.3,64,1,a   the predictions, where nobody sits at a terminal
-    python learn.py 4 --language=zh         中文
+    python learn.py 4 --language=zh         中文；LANG=zh_CN.UTF-8 的机器上不用写
     python learn.py 4 --check=my_model.py   do the exercises of the chapter come out right?
 
 Each chapter is a page of docs/learn, and asks what will happen before it runs the real code, with
@@ -12,10 +12,13 @@ something changed, or no more than what is changed. The files in lessons/ import
 nothing of it.
 """
 
+import io
+import os
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,18 +34,23 @@ class Settings:
     chapter: str = ""  # its number, 0 to 12
     answer: tuple = ()  # your predictions, joined by commas: numbers, or the letters of choices
     check: str = ""  # a file of yours, with the functions that you have written or changed
-    language: Literal["en", "zh"] = "en"  # of the pages; English where another is not written
+    language: Literal["auto", "en", "zh"] = "auto"  # of the pages; auto: of the machine, by LANG
     links: bool = False  # for authors: bring the line numbers in docs/learn up to date
     digests: bool = False  # for authors: this Chinese page renders the English one of today
     ablations: bool = False  # for authors: measure every why anew, and write it into docs/learn
 
 
 def main(argv: list[str]) -> None:
-    s = settings.load(Settings, argv, "Learn how a GPT works.", "chapter")
+    argv = [re.sub(r"^--lang\b", "--language", word) for word in argv]
+    language = settings.peek("language", argv, "") or "auto"
+    if language == "auto":
+        machine = filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG")))
+        language = "zh" if next(machine, "").startswith("zh") else "en"
     try:
-        act(s)
+        s = settings.load(Settings, argv, "Learn how a GPT works.", "chapter")
+        act(replace(s, language=language))
     except ValueError as e:
-        raise ValueError(lessons.said(str(e), s.language)) from e
+        raise ValueError(lessons.said(str(e), language)) from e
 
 
 def act(s: Settings) -> None:
@@ -109,11 +117,17 @@ def teach(number: int, language: str, answers: list[str]) -> None:
     if len(answers) > len(asked):
         raise ValueError(f"{len(answers)} answers, but {path.name} has {len(asked)} questions")
     print(f"{path.relative_to(lessons.ROOT)}\n")
+    if not answers and not sys.stdin.isatty():
+        how = lessons.said("what is piped is not read: predict by --answer=0.3,64,a", language)
+        print(f"{how}\n")
     score = []
     for i, question in enumerate(asked):
         print(f"{question.number}  {plain(question.title)}\n\n{plain(question.body)}\n")
         word = answers[i] if i < len(answers) else ask()
-        value = loaded(number).QUESTIONS[i]()
+        with redirect_stdout(io.StringIO()) as shown:
+            value = loaded(number).QUESTIONS[i]()
+        for line in shown.getvalue().splitlines():
+            print(lessons.said(line, language))
         while word:
             try:
                 score.append(lessons.predicted(word, value, question))

@@ -7,7 +7,7 @@ So W is frozen, and two such matrices beside it learn:
 
     h = W x + (alpha / r) B A x        A (r, in) reads r directions of x, B (out, r) writes r of h
 
-For 768 x 768 and r = 8 that is r (in + out) = 12,288 numbers instead of 589,824, a fiftieth.
+For 768 x 768 and r = 8 that is r (in + out) = 12,288 numbers instead of 589,824, a 48th.
 
 B begins at zero, so at first the model is the base, exactly, and nothing it knows is lost by adding
 noise to it. A must not be zero, too: the gradient of B is made of A x, that of A of B, and where

@@ -9,27 +9,33 @@ At its plainest, with GPT-2's parts, that is
 
     x = wte[tokens] + wpe[positions]                  # what each token is, and where it stands
     for block in blocks:
-        x = x + block.attention(block.norm1(x))
-        x = x + block.mlp(block.norm2(x))
+        x = x + block.attn(block.attn_norm(x))
+        x = x + block.mlp(block.mlp_norm(x))
     logits = norm(x) @ wte.T                          # (B, T, V)
-    loss = -log(softmax(logits)[targets]).mean()
+    loss = the mean over all b, t of -log(softmax(logits[b, t])[targets[b, t]])
 
 and what follows adds better parts to choose from, and says why each is there. The file follows the
 data: the whole model, positions, block, norm, attention, MLP, head, loss; then the first weights.
 Settings, in shape.py, choose the parts; these combinations are published:
 
     GPT-2     learned positions, LayerNorm, GELU, biases, tied head (Radford et al. 2019)
-    modern    rotary, RMSNorm, also of the embedding, of queries and of keys, ReLU^2, no biases, a
-              head of its own, capped logits (karpathy/nanochat): the default
+    modern    rotary; RMSNorm, also after the embedding and on queries and keys; ReLU^2; no biases;
+              a head of its own; capped logits (karpathy/nanochat): the default
     Llama     rotary, RMSNorm with weights, SwiGLU, no biases, a head of its own (arXiv:2302.13971);
               grouped heads since Llama 2 (arXiv:2307.09288); Qwen3 with a norm of queries and keys
               (arXiv:2505.09388)
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
-(n_embd), H heads, K key/value heads, D channels of a head, V vocabulary.
+(n_embd), H heads, K key/value heads, D channels of a head, V vocabulary. In config/small.py B is
+12, T 128, C 128, H and K 4, D 32, V 2048.
 
 Unless --fast=false is given, faster forms of most modules (engine/fast.py) take their places, where
-they compute the same. Change this file, and it is obeyed.
+they compute the same. Change this file, and it is obeyed; to see whether it still is a GPT:
+
+    python -m pytest tests/test_model.py -k "later or cached"
+
+How it writes is told in generate.py, and `python huggingface.py import gpt2 out/gpt2` brings
+GPT-2's own weights.
 """
 
 import math
@@ -80,9 +86,9 @@ class GPT(nn.Module):
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens exceed block_size={self.config.block_size}")
         x = self.wte(tokens) if embedded is None else embedded  # (B, T, C)
-        if cache is not None:  # only when it writes: these tokens stand behind what was read before
-            behind, causal = cache.begin(T)
-            positions = behind if positions is None else positions
+        if cache is not None:  # only when it writes: these tokens come after those in the cache
+            places, causal = cache.begin(T)
+            positions = places if positions is None else positions
             mask = causal if mask is None else mask
         elif positions is None:
             positions = torch.arange(T, device=tokens.device)  # (T)
@@ -105,7 +111,8 @@ class GPT(nn.Module):
     def cross_entropy(
         self, x: Tensor, targets: Tensor, reduction: str = "mean", smoothing: float = 0.0
     ) -> Tensor:
-        """Hidden states (..., C) and `targets` (...) to the loss in nats, see `Head`."""
+        """Hidden states (..., C) and `targets` (...) to the loss in nats, see `Head`: plainly,
+        F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())."""
         return self.head.cross_entropy(x, targets, self.wte.weight, reduction, smoothing)
 
     def forward(
@@ -231,15 +238,6 @@ class Block(nn.Module):
         return x
 
 
-def new_block(config: GPTConfig, layer: int) -> Block:
-    """A block; with `config.canon` one that is not only GPT's, see canon.py."""
-    if config.canon > 1:
-        from canon import CanonBlock  # not above, since it needs this file
-
-        return CanonBlock(config, layer)
-    return Block(config, layer)
-
-
 class Norm(nn.Module):
     """x / sqrt(mean(x^2) + eps) over the last dimension: RMSNorm (arXiv:1910.07467).
 
@@ -299,19 +297,18 @@ class Attention(nn.Module):
         """x (B, T, C) to (B, T, C). `mask`, boolean, (T, S) or (B, 1, T, S), is True where a
         position may look; None is causal."""
         B, T, _ = x.shape
-        D = self.config.head_dim
-        q = self.q_norm(self.wq(x).view(B, T, -1, D))  # (B, T, H, D)
-        k = self.k_norm(self.wk(x).view(B, T, -1, D))  # (B, T, K, D)
-        v = self.wv(x).view(B, T, -1, D)  # (B, T, K, D)
+        H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
+        q = self.q_norm(self.wq(x).view(B, T, H, D))
+        k = self.k_norm(self.wk(x).view(B, T, K, D))
+        v = self.wv(x).view(B, T, K, D)
         if rope is not None:
             q = rotate(q, rope)
             k = rotate(k, rope)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D): all that came before, too
-        sharing = q.size(1) // k.size(1)  # how many queries share a key
-        k = k.repeat_interleave(sharing, dim=1)  # (B, H, S, D)
-        v = v.repeat_interleave(sharing, dim=1)
+        k = k.repeat_interleave(H // K, dim=1)  # (B, H, S, D): so many queries share a key
+        v = v.repeat_interleave(H // K, dim=1)
         if mask is None:  # causal
             mask = causal_mask(T, k.size(2), x.device)
         # a sum of D independent products of mean 0 and variance 1 has variance D, so size sqrt(D).
@@ -391,16 +388,16 @@ class Head(nn.Module):
             self.weight = nn.Parameter(torch.zeros(c.vocab_size, c.n_embd))
             self.std = 0.0 if c.zero_init else 0.02
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (..., C) and the embedding (V, C) to float32 logits (..., V)."""
-        weight = embedding if self.weight is None else self.weight
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """x (..., C) and the table of embeddings (V, C) to float32 logits (..., V)."""
+        weight = table if self.weight is None else self.weight
         logits = F.linear(x, weight).float()
         if self.cap:  # no logit runs away, which keeps training stable (arXiv:2408.00118)
             logits = self.cap * torch.tanh(logits / self.cap)
         return logits
 
     def cross_entropy(
-        self, x: Tensor, targets: Tensor, embedding: Tensor, reduction: str, smoothing: float
+        self, x: Tensor, targets: Tensor, table: Tensor, reduction: str, smoothing: float
     ) -> Tensor:
         """-ln p(target): 0 where the model was sure and right, ln V where it finds all V tokens
         equally likely; the mean or sum over all targets but those of -100.
@@ -408,12 +405,18 @@ class Head(nn.Module):
         Softmax makes p of the logits: e^logit each, divided by their sum, so that they are positive
         and add up to 1. `smoothing` gives this share of each target to all tokens alike.
         """
-        logits, targets = self(x, embedding).flatten(0, -2), targets.flatten()  # (N, V), (N)
+        logits, targets = self(x, table).flatten(0, -2), targets.flatten()  # (N, V), (N)
         options = dict(ignore_index=IGNORE, reduction=reduction, label_smoothing=smoothing)
         return F.cross_entropy(logits, targets, **options)
 
 
-# --- the first weights
+# --- the first weights: of mean 0, and of which size
+#
+#                             zero_init, the default       GPT-2
+#     wq, wk, wv, up, gate    inputs^-0.5, uniform         0.02, normal
+#     wo, down                0                            0.02 / sqrt(2 n_layer), normal
+#     a head of its own       0                            0.02, normal
+#     wte, wpe                1 (0.02 if tied), normal     0.02, normal
 
 
 def embedding(c: GPTConfig, rows: int) -> nn.Embedding:
@@ -440,8 +443,6 @@ def linear(c: GPTConfig, inputs: int, outputs: int, bias: bool, residual=False) 
         the first step moves    the head
         the second              also residual layers and the embedding
         the third               everything
-
-    GPT-2's scheme (zero_init=false): 0.02 for all matrices, less where 2 n_layer branches add up.
     """
     layer = nn.Linear(inputs, outputs, bias)
     if c.zero_init:
@@ -463,3 +464,15 @@ def draw(module: nn.Module, c: GPTConfig, generator: torch.Generator) -> None:
         module.weight.uniform_(-bound, bound, generator=generator)
     else:
         module.weight.normal_(0.0, module.std, generator=generator)
+
+
+# --- blocks that are not only GPT's
+
+
+def new_block(config: GPTConfig, layer: int) -> Block:
+    """A block; with `config.canon` one that is not only GPT's, see canon.py."""
+    if config.canon > 1:
+        from canon import CanonBlock  # not above, since it needs this file
+
+        return CanonBlock(config, layer)
+    return Block(config, layer)

@@ -17,7 +17,8 @@ AdamW       Weights that nothing pulls back grow and fit noise. w -= lr * decay 
             overfit with, and a norm's weight, which begins at 1, would shrink what its layer sees.
 Muon        Adam treats a matrix as a list of numbers. Muon treats it as a map: see below.
 
-Before the step, `update` in train.py undoes loss scaling (`LossScale`) and then clips the gradient.
+Before the step, `update` in train.py undoes loss scaling (`LossScale`) and then clips the gradient:
+clipped first, to length 1, and then divided by 65,536, it would be next to nothing.
 """
 
 import math

@@ -53,6 +53,8 @@ Share = Annotated[float, Bound("above 0, at most 1", lambda x: 0 < x <= 1)]
 KNOWN = "a number such as 124M, 1.5B or 30B"
 Amount = Annotated[str, Bound(KNOWN, lambda text: text == "" or amount(text) > 0)]
 SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim")  # of a shape
+NEAR = 0.03  # of the size that is asked for: a shape that is farther off is told
+WIDTH = 0.1  # a tenth more width for each layer than usual is as bad as a hundredth of the size
 RESERVED = 0.1  # of a card's memory: the framework's own, and what lies between blocks
 
 
@@ -86,15 +88,20 @@ def main(argv: list[str]) -> None:
     settings.require(D >= T, s, "tokens", f"at least one window of block_size={T}")
     per_token = products(c, T)
     names = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
-    asked = f" (of {s.params} asked for)" if s.params else ""
-    shape = ", ".join(f"{k}={getattr(c, k)}" for k in names)
+    off = N / amount(s.params) - 1 if s.params else 0.0
+    asked = f" ({s.params} asked for: {off:+.1%})" if s.params else ""
+    shape = ", ".join(f"{k}={getattr(c, k)}" for k in names) + ", tied=true" * c.tied
     print(f"model    {words(N)} parameters{asked}: {shape}")
-    if s.params and abs(N / amount(s.params) - 1) > 0.1:
-        print("         the nearest of 64 channels a layer: --n_layer and --n_embd have more")
+    if abs(off) > NEAR:
+        print("         the nearest of about 64 channels a layer: --n_layer and --n_embd have more")
     enough = "20 make the most of the compute: arXiv:2203.15556"
     print(f"tokens   {words(D)}, {D / N:.3g} for each parameter ({enough})")
-    each = f"{words(per_token)} for each token, none of them for the embedding"
-    print(f"compute  {per_token * D:.2g} operations: {each}, which is looked up")
+    multiplied = products(c, 0) / 6
+    more = f"{words(per_token / 6 - multiplied)} for attention's scores"
+    less = f" - {words(N - multiplied)} that are looked up" if multiplied < N else ""
+    own = f"6 D (N{less} + {more})"
+    print(f"compute  {per_token * D:.3g} operations, {words(per_token)} for each token")
+    print(f"         = {own}; 6 N D would be {6 * N * D:.3g}")
 
     # the batch that is just not wasteful grows with the compute (arXiv:2401.02954, section 3.1)
     least = T * s.gpus
@@ -106,7 +113,8 @@ def main(argv: list[str]) -> None:
 
     peak = s.tflops or CARDS[s.gpu][1]
     speed = s.gpus * peak * 1e12 * s.mfu / per_token  # tokens a second
-    by = f"at {s.mfu:.0%} of {peak:g} TFLOP/s: {words(speed)} tokens/s"
+    by = f"at {s.mfu:.0%} of {peak:g} TFLOP/s: {words(speed)} tokens/s; by 6 N D"
+    by += f" {duration(D / speed / 3600 * 6 * N / per_token)}"
     if s.tokens_per_second:
         speed = amount(s.tokens_per_second)
         by = f"at the {words(speed)} tokens/s that were measured"
@@ -120,16 +128,21 @@ def main(argv: list[str]) -> None:
 
 
 def shape_of(params: float, c: GPTConfig) -> GPTConfig:
-    """The shape whose size is nearest to `params`: 64 channels of width for each layer, in heads of
-    128 (32 in small ones), as in karpathy/nanochat."""
+    """The shape that is nearest to the size `params` and to 64 channels of width for each layer, in
+    heads of 128 (64 or 32 in small ones), as in karpathy/nanochat. Where both tables would be more
+    than half of it, as in GPT-2's smallest, the head is the embedding."""
     fits = []
     for n_layer in range(1, 200):
-        D = 128 if n_layer >= 8 else 32
-        C = max(D, round(64 * n_layer / D) * D)
-        derived = dict(head_dim=0, mlp_dim=0, n_kv_head=0)
-        found = replace(c, n_layer=n_layer, n_embd=C, n_head=C // D, **derived)
-        fits.append((abs(math.log(found.parameters() / params)), n_layer, found))
-    return min(fits)[2]
+        step = 64 if n_layer >= 8 else 32
+        usual = 64 * n_layer // step * step
+        for C in range(max(step, usual - 256), min(usual + 256, 128 * n_layer) + 1, step):
+            D = 128 if n_layer >= 8 and C % 128 == 0 else step
+            derived = dict(head_dim=0, mlp_dim=0, n_kv_head=0)
+            derived["tied"] = c.tied or 2 * c.vocab_size * C > params / 2
+            found = replace(c, n_layer=n_layer, n_embd=C, n_head=C // D, **derived)
+            off = abs(math.log(found.parameters() / params))
+            fits.append((off + WIDTH * abs(math.log(C / (64 * n_layer))), n_layer, found))
+    return min(fits, key=lambda fit: fit[:2])[2]
 
 
 def print_memory(s: Settings, c: GPTConfig, windows: int) -> int:

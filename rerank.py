@@ -45,7 +45,7 @@ class Settings:
     device: settings.Device = "auto"  # of the writer: auto, cpu, mps, cuda
     dtype: settings.DType = "auto"  # of its matrix products
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
-    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
+    fast: bool = True  # parts that compute the same as model.py, faster; false runs model.py itself
 
 
 def main(argv: list[str]) -> None:

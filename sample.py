@@ -5,8 +5,16 @@
     --chat                              a conversation with such a model, in the terminal
     --grid=digits.png                   pictures by a model that has learned from such rows
 
-The command around generate.py. torch takes a second to load, so what needs it is imported where it
-is used: a mistake in the arguments is answered at once.
+At its plainest, from Python, that is
+
+    model, tokenizer = load_model("out/small")
+    prompt = tokenizer.encode_prompt("def ")
+    tokens = [token for [token] in generate(model, prompt, 200)]       # lists of one: one sample
+    print("def " + tokenizer.decode(tokens))
+
+and what follows is the command around it. How a token is picked is told in pick.py, how text is
+made of them in generate.py. torch takes a second to load, so what needs it is imported where it is
+used: a mistake in the arguments is answered at once.
 """
 
 from engine import console
@@ -51,7 +59,7 @@ class Settings:
     num_samples: Samples = 1  # continuations of the same prompt; a chat goes on with the first
     beam: Samples = 1  # width of a beam search for the likeliest text, which is no sample; 1 is off
     length_penalty: NotNegative = 0.6  # of beam search: higher makes longer answers win
-    speculate: str = ""  # guess tokens, sooner: lookup (in the text so far), or a smaller run
+    speculate: str = ""  # guess tokens, to be faster: lookup (in the text so far), or a smaller run
     stop: Stops = ()  # end a sample before this text; may be given several times
     filter: str = ""  # a list of words: prompts that have one are refused, samples end before it
     filtered: Literal["stop", "mask"] = "stop"  # or go on, with asterisks in its place
@@ -67,7 +75,7 @@ class Settings:
     device: settings.Device = "auto"  # auto, cpu, mps, cuda, or one GPU such as cuda:1
     dtype: settings.DType = "auto"  # of the weights and of matrix products
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the model
-    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
+    fast: bool = True  # parts that compute the same as model.py, faster; false runs model.py itself
 
 
 def __getattr__(name: str):
@@ -85,28 +93,8 @@ def __getattr__(name: str):
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Generate text from a checkpoint.", "run")
-    talking = s.interactive or s.chat
-    alone = "left out in a conversation (--interactive, --chat)"
-    settings.require(not (s.prompt and s.prompt_file), s, "prompt", "left out beside prompt_file")
-    settings.require(not (s.prompt and talking), s, "prompt", alone)
-    settings.require(not (s.prompt_file and talking), s, "prompt_file", alone)
-    settings.require(not s.system or s.chat or s.task, s, "system", "given with --chat or --task")
-    settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
-    one = s.beam == 1 and not s.grid
-    settings.require(one or not s.speculate, s, "speculate", "left out with --beam or --grid")
-    asked = s.prompt or s.prompt_file or talking or s.grid or not s.task
-    settings.require(asked, s, "prompt", "a question for --task, or give --interactive")
-    texts = talking or s.prompt_file or s.beam > 1 or s.system or s.stop or s.filter
-    png = not s.grid or s.grid.endswith(".png")
-    settings.require(png, s, "grid", "a name that ends in .png")
-    settings.require(not (s.grid and texts), s, "grid", "left out but with a --prompt of labels")
-    settings.require(s.filter or s.filtered == "stop", s, "filtered", "given with --filter")
-    prompt = s.prompt
-    if s.prompt_file:
-        file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")
-        prompt = file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
-    if s.task:
-        prompt = prompt.removesuffix("\n")  # of the file, and not of the question
+    check(s)
+    prompt = read_prompt(s)
     require_clean(prompt, s)
 
     from engine.checkpoint import find, load_weights
@@ -131,7 +119,7 @@ def main(argv: list[str]) -> None:
         draft = inference.ready(draft.eval().to(here.device, here.dtype), parts=s.fast)
     if s.grid:
         draw(model, tokenizer, s)
-    elif talking:
+    elif s.interactive or s.chat:
         converse(model, tokenizer, s, draft)
     else:
         echo = "" if s.task else prompt
@@ -328,6 +316,37 @@ def changed(s: Settings, line: str) -> Settings:
     if s.chat and name == "help":
         print("/reset forgets what was said", file=sys.stderr)
     return s
+
+
+def check(s: Settings) -> None:
+    """Raises ValueError for settings that do not go together."""
+    talking = s.interactive or s.chat
+    alone = "left out in a conversation (--interactive, --chat)"
+    settings.require(not (s.prompt and s.prompt_file), s, "prompt", "left out beside prompt_file")
+    settings.require(not (s.prompt and talking), s, "prompt", alone)
+    settings.require(not (s.prompt_file and talking), s, "prompt_file", alone)
+    settings.require(not s.system or s.chat or s.task, s, "system", "given with --chat or --task")
+    settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
+    one = s.beam == 1 and not s.grid
+    settings.require(one or not s.speculate, s, "speculate", "left out with --beam or --grid")
+    asked = s.prompt or s.prompt_file or talking or s.grid or not s.task
+    settings.require(asked, s, "prompt", "a question for --task, or give --interactive")
+    texts = talking or s.prompt_file or s.beam > 1 or s.system or s.stop or s.filter
+    png = not s.grid or s.grid.endswith(".png")
+    settings.require(png, s, "grid", "a name that ends in .png")
+    settings.require(not (s.grid and texts), s, "grid", "left out but with a --prompt of labels")
+    settings.require(s.filter or s.filtered == "stop", s, "filtered", "given with --filter")
+
+
+def read_prompt(s: Settings) -> str:
+    """What is to be continued."""
+    prompt = s.prompt
+    if s.prompt_file:
+        file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")
+        prompt = file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    if s.task:
+        prompt = prompt.removesuffix("\n")  # of the file, and not of the question
+    return prompt
 
 
 if __name__ == "__main__":

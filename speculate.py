@@ -152,7 +152,7 @@ def speculate(
     pick: Callable[..., Tensor] = pick,
     **options,
 ) -> Iterator[list[int]]:
-    """As `generate` for one sample, sooner where guesses are right: `lookup`, or by a `Draft`.
+    """As `generate` for one sample, faster where guesses are right: `lookup`, or by a `Draft`.
 
     `guess(text, most, chances)` gives up to `most` tokens, and the q (k, V) that they were drawn
     from, or None if they are certain: q(g) = 1. Then the rule comes to this: draw from p as ever,

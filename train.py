@@ -3,10 +3,10 @@
 A model learns from text by predicting each next token, and being corrected. At its plainest:
 
     for step in range(steps):
-        start = random.randrange(len(text) - T)
-        x = text[start : start + T]                   # T tokens
-        y = text[start + 1 : start + T + 1]           # after each of them, the one that comes next
-        loss = cross_entropy(model(x), y)             # how surprised the model is
+        start = random.randrange(len(tokens) - T)     # tokens: the whole text as numbers, (N)
+        x = tokens[None, start : start + T]           # (1, T)
+        y = tokens[None, start + 1 : start + T + 1]   # (1, T): after each, the one that comes next
+        loss = model(x, y)                            # how surprised the model is
         loss.backward()                               # how each weight would change that: p.grad
         with torch.no_grad():
             for p in model.parameters():
@@ -39,7 +39,7 @@ from engine.settings import BelowOne, Bound, Count, CountOrAuto, Fraction, NotNe
 from engine.stop import Stop
 from shape import GPTConfig
 
-START = time.monotonic()
+START = time.monotonic()  # of the command: s.minutes counts from here
 SHOWN = 3  # rows that are answered at the end
 Name = Annotated[str, Bound(f"one of {', '.join(objectives.names())}", objectives.find)]
 Rate = Annotated[float, Bound("from 0 to 1000", lambda x: 0 <= x <= 1000)]
@@ -95,7 +95,7 @@ class Settings:
     dtype: settings.DType = "auto"  # of matrix products
     compile: settings.Compile = "auto"  # whether torch.compile makes kernels for this very model
     threads: settings.Threads = "auto"  # of a CPU: a number, or chosen by the size of the work
-    fast: bool = True  # parts that compute the same as model.py sooner; false runs model.py itself
+    fast: bool = True  # parts that compute the same as model.py, faster; false runs model.py itself
     deterministic: bool = False  # equal bits in every run on a GPU too, more slowly
     shard: bool = False  # several processes: each keeps a part of weights, gradients and moments
     checkpoint_activations: bool = False  # compute blocks again backward: less memory, more time
@@ -112,6 +112,9 @@ class Settings:
     show_batch: Count = 0  # print what the update of this step learns from
     eval_only: bool = False  # evaluate the best checkpoint of the run and change nothing
     split: Literal["train", "val", "test"] = "val"  # which split eval_only takes
+
+
+# --- one step, and the loop
 
 
 def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, here):
@@ -157,31 +160,31 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
         # processes hold equal weights and learn from different windows (DDP). While the last
         # backward pass runs, their gradients are summed: then all make the same update
         here.gradients.active = i + per_pass == share
-        windows = [here.put(z if z is None else z[i : i + per_pass]) for z in inputs]
+        windows = [None if z is None else here.put(z[i : i + per_pass]) for z in inputs]
         # autocast: matrix products, forward and backward, are in 16 bits where the hardware is
         # faster so; weights, p.grad and the optimizer's sums stay in 32, where a small update to a
         # large number is not rounded away (arXiv:1710.03740)
         with here.autocast():
             sums = learner(*windows)  # of the loss over all targets; some objectives have several
-        loss = total(learner.objective, sums, counts)
+        loss = total(learner.objective, sums, counts)  # sums[0] / counts[0], if there is one
         (loss * scale.value).backward()  # float16 would round small gradients to zero
         mean_loss += loss.detach()
     here.gradients.wait()
-    scale.unscale(learner.parameters())
+    scale.unscale(learner.parameters())  # before clipping, which would shorten what was multiplied
     # 2. clipping: a gradient longer than grad_clip is shortened, its direction kept, so that one
     # odd batch does not outweigh all others in the optimizers' running means (arXiv:1211.5063)
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), s.grad_clip or math.inf).item()
     # 3. the step itself, unless there is nothing sound to follow
-    (mean_loss,) = here.sum([mean_loss.item()])
-    finite = math.isfinite(mean_loss) and math.isfinite(norm)
-    if not finite and (scale.value == 1 or not math.isfinite(mean_loss)):
-        raise FloatingPointError(f"its loss is {mean_loss} and its gradient norm {norm}")
+    (mean,) = here.sum([mean_loss.item()])  # of all processes
+    finite = math.isfinite(mean) and math.isfinite(norm)
+    if not finite and (scale.value == 1 or not math.isfinite(mean)):
+        raise FloatingPointError(f"its loss is {mean} and its gradient norm {norm}")
     if finite:
         for optimizer in optimizers:
             optimizer.step()
     scale.update(finite)
     learner.zero_grad(set_to_none=True)
-    return mean_loss, norm
+    return mean, norm
 
 
 def train(s: Settings, stop: Stop) -> int:
@@ -261,6 +264,9 @@ def train(s: Settings, stop: Stop) -> int:
     return run.status
 
 
+# --- what the loop begins and ends with: skip it on a first reading
+
+
 def new_model(s: Settings, data, here):
     """A model with random weights, or with those of the checkpoint `init_from` (fine-tuning)."""
     import lora
@@ -337,6 +343,9 @@ def show_batch(s: Settings) -> int:
     for i in range(B):
         print(f"--- step {s.show_batch}, window {first + i}\n{objective.shown(inputs, i)}")
     return 0
+
+
+# --- the command
 
 
 def check(s: Settings) -> None:

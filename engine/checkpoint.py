@@ -154,7 +154,8 @@ def find(path: str, checkpoint: str = "best") -> Path:
     run = Path(path)
     if not run.is_dir():
         raise ValueError(
-            f"no such folder: {path!r} (a run or a checkpoint that train.py has written)"
+            f"no such folder: {path!r} (a run or a checkpoint, which train.py writes, or"
+            " `huggingface.py import` of other weights)"
         )
     if (run / "manifest.json").exists():
         return run

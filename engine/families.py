@@ -65,6 +65,7 @@ class Family:
     keys: dict = field(default_factory=lambda: column(KEYS, 1))
     names: dict = field(default_factory=lambda: column(NAMES, 1))
     prefix: str = "model."  # of all names there but the head's
+    described: str = "config.json"  # where its settings stand
 
 
 PLAIN = dict(norm_weight=True, embed_norm=False, qk_norm=False, logit_cap=0.0)  # unlike our default
@@ -276,7 +277,8 @@ def fit(family: Family, c: GPTConfig, found: dict[str, Stored], source: str) -> 
     largest = max((n for w in found.values() if prod(w.shape) for n in w.shape), default=0)
     for size in (c.vocab_size, c.n_embd, c.mlp_dim, c.n_head * c.head_dim):
         if size > largest:
-            raise ValueError(f"{source}: no tensor has the size {size} that config.json implies")
+            where = family.described
+            raise ValueError(f"{source}: no tensor has the size {size} that {where} implies")
     there = layout(family, c)
     implied = {name: [*join(family, w, c.head_dim).shape] for name, w in there.items()}
     unread = {"lm_head.weight"} if c.tied else set()
@@ -285,7 +287,9 @@ def fit(family: Family, c: GPTConfig, found: dict[str, Stored], source: str) -> 
         shape = found[name].shape if name in found else "missing"
         if shape != implied.get(name):
             wanted = implied.get(name, "no such tensor")
-            raise ValueError(f"{name} of {source} is {shape}: its config.json implies {wanted}")
+            raise ValueError(
+                f"{name} of {source} is {shape}: its {family.described} implies {wanted}"
+            )
         if found[name].kind not in FLOATS:
             raise lacking(source, f"{found[name].kind} weights ({name})")
     if family is GPT2 and not any(found[n].read().any() for n in there if n.endswith(".bias")):

@@ -144,25 +144,25 @@ class FastMLP(MLP):
 class FastHead(Head):
     """A vocabulary padded for tensor cores, a cap without tanh, the loss in pieces."""
 
-    def product(self, x: Tensor, embedding: Tensor) -> Tensor:
-        weight = embedding if self.weight is None else self.weight  # (V, C)
+    def product(self, x: Tensor, table: Tensor) -> Tensor:
+        weight = table if self.weight is None else self.weight  # (V, C)
         if x.is_cuda and x.size(-2) > 1:  # tensor cores want a multiple of 64
             weight = padded(weight, weight.dtype)  # never stored
-        return F.linear(x, weight)[..., : embedding.size(0)].float()
+        return F.linear(x, weight)[..., : table.size(0)].float()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        logits, cap = self.product(x, embedding), self.cap
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        logits, cap = self.product(x, table), self.cap
         # the same as cap * tanh(logits / cap); tanh is several times slower on a CPU
         return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
 
-    def cross_entropy(self, x, targets, embedding, reduction, smoothing) -> Tensor:
+    def cross_entropy(self, x, targets, table, reduction, smoothing) -> Tensor:
         """In pieces, but for float16, whose small gradients need scaling first. Whole where kernels
         are compiled: on a GPU by our own, elsewhere by the compiler's, which join these steps."""
-        weight = embedding if self.weight is None else self.weight
+        weight = table if self.weight is None else self.weight
         whole = torch.compiler.is_compiling()
         book = (whole and not has_kernels(x)) or working_type(x) == torch.float16
         if reduction == "none" or book:
-            return super().cross_entropy(x, targets, embedding, reduction, smoothing)
+            return super().cross_entropy(x, targets, table, reduction, smoothing)
         x, targets = x.flatten(0, -2), targets.flatten()
         if whole:
             from engine.kernels import token_losses

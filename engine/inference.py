@@ -84,7 +84,7 @@ class WideEmbedding(fast.FastEmbedding):
         return super().forward(ids).float()
 
 
-def replace_linears(module: nn.Module, kind, embedding: Tensor) -> None:
+def replace_linears(module: nn.Module, kind, table: Tensor) -> None:
     """Gives one module of a model linear layers of another kind."""
     if type(module) is fast.FastAttention:
         layers = (module.wq, module.wk, module.wv)
@@ -93,7 +93,7 @@ def replace_linears(module: nn.Module, kind, embedding: Tensor) -> None:
         del module.wq, module.wk, module.wv
         module.__class__ = JoinedAttention
     elif type(module) is fast.FastHead:
-        weight = embedding if module.weight is None else module.weight
+        weight = table if module.weight is None else module.weight
         module.weight = None
         module.layer = kind(weight, None)
         module.__class__ = ReadyHead
@@ -114,14 +114,14 @@ class JoinedAttention(fast.FastAttention):
 class ReadyHead(fast.FastHead):
     """A head with a layer of another kind."""
 
-    def product(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def product(self, x: Tensor, table: Tensor) -> Tensor:
         return self.layer(x).float()
 
-    def cross_entropy(self, x, targets, embedding, reduction, smoothing) -> Tensor:
+    def cross_entropy(self, x, targets, table, reduction, smoothing) -> Tensor:
         """With the weights as they are read: of eight bits, if they have those."""
         weight = getattr(self.layer, "weight", None)
         if weight is None:  # packed, say: by the logits
-            return Head.cross_entropy(self, x, targets, embedding, reduction, smoothing)
+            return Head.cross_entropy(self, x, targets, table, reduction, smoothing)
         return super().cross_entropy(x, targets, weight, reduction, smoothing)
 
 

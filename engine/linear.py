@@ -58,7 +58,7 @@ class Fastest:
 
 
 class OneOrSeveral(Fastest):
-    """As `Fastest`, with a second form beside the first where several rows are read sooner so: then
+    """As `Fastest`, with a second form beside the first where several rows are read faster so: then
     the weights take memory twice."""
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:

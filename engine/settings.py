@@ -79,7 +79,9 @@ def settings_of(cls) -> dict[str, Setting]:
     found = {}
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(f.type):
-            found |= settings_of(f.type)
+            own = getattr(f.default_factory, "keywords", {})  # of this one alone, as in plan.py
+            inside = settings_of(f.type).items()
+            found |= {n: line._replace(default=own.get(n, line.default)) for n, line in inside}
         elif f.default is not dataclasses.MISSING:
             if f.name not in comments:  # a formatter has wrapped it, say
                 raise ValueError(
@@ -220,11 +222,12 @@ INIT_FROM = dict(gpt2="huggingface.py import makes one", resume="the same comman
 def unknown(name: str, known, where: str, owner=lambda name: "") -> ValueError:
     if of := owner(name):
         return ValueError(f"{name} is a setting of {of}: choose that, or leave it out")
-    near = [NANOGPT[name]] if NANOGPT.get(name) in known else []
-    if not near and name in ELSEWHERE:
+    names = {theirs: ours for theirs, ours in NANOGPT.items() if ours in known}
+    if name not in names and name in ELSEWHERE:
         return ValueError(f"unknown setting {name!r} in {where}: {ELSEWHERE[name]}")
-    near = near or difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+    names |= {ours: ours for ours in known}  # lerning_rate is near one of theirs
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {names[near[0]]}?" if near else "--help lists them all"
     return ValueError(f"unknown setting {name!r} in {where}: {hint}")
 
 

@@ -82,7 +82,7 @@ class Strip:
 
     def __init__(self, paths: list[Path], kind: str = "text", text_bytes: int | None = None):
         self.paths, self.kind, self.text_bytes = paths, kind, text_bytes
-        self.shards = [open_shard(path).view(np.ndarray) for path in paths]  # sooner sliced
+        self.shards = [open_shard(path).view(np.ndarray) for path in paths]  # faster to slice
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.tokens = int(self.ends[-1])
 

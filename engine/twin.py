@@ -34,8 +34,8 @@ def generate(
     """`generate` of generate.py, with the products, the threads and the number type of sample.py.
 
     `speculate` is "lookup", or a smaller model with the same tokenizer, see speculate.py: the same
-    sooner, for one sample. `dtype` is that of the products: "auto" takes what sample.py takes here,
-    which may be bfloat16; a model that is not of float32 keeps its own.
+    text, faster, for one sample. `dtype` is that of the products: "auto" takes what sample.py takes
+    here, which may be bfloat16; a model that is not of float32 keeps its own.
     """
     if speculate and num_samples > 1:
         raise ValueError(f"num_samples={num_samples} should be 1 with speculate")

@@ -11,10 +11,9 @@ A chapter is a page of docs/learn and a file here. The page has all the words, t
     def third_token(): ...; return 0.7109           lessons/attention.py: QUESTIONS, in their order
 
 So another language is another page, and no code; what the code itself has to say (a mistake, what
-a check has found) it says in English, of which messages.zh.md has the Chinese. What a question
-prints are numbers and names of the code; answers are numbers or letters. Exercises have no answer
-on the page: `CHECKS` of the file look at what the reader has written, and docs/learn/answers has
-what passes.
+a check has found, what a question prints) it says in English, of which messages.zh.md has the
+Chinese. Answers are numbers or letters. Exercises have no answer on the page: `CHECKS` of the file
+look at what the reader has written, and docs/learn/answers has what passes.
 """
 
 import ast

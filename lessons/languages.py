@@ -4,9 +4,10 @@
     ## 为什么                      04.zh.md: the same sections, in the same order, each with
     <!-- en: 1a2b3c4d -->         the digest of the English section that it renders
 
-Code, numbers, pictures and links are equal, and the words between them Chinese. Who changes English
-changes its digest, and `differences` tells. Who has brought the Chinese up to date then writes
-what the digest is now: python learn.py 4 --digests. docs/learn/glossary.zh.md has the terms.
+Code, numbers, pictures and links are equal, and the words between them Chinese; only learn.py is
+told the language. Who changes English changes its digest, and `differences` tells. Who has brought
+the Chinese up to date then writes what the digest is now: python learn.py 4 --digests.
+docs/learn/glossary.zh.md has the terms.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ DIGEST = re.compile(r"^<!-- en: (\w*) -->\n", re.MULTILINE)
 PICTURE = re.compile(r"!\[.*?\]\((.*?)\)")
 LINK = re.compile(r"\]\(([^)]*)\)")
 CODE = re.compile(r"`([^`]+)`")
+LEARN = re.compile(r"^(python learn\.py \d+)(?!.* --language)", re.MULTILINE)
 NUMBER = re.compile(r"(?<![A-Za-z0-9])[0-9]+(?:[.,][0-9]+)*(?:\.[a-z]\b)?")  # 0.5; 4.a; not AVX2
 MILLIONS = re.compile(r"([0-9.]+) (?:million|M)\b")  # 2.3 million is 230 万 in Chinese
 YI = re.compile(r"([0-9.]+) 亿")  # 163 million, 16,300 万, is 1.63 亿
@@ -84,10 +86,15 @@ def stamped(english: str, chinese: str) -> str:
 
 
 def with_code(ours: str, theirs: str) -> str:
-    code = FENCED.findall(theirs)
+    code = FENCED.findall(spoken(theirs))
     if len(code) != len(FENCED.findall(ours)):
         return ours  # `differences` will say so
     return FENCED.sub(lambda _: code.pop(0), ours)
+
+
+def spoken(section: str) -> str:
+    """An English section whose commands are those of a Chinese page."""
+    return FENCED.sub(lambda code: LEARN.sub(r"\1 --language=zh", code[0]), section)
 
 
 def shared(section: str) -> dict[str, object]:
@@ -120,7 +127,7 @@ def differences(english: str, chinese: str) -> list[str]:
         return [f"other sections: levels {levels[0]} in English, {levels[1]} in Chinese"]
     found = []
     for theirs, ours in zip(there, here, strict=True):
-        left, right = shared(theirs), shared(ours)
+        left, right = shared(spoken(theirs)), shared(ours)
         right["quoted"] &= left["quoted"]  # the Chinese may quote more
         found += [
             f"{title(ours)}: other {kind}: {unlike(left[kind], right[kind])}"

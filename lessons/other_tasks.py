@@ -1,4 +1,4 @@
-"""Chapter 10: rows and what counts in them, masks, hidden tokens, preferences, rewards."""
+"""Chapter 10: rows and what counts in them, masks, hidden tokens, preferences, rewards, codes."""
 
 import math
 
@@ -70,7 +70,21 @@ def rewarded() -> float:
     return reward.advantages(np.array([[1, 0, 0, 0]], np.float32))[0, 0].item()
 
 
-QUESTIONS = (counted, prefix, hidden, preferred, rewarded)
+def exchanged() -> float:
+    """Two sentences through two codes, by a decoder that reads the code and by one that does not:
+    what it costs to take the other sentence's code."""
+    sure, unsure = torch.eye(2), torch.full((2, 2), 0.5)  # q(z|x) of an encoder: a row each x
+    more = {}
+    for name, q, p in (("A", sure, 0.6 * sure + 0.2), ("B", unsure, unsure)):
+        nats = -(q @ p.log()).diagonal().mean().item()  # p(x|z) has a row for each z
+        kl = torch.xlogy(q, q / 0.5).sum(dim=1).mean().item()  # both codes are equally likely
+        more[name] = -(q.flip(0) @ p.log()).diagonal().mean().item() - nats
+        print(f"{name}   -ln p(x|z) {nats:.3f}   KL {kl:.3f}   -ELBO {nats + kl:.3f}")
+        print(f"    z exchanged: {more[name]:+.3f}")
+    return more["A"]
+
+
+QUESTIONS = (counted, prefix, hidden, preferred, rewarded, exchanged)
 
 
 # --- checks

@@ -71,7 +71,7 @@ def shuffled() -> str:
             one, two = (torch.tensor([list(t.encode())]) for t in (text, other))
             with mock.patch.object(model, "rotate", rotate):
                 found[name, layers] = (net(one) - net(two))[0, -1].abs().max().item()
-            print(f"positions {name:6}  layers {layers}   |change| {found[name, layers]:.4f}")
+            print(f"positions {name:6}  layers {layers}   change {found[name, layers]:.4f}")
     same = [found["none", layers] < 1e-4 for layers in (1, 2)]
     return {(True, True): "a", (True, False): "b", (False, False): "c"}[tuple(same)]
 

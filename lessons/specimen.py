@@ -5,8 +5,9 @@ inside it.
     python train.py config/specimen.py
     python -m lessons.specimen out/specimen
 
-made `specimen/`, a checkpoint like any other but without the state of its optimizer: the last
-command measures how well a run copies and keeps it if that is good enough.
+made `specimen/`, a checkpoint like any other but without the state of its optimizer, and with an
+end-of-text that begins every prompt: the last command measures how well a run copies and keeps it
+if that is good enough.
 """
 
 import math
@@ -98,6 +99,8 @@ def main(argv: list[str]) -> None:
     with atomic_folder(FOLDER, replace=True) as new:
         for name in ("model.safetensors", *checkpoint.NEEDED):
             (new / name).write_bytes((path / name).read_bytes())
+        tokenizer.begin = [tokenizer.end_of_text]  # before a prompt as well: half a line is no task
+        tokenizer.save(new)
         write_manifest(new)
     print(f"wrote {FOLDER.name}: {model.num_parameters():,} parameters")
 

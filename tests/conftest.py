@@ -17,6 +17,7 @@ CODE = [
 ]  # no tests
 sys.path.insert(0, str(ROOT))
 os.environ.pop("PYTHONUNBUFFERED", None)  # as on most machines
+os.environ["LC_ALL"] = "C.UTF-8"  # learn.py speaks the machine's language
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: equal bits, and small work anyway
 
 # a tiny model and a short run; tests add what they need

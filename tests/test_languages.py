@@ -92,6 +92,7 @@ def test_a_change_in_one_language_alone_is_told_and_no_other():
         assert told in said
     for there, here, told in [
         ("# try", "# 试试", "code blocks"),
+        ("4 --language=zh  #", "4  #", "code blocks"),
         ("0.25", "0.52", "numbers"),
         ("130 万", "13 万", "numbers"),
         ("4.a", "4.b", "numbers"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CODE, ROOT
 
 import learn
 import lessons
@@ -47,6 +47,7 @@ def test_the_specimen_is_small_and_whole_and_git_keeps_it():
     }
     model, tokenizer = specimen.load()  # which verifies every byte
     assert (model.num_parameters(), tokenizer.vocab_size) == (41_248, 257)
+    assert tokenizer.encode_prompt("a|") == [256, 97, 124]  # as it has read each line
     header = (specimen.FOLDER / "model.safetensors").read_bytes()
     assert b"__metadata__" not in header[: 8 + int.from_bytes(header[:8], "little")]
     if shutil.which("git"):
@@ -126,7 +127,10 @@ def test_every_answer_on_a_page_is_what_the_code_gives(number, capsys):
     torch.set_num_threads(1)
     pages = [path for path in PAGES if path.name.startswith(f"{number:02}.")]
     computed = [question() for question in lessons.chapter(number).QUESTIONS]
-    assert capsys.readouterr().out.count("\n") >= 2 * len(computed)  # and it shows how
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) >= 2 * len(computed)  # how it comes about
+    sentences = [line for line in shown if re.search(r"\b[a-z]{2,} [a-z]{2,}\b", line)]
+    assert all(lessons.said(line, "zh") != line for line in sentences), sentences
     for path in pages:
         asked = lessons.questions(path)
         assert [q.number for q in asked] == [f"{number}.{i + 1}" for i in range(len(computed))]
@@ -148,6 +152,27 @@ def test_links_lead_somewhere_and_line_numbers_are_those_of_today(path):
         if anchor and not re.fullmatch(r"L\d+-L\d+", anchor):
             titles = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+
+
+def figures_not_found(paragraph: str) -> list[str]:
+    """Of a paragraph that quotes pages of docs/: decimals that stand in none, rounded or not."""
+    pages = re.findall(r"(?:\]\(\.\./|\(docs/)(\w+\.md)", paragraph)
+    texts = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in pages]
+    there = [float(x) for text in texts for x in re.findall(r"\d+\.\d+", text.replace(",", ""))]
+    # not our figures: names of papers, code, and the numbers of questions
+    words = re.sub(r"\]\(.*?\)|`[^`]*`|arXiv:\S+|question \d+\.\d+", "", paragraph)
+    told = re.findall(r"(?<![\w.])\d+\.\d+", words.replace(",", "")) if pages else []
+    return [x for x in told if not any(f"{y:.{len(x.partition('.')[2])}f}" == x for y in there)]
+
+
+@pytest.mark.parametrize(
+    "path", [*map(lessons.page, NUMBERS), ROOT / "docs" / "log.md"], ids=lambda path: path.name
+)
+def test_figures_quoted_from_another_page_stand_there(path):
+    paragraphs = re.split(r"\n\n", path.read_text(encoding="utf-8"))
+    assert [x for paragraph in paragraphs for x in figures_not_found(paragraph)] == []
+    stale = "Reading brings 2.7 points, to 76.55 ([docs/tasks.md](../tasks.md#mr))."
+    assert figures_not_found(stale) == ["76.55"]
 
 
 def test_line_numbers_follow_the_code_and_a_name_that_is_gone_is_told():
@@ -283,6 +308,7 @@ def test_predictions_are_compared_and_none_are_needed(capsys, monkeypatch):
     learn.main(["4"])
     silent = capsys.readouterr().out
     assert silent.count("= 0.503\n") == 1
+    assert "predict by --answer=" in silent  # what is piped is not read
     assert RIGHT not in silent
     learn.main(["4", "--answer=0.52,64,0,b"])  # the last is left open
     told = capsys.readouterr().out
@@ -371,12 +397,18 @@ def messages() -> set[str]:
 
 
 def test_every_message_to_a_reader_has_its_chinese():
-    rows = lessons.ROW.findall((lessons.PAGES / "messages.zh.md").read_text(encoding="utf-8"))[1:]
+    tables = (lessons.PAGES / "messages.zh.md").read_text(encoding="utf-8").split("\n## ")
+    rows, printed = (lessons.ROW.findall(table)[1:] for table in tables)
     authors = {text for text in messages() if "names it" in text or "not rendered" in text}
     assert len(authors) == 2
-    chapter = "chapter={} should be a number from 0 to {}"  # of engine/settings.py
-    assert {english for english, _ in rows} == messages() - authors | {chapter}
-    for english, chinese in rows:
+    told = {english for english, _ in rows}
+    assert told >= messages() - authors
+    of_settings = {re.match(r"\w+", english)[0] for english in told - messages()}
+    assert of_settings == {"chapter", "language", "unknown", "unexpected"}
+    code = "".join(path.read_text(encoding="utf-8") for path in CODE)
+    for english, _ in printed:
+        assert all(part.strip(" =") in code for part in re.split("{}|: ", english)), english
+    for english, chinese in {*rows, *printed}:
         values = [f"<{i}>" for i in range(english.count("{}"))]
         said = lessons.said(english.format(*values), "zh")
         assert said == chinese.format(*values)  # by its own row
@@ -398,10 +430,27 @@ def test_mistakes_are_told_in_the_language_of_the_lesson(tmp_path, monkeypatch, 
         learn.main(["4", "--language=zh", "--answer=many"])
     learn.main(["4", "--language=zh", "--answer=0.3"])
     assert "✗ 你答的是 0.3，应是 0.503\n" in capsys.readouterr().out
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    for argv, words in (
+        (["x", "4"], "多出一个参数 '4'"),
+        (["99"], "chapter='99' 不对：应是 0 到 12 之间的一个数"),
+        (["4", "--langauge=en"], "是不是想写 language"),
+        (["4", "--language=auto", "--answer=many"], "预测 'many' 应是一个数"),
+        (["4", "--lang=en", "--answer=many"], "the prediction 'many' should be a number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            learn.main(argv)
+    monkeypatch.delenv("LC_ALL")
+    monkeypatch.setenv("LANG", "C.UTF-8")
+    with pytest.raises(ValueError, match="language='fr' should be one of auto, en, zh"):
+        learn.main(["4", "--lang", "fr"])
+    capsys.readouterr()
     words = iter(["many", "0.5"])
     monkeypatch.setattr(learn, "ask", lambda: next(words, ""))
     learn.main(["4", "--language=zh"])
-    assert "预测 'many' 应是一个数\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "预测 'many' 应是一个数\n" in told
+    assert "16 个权重里最大的，平均：0.83   softmax(q.k)\n" in told
 
 
 def test_a_file_that_is_wrong_ends_with_status_2(tmp_path):

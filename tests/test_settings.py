@@ -172,11 +172,13 @@ def test_settings_need_no_torch():
 
 
 def test_help_shows_every_setting_with_comment_and_default(capsys):
+    import plan
     import prepare
     import sample
     import train
 
-    for script in (prepare, sample, train):
+    assert settings_of(plan.Settings)["block_size"].default == 2048  # its own, not GPTConfig's
+    for script in (plan, prepare, sample, train):
         with pytest.raises(SystemExit) as e:
             script.main(["--help"])
         assert e.value.code == 0
@@ -229,6 +231,8 @@ def test_names_of_nanogpt_are_answered_with_ours_and_the_page_has_them_all():
         assert f"`{theirs}`" in table and f"`{ours}`" in table
     with pytest.raises(ValueError, match="'max_iters' in the command line: did you mean steps"):
         train.read_settings(["--max_iters=100"])
+    with pytest.raises(ValueError, match="'lerning_rate' in the command line: did you mean lr?"):
+        train.read_settings(["--lerning_rate=1"])
     with pytest.raises(ValueError, match="'backend' in the command line: torchrun chooses it"):
         train.read_settings(["--backend=nccl"])
     with pytest.raises(ValueError, match="'out_dir' .*: the run stands first, as in sample.py out"):
