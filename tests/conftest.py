@@ -165,6 +165,17 @@ def train(data, tmp_path):
     return run
 
 
+@pytest.fixture
+def threads_in_name(monkeypatch):
+    """torch says that it has the threads that it is told to have, and goes on with one: more than
+    one, beside another test, wait for each other longer than they work."""
+    import torch
+
+    told = [torch.get_num_threads()]
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
+
+
 def script(name: str, *argv: str, **options) -> str:
     """Runs a script in a Python of its own and returns what it printed."""
     command = [sys.executable, str(ROOT / name), *map(str, argv)]

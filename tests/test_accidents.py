@@ -4,6 +4,7 @@ Each test runs in the folder that mistakes.py describes.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import mistakes
 import pytest
 from conftest import ROOT
@@ -214,11 +216,15 @@ def test_output_that_cannot_be_written(place):
 
 
 def test_a_reader_that_has_seen_enough(place):
-    argv = [sys.executable, str(ROOT / "sample.py"), "run", "--max_tokens=1000"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()  # as `| head -1` does, a little later
-        assert process.wait(timeout=60) == 141  # as the shell has it
-        assert process.stderr.read() == b""
+    apart = functools.partial(errors_into, place / "errors.txt")
+    process = forked.Forked("sample.py", place / "run", "--max_tokens=1000", before=apart)
+    process.stdout.close()  # as `| head -1` does, a little later
+    assert process.wait() == 141  # as the shell has it
+    assert (place / "errors.txt").read_text() == ""
+
+
+def errors_into(path: Path) -> None:
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="POSIX only")

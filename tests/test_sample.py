@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, script
@@ -359,10 +361,9 @@ class Terminal:
         pty = pytest.importorskip("pty", reason="no terminals to play with on Windows")
         self.ours, theirs = pty.openpty()
         self.shown = ""
-        command = [sys.executable, str(ROOT / "sample.py"), str(run), "--interactive"]
-        self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-        )
+        begin = partial(sits_at, os.ttyname(theirs))
+        self.process = forked.Forked("sample.py", run, "--interactive", before=begin)
+        self.until("> ")
         os.close(theirs)
 
     def type(self, text: str) -> None:
@@ -394,9 +395,16 @@ class Terminal:
         return shown
 
 
+def sits_at(terminal: str) -> None:
+    """Makes a terminal that of this process."""
+    os.setsid()
+    for number in range(3):
+        os.dup2(os.open(terminal, os.O_RDWR), number)
+    sys.stdin = open(0, closefd=False)
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_session(run):
     terminal = Terminal(run)
-    terminal.until("> ")
     terminal.type("/max_tokens 1000000\n")
     terminal.until("max_tokens=1000000")
     terminal.until("> ")
