@@ -246,7 +246,13 @@ def test_whatever_json_is_sent_the_validator_answers_or_refuses(run, talker):
     tokenizer = load_model(str(talker))[1]
     served = protocol.Served("m", tokenizer, 128, 4)
 
-    @hypothesis.settings(max_examples=120, deadline=None, database=None, derandomize=True)
+    @hypothesis.settings(
+        max_examples=120,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # of a machine that is busy
+    )
     @hypothesis.given(
         body, st.just({}) | st.fixed_dictionaries(dict(messages=turns)), st.booleans()
     )
