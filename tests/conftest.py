@@ -1,7 +1,6 @@
-"""What the tests share: one small text, one prepared data set, one way to run a script."""
+"""What the tests share: one small text, one prepared data set, one way to train."""
 
 import os
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,11 +173,3 @@ def threads_in_name(monkeypatch):
     told = [torch.get_num_threads()]
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
-
-
-def script(name: str, *argv: str, **options) -> str:
-    """Runs a script in a Python of its own and returns what it printed."""
-    command = [sys.executable, str(ROOT / name), *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
