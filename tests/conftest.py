@@ -1,7 +1,6 @@
-"""What the tests share: one small text, one prepared data set, one way to run a script."""
+"""What the tests share: one small text, one prepared data set, one way to train."""
 
 import os
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,9 +165,12 @@ def train(data, tmp_path):
     return run
 
 
-def script(name: str, *argv: str, **options) -> str:
-    """Runs a script in a Python of its own and returns what it printed."""
-    command = [sys.executable, str(ROOT / name), *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def threads_in_name(monkeypatch):
+    """torch says that it has the threads that it is told to have, and goes on with one: more than
+    one, beside another test, wait for each other longer than they work."""
+    import torch
+
+    told = [torch.get_num_threads()]
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])

@@ -361,7 +361,7 @@ def test_stopped_at_random_moments(data, tmp_path, stops, launcher, uninterrupte
 @pytest.mark.cpu  # where a step takes long enough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(data, tmp_path, number):
-    slow = ["--n_embd=256", "--n_layer=4", "--batch_tokens=4096", "--steps=100"]
+    slow = ["--n_embd=256", "--n_layer=2", "--batch_tokens=4096", "--steps=100"]
     process = start(data, tmp_path / "run", *slow)
     wait_for(lambda: read_metrics(tmp_path / "run"), process)
     process.send_signal(number)

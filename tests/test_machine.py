@@ -238,14 +238,11 @@ def test_a_container_has_the_cores_that_it_was_given(tmp_path, monkeypatch, grou
 
 
 @pytest.fixture
-def free_threads(monkeypatch):
+def free_threads(monkeypatch, threads_in_name):
     """As if OMP_NUM_THREADS were not set, on a machine of four cores."""
-    before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "AVAILABLE", 4)
     monkeypatch.setattr(threads, "quota", lambda: float("inf"))
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_number_of_threads_is_kept_on_resume(train, capsys, free_threads):

@@ -1,239 +1,40 @@
 """What users do wrong: each mistake gets one clear sentence and status 2, and damages nothing.
 
 A case is a script, its arguments, what the sentence must name, and what is made ready before. It
-runs in a folder that holds:
-
-    docs/  one.txt   some documents, one document
-    data/            docs, prepared as bytes
-    run/             a tiny model of data, 4 steps, checkpoints after 2 and 4
-    empty.py         a config file without settings
-
-Afterwards that folder must hold the same names and bytes as before.
+runs in the folder that mistakes.py describes.
 """
 
-import contextlib
-import gc
-import gzip
-import hashlib
 import importlib
 import json
 import os
-import random
 import shutil
-import signal
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
+import mistakes
 import pytest
+from mistakes import (
+    BYTES,
+    CHECKPOINT,
+    HUGE,
+    NOISE,
+    RESUME,
+    SAMPLE,
+    TRAIN,
+    both,
+    check_mistake,
+    cut,
+    edit,
+    flip,
+    forge,
+    gz,
+    header,
+    parquet,
+    remove,
+    torn_parquet,
+    write,
+)
 
-from engine import settings
-
-ROOT = Path(__file__).parent.parent
-BYTES = ["--tokenizer=bytes", "--workers=1"]
-TINY = "--steps=4 --eval_every=2 --save_every=2 --batch_tokens=256 --block_size=32 --n_layer=1"
-TINY += " --n_embd=32 --n_head=2 --sample_tokens=0 --dtype=float32 --log_every=1 --device=cpu"
-TRAIN = ["empty.py", "--data=data", "--out=new", *TINY.split()]  # a new run, but for the mistake
-RESUME = ["empty.py", "--data=data", "--out=run", *TINY.split()]  # the run that is there
-SAMPLE = ["run", "--max_tokens=2"]
-
-
-# --- the world in which mistakes are made
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    rng = random.Random(0)
-    lines = ["".join(rng.choices(["sun ", "moon ", "är ", "a "], k=8)) + "\n" for _ in range(600)]
-    (folder / "docs").mkdir()
-    for i in range(30):
-        (folder / "docs" / f"{i}.txt").write_text("".join(lines[20 * i :][:20]), encoding="utf-8")
-    (folder / "one.txt").write_text("".join(lines), encoding="utf-8")
-    (folder / "empty.py").write_text("")
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        prepare = ["docs", "--out=data", "--val=0.2", "--test=0.1", *BYTES]
-        importlib.import_module("prepare").main(prepare)
-        with same_signals():
-            importlib.import_module("train").main(RESUME)
-    finally:
-        os.chdir(here)
-    return folder
-
-
-@pytest.fixture
-def place(world, tmp_path, monkeypatch) -> Path:
-    """A copy of the world, and the current folder for one test."""
-    folder = tmp_path / "place"
-    shutil.copytree(world, folder)
-    monkeypatch.chdir(folder)
-    return folder
-
-
-class same_signals:
-    """train.py takes over the signals of its process, which here is pytest."""
-
-    def __enter__(self):
-        names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-        self.before = {n: signal.getsignal(getattr(signal, n)) for n in names}
-
-    def __exit__(self, *_):
-        for name, handler in self.before.items():
-            signal.signal(getattr(signal, name), handler)
-
-
-def run(script: str, argv: list[str], monkeypatch) -> int:
-    """Runs a script in this process, as its last line does; returns the exit status."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
-    with same_signals(), pytest.raises(SystemExit) as ended:
-        settings.run(importlib.import_module(script).main)
-    return ended.value.code or 0
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """All that is in a folder: name to bytes, None for a folder."""
-    paths = folder.rglob("*")
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
-
-
-def skip_without_packages(script: str, argv: list[str]) -> None:
-    """Skips a test of what needs an optional package, where that is not installed."""
-    if script == "plot":
-        pytest.importorskip("matplotlib")
-    if any(word.endswith(".parquet") for word in argv):
-        pytest.importorskip("pyarrow")
-
-
-def check_sentence(stderr: str, script: str, *named: str) -> None:
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, stderr
-    assert lines[0].startswith(f"{script}.py: error: "), stderr
-    assert len(lines[0]) <= 400, "overlong"
-    for name in named:
-        assert name in lines[0], f"{name!r} is not named in: {lines[0]}"
-
-
-def check_mistake(script, argv, named, monkeypatch, capsys) -> None:
-    before = contents(Path())
-    capsys.readouterr()
-    status = run(script, argv, monkeypatch)
-    captured = capsys.readouterr()
-    assert status == 2, captured.out + captured.err
-    check_sentence(captured.err, script, *named)
-    after = contents(Path())
-    left, lost = sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
-    assert not left, f"left behind: {left}"
-    assert not lost, f"lost: {lost}"
-    changed = [name for name in before if before[name] != after[name]]
-    assert not changed, f"changed: {changed}"
-
-
-# --- ways to spoil a file
-
-
-def write(path: str, content: str | bytes = b""):
-    data = content.encode() if isinstance(content, str) else content
-
-    def make():
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(data)
-
-    return make
-
-
-def remove(path: str):
-    return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
-
-
-def cut(path: str, size: int):
-    return lambda: os.truncate(path, size)
-
-
-def flip(path: str, position: int):
-    """Inverts one byte."""
-
-    def make():
-        content = bytearray(Path(path).read_bytes())
-        content[position] ^= 0xFF
-        Path(path).write_bytes(content)
-
-    return make
-
-
-def edit(path: str, old: str, new: str):
-    def make():
-        text = Path(path).read_text(encoding="utf-8")
-        assert old in text
-        Path(path).write_text(text.replace(old, new), encoding="utf-8")
-
-    return make
-
-
-def both(*steps):
-    return lambda: [step() for step in steps]
-
-
-def gz(text: str, size: int | None = None, spoil: int | None = None) -> bytes:
-    content = bytearray(gzip.compress(text.encode(), mtime=0)[:size])
-    if spoil is not None:
-        content[spoil] ^= 0xFF
-    return bytes(content)
-
-
-def parquet(path: str, **columns):
-    def make():
-        pa = pytest.importorskip("pyarrow")
-        importlib.import_module("pyarrow.parquet").write_table(pa.table(columns), path)
-
-    return make
-
-
-def torn_parquet(path: str):
-    """Whole at its end, where the schema is, and spoiled in the middle."""
-
-    def make():
-        pa = pytest.importorskip("pyarrow")
-        rows = {"text": [f"row number {i}, some text" for i in range(3000)]}
-        options = dict(compression="none", use_dictionary=False)
-        importlib.import_module("pyarrow.parquet").write_table(pa.table(rows), path, **options)
-        content = bytearray(Path(path).read_bytes())
-        content[200:600] = b"\xaa" * 400
-        Path(path).write_bytes(content)
-
-    return make
-
-
-def forge(file: str, content):
-    """Replaces a file of the newest checkpoint, or changes its JSON, and its manifest agrees."""
-
-    def make():
-        path = Path(CHECKPOINT) / file
-        if callable(content):
-            state = json.loads(path.read_text())
-            content(state)
-            path.write_text(json.dumps(state))
-        else:
-            path.write_bytes(content)
-        manifest = json.loads((Path(CHECKPOINT) / "manifest.json").read_text())
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        manifest[file] = dict(size=path.stat().st_size, sha256=digest)
-        (Path(CHECKPOINT) / "manifest.json").write_text(json.dumps(manifest))
-
-    return make
-
-
-def header(**tensors) -> bytes:
-    """A safetensors file that has nothing but its header."""
-    text = json.dumps(tensors).encode()
-    return struct.pack("<Q", len(text)) + text
-
-
-HUGE = dict(dtype="F32", shape=[10**9, 4], data_offsets=[0, 16 * 10**9])
-NOISE = "".join(random.Random(1).choices("abcdefghij \n", k=5000))
-CHECKPOINT = "run/step-00000004"
+place = mistakes.place
 
 
 # --- the table: name, script, arguments, what must be named, what is made ready before
@@ -529,20 +330,7 @@ PLOTTING = [
     plot("unknown picture format", ["run", "--out=a.xyz"], "xyz"),
 ]
 
-TABLE = PREPARE + CONFIG + TRAINING + RESUMING + SAMPLING + FORGED + PLOTTING
-
-
-@pytest.mark.parametrize("script, argv, named, ready", TABLE)
-def test_mistake(script, argv, named, ready, place, monkeypatch, capsys):
-    skip_without_packages(script, argv)
-    if ready:
-        ready()
-    check_mistake(script, argv, named, monkeypatch, capsys)
-
-
-# --- mistakes that were found to be handled badly, each once
-
-
+# mistakes that were found to be handled badly, each once
 FOUND = [
     # a corrupt gzip raises zlib.error; a plain text is read outside the `try` of file_documents
     prepare("corrupt gzip", ["r.txt.gz"], "r.txt.gz", write("r.txt.gz", gz(NOISE, None, 500))),
@@ -599,228 +387,23 @@ FOUND = [
            write(f"{CHECKPOINT}/manifest.json", "{}")),
 ]  # fmt: skip
 
+TABLE = PREPARE + CONFIG + TRAINING + RESUMING + SAMPLING + FORGED + PLOTTING + FOUND
 
-@pytest.mark.parametrize("script, argv, named, ready", FOUND)
-def test_mistake_found(script, argv, named, ready, place, monkeypatch, capsys):
-    skip_without_packages(script, argv)
+
+def skip_for_packages(script: str, argv: list[str], named: list[str]) -> None:
+    """Skips a test where an optional package is not installed, or is, though it should not."""
+    if script == "plot":
+        pytest.importorskip("matplotlib")
     for package in ("tensorboard", "wandb"):
         if package in str(named) and importlib.util.find_spec(package):
             pytest.skip(f"{package} is installed")
+    if any(word.endswith(".parquet") for word in argv):
+        pytest.importorskip("pyarrow")
+
+
+@pytest.mark.parametrize("script, argv, named, ready", TABLE)
+def test_mistake(script, argv, named, ready, place, monkeypatch, capsys):
+    skip_for_packages(script, argv, named)
     if ready:
         ready()
     check_mistake(script, argv, named, monkeypatch, capsys)
-
-
-def test_no_cuda(place, monkeypatch, capsys):
-    torch = importlib.import_module("torch")
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    for script, argv in (("train", TRAIN), ("sample", SAMPLE)):
-        argv = [*argv, "--device=cuda"]
-        check_mistake(script, argv, ["'cuda'", "cpu"], monkeypatch, capsys)
-
-
-def test_two_runs_in_one_folder(place, monkeypatch, capsys):
-    handle = importlib.import_module("engine.resume").lock(Path("run"))
-    check_mistake("train", [*RESUME, "--steps=8"], ["another process", "run"], monkeypatch, capsys)
-    handle.close()
-
-
-def test_a_folder_that_may_not_be_written(place, monkeypatch, capsys):
-    Path("closed").mkdir(mode=0o500)
-    try:
-        if os.access("closed", os.W_OK):
-            pytest.skip("root may write everywhere")
-        check_mistake("prepare", ["docs", "--out=closed/a", *BYTES], "closed", monkeypatch, capsys)
-        check_mistake("train", [*TRAIN, "--out=closed/a"], "closed", monkeypatch, capsys)
-    finally:
-        Path("closed").chmod(0o700)
-
-
-def test_full_disk_while_training(place, monkeypatch, capsys):
-    before = contents(Path("run"))
-    usage = shutil.disk_usage(".")
-    with monkeypatch.context() as m:
-        m.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        assert run("train", [*RESUME, "--steps=8"], m) == 2
-    check_sentence(capsys.readouterr().err, "train", "disk", "MB")
-    gc.collect()  # in one process, the traceback would keep the lock of the run
-    after = contents(Path("run"))
-    kept = [name for name in before if name.startswith("step-")]
-    assert {name: after.get(name) for name in kept} == {name: before[name] for name in kept}
-    assert not [name for name in after if "partial" in name]
-    assert run("train", [*RESUME, "--steps=8"], monkeypatch) == 0  # with room, it goes on
-    assert "resumed from step 4" in capsys.readouterr().out
-
-
-def test_damaged_checkpoint_is_set_aside(place, monkeypatch, capsys):
-    """It is named, and training goes on from the one before."""
-    flip(f"{CHECKPOINT}/model.safetensors", 3000)()
-    assert run("train", RESUME, monkeypatch) == 0
-    captured = capsys.readouterr()
-    assert "step-00000004.corrupt" in captured.out + captured.err
-    assert "resumed from step 2" in captured.out
-
-
-def test_found_all_checkpoints_damaged_starts_afresh(place, monkeypatch, capsys):
-    """Promise 2: "it never silently starts afresh"; and the diary is not thrown away."""
-    metrics = Path("run/metrics.jsonl").read_bytes()
-    for step in (2, 4):
-        flip(f"run/step-0000000{step}/model.safetensors", 3000)()
-    assert run("train", RESUME, monkeypatch) == 2
-    check_sentence(capsys.readouterr().err, "train", "run", "--fresh")
-    assert Path("run/metrics.jsonl").read_bytes() == metrics
-    assert not checkpoint_folders()
-
-
-def checkpoint_folders() -> list[Path]:
-    return [p for p in Path("run").glob("step-*") if p.suffix != ".corrupt"]
-
-
-def test_found_a_run_deletes_what_is_not_its_own(place, monkeypatch, capsys):
-    """--out=. or --out=data must not take other people's *.old and *.partial for its leftovers."""
-    write("docs/thesis.old", "years of work")()
-    write("docs/archive.old/notes.txt", "more years")()
-    write("docs/python.partial/spool_train", "being prepared")()
-    before = contents(Path("docs"))
-    run("train", [*TRAIN, "--out=docs"], monkeypatch)
-    after = contents(Path("docs"))
-    assert {name: after.get(name) for name in before} == before
-
-
-def test_found_fresh_moves_a_folder_that_is_no_run(place, monkeypatch, capsys):
-    run("train", [*TRAIN, "--out=docs", "--fresh"], monkeypatch)
-    assert Path("docs/0.txt").exists(), "the user's own folder was renamed"
-
-
-def test_found_val_0_of_one_document_still_has_a_val_split(place, monkeypatch):
-    argv = ["one.txt", "--val=0", "--test=0.1", "--out=new", *BYTES]
-    assert run("prepare", argv, monkeypatch) == 0
-    meta = json.loads(Path("new/meta.json").read_text(encoding="utf-8"))
-    assert meta["splits"]["val"]["bytes"] == 0
-
-
-def test_found_one_document_without_line_ends_is_split(place, monkeypatch, capsys):
-    """text8, for one, is a single line of 100 MB."""
-    write("line.txt", "some words " * 2000)()
-    status = run("prepare", ["line.txt", "--out=new", *BYTES], monkeypatch)
-    assert status == 0, capsys.readouterr().err
-
-
-def test_found_binary_parquet_columns_become_python_literals(place, monkeypatch):
-    parquet("r.parquet", text=["some café".encode()] * 3)()
-    argv = ["r.parquet", "--val=0", "--test=0", "--out=new", *BYTES]
-    if run("prepare", argv, monkeypatch) == 0:  # or refused
-        assert b"b\0'\0" not in Path("new/train_000000.bin").read_bytes()
-
-
-def test_found_plot_draws_two_runs_of_one_name(place, monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
-    shutil.copytree("run", "other/run")
-    drawn = []
-    real = plt.Axes.plot
-    monkeypatch.setattr(plt.Axes, "plot", lambda *a, **k: drawn.append(k) or real(*a, **k))
-    assert run("plot", ["run", "other/run", "--out=new.png"], monkeypatch) == 0
-    assert len(drawn) == 4  # a training and a validation curve of each
-
-
-def test_found_plot_takes_runs_behind_settings(place, monkeypatch):
-    pytest.importorskip("matplotlib")
-    shutil.copytree("run", "other")
-    assert run("plot", ["run", "--out=new.png", "other"], monkeypatch) == 0
-
-
-# --- in a process of its own
-
-
-def script(name: str, *argv: str, prelude: str = "", **options):
-    """Runs a script; `prelude` is Python that its process runs first."""
-    command = [sys.executable, str(ROOT / name), *argv]
-    if prelude:
-        text = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {prelude}; "
-        text += f"sys.argv = {[name, *argv]!r}; "
-        text += f"runpy.run_path({str(ROOT / name)!r}, run_name='__main__')"
-        command = [sys.executable, "-c", text]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.run(command, encoding="utf-8", timeout=60, **pipes | options)
-
-
-@pytest.mark.parametrize(
-    "name, argv, named",
-    [
-        ("prepare", ["nope.txt", "--out=new"], "'nope.txt'"),
-        ("train", ["empty.py", "--n_layr=3"], "did you mean n_layer?"),
-        ("sample", ["run", "--top_p=0"], "top_p=0.0"),
-        ("plot", ["data"], "data"),
-    ],
-)
-def test_mistake_in_a_process(name, argv, named, place):
-    before = contents(place)
-    done = script(f"{name}.py", *argv)
-    assert done.returncode == 2, done.stdout + done.stderr
-    check_sentence(done.stderr, name, named)
-    assert contents(place) == before
-
-
-def test_mistakes_are_answered_before_torch_is_imported(place):
-    prelude = "sys.modules['torch'] = None"  # importing it would fail
-    for name, argv in (("train.py", [*TRAIN, "--n_embd=33"]), ("sample.py", ["run", "--top_k=-1"])):
-        done = script(name, *argv, prelude=prelude)
-        assert done.returncode == 2, done.stderr
-
-
-def test_full_disk_while_preparing(place):
-    resource = pytest.importorskip("resource")
-    before = contents(place)
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
-    del resource
-    done = script("prepare.py", "one.txt", "--out=new", *BYTES, prelude=limit)
-    assert done.returncode == 2, done.stderr
-    check_sentence(done.stderr, "prepare", "File too large")
-    assert contents(place) == before
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
-def test_output_that_cannot_be_written(place):
-    pytest.importorskip("matplotlib")
-    with open("/dev/full", "w") as full:
-        done = script("plot.py", "run", "--out=new.png", stdout=full)
-    assert done.returncode == 2
-    check_sentence(done.stderr, "plot", "No space left")
-
-
-def test_a_reader_that_has_seen_enough(place):
-    argv = [sys.executable, str(ROOT / "sample.py"), "run", "--max_tokens=1000"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()  # as `| head -1` does, a little later
-        assert process.wait(timeout=60) == 141  # as the shell has it
-        assert process.stderr.read() == b""
-
-
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="POSIX only")
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_found_prepare_stopped_leaves_nothing(name, status, place):
-    """Also when only the main process is told: its workers must not stay behind."""
-    lines = Path("one.txt").read_text(encoding="utf-8")
-    Path("one.txt").write_text("".join(f"{i} {lines}" for i in range(500)), encoding="utf-8")
-    before = contents(place)
-    argv = [sys.executable, str(ROOT / "prepare.py"), "one.txt", "--out=new", *BYTES]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, start_new_session=True)
-    for _ in range(400):  # until the workers are at it
-        if Path("new.partial/new/train_000000.bin").exists():
-            break
-        try:
-            process.wait(0.02)
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    assert process.poll() is None, "too quick for this test"
-    process.send_signal(getattr(signal, name))
-    try:
-        # the pipe ends when the last process that holds it does
-        assert b"Traceback" not in process.communicate(timeout=3)[1]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode in (status, status - 128, 128 - status)
-    assert contents(place) == before

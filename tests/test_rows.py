@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_text
-from test_mistakes import check_mistake, parquet, write
+from mistakes import check_mistake, parquet, write
 
 import prepare
 from dataset import IGNORE, Dataset, layout

@@ -8,12 +8,15 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT
 
 import generate
 import sample
@@ -139,9 +142,11 @@ def test_a_run_opens_at_its_best_step_anywhere_without_its_data(run, tmp_path, m
     assert not best.training and tokenizer.vocab_size == 257
 
 
-def test_as_a_script_it_can_be_piped(run):
-    out = script("sample.py", run, "--prompt_file=-", "--max_tokens=5", input="from a pipe")
-    assert out.startswith("from a pipe")
+def test_as_a_script_it_can_be_piped(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=["from a pipe"]).start()
+    argv = [run, "--prompt_file=-", "--max_tokens=5"]
+    assert "from a pipe" in forked.run("sample.py", *argv, stdin=tmp_path / "pipe")
 
 
 def test_arguments_are_checked_before_torch_is_loaded():
@@ -151,16 +156,12 @@ try:
     sample.main(["x", "--top_p=2"])
 except ValueError as e:
     print(e, "torch" in sys.modules)
-from sample import generate, load_model
-print(generate.__module__, load_model.__module__)
 """
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    assert out.splitlines() == [
-        "top_p=2.0 should be above 0 and at most 1 False",
-        "engine.twin engine.checkpoint",
-    ]
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert out == "top_p=2.0 should be above 0 and at most 1 False\n"
+    assert sample.generate.__module__ == "engine.twin"
+    assert sample.load_model.__module__ == "engine.checkpoint"
 
 
 # --- a conversation
@@ -359,10 +360,9 @@ class Terminal:
         pty = pytest.importorskip("pty", reason="no terminals to play with on Windows")
         self.ours, theirs = pty.openpty()
         self.shown = ""
-        command = [sys.executable, str(ROOT / "sample.py"), str(run), "--interactive"]
-        self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-        )
+        begin = partial(sits_at, os.ttyname(theirs))
+        self.process = forked.Forked("sample.py", run, "--interactive", before=begin)
+        self.until("> ")
         os.close(theirs)
 
     def type(self, text: str) -> None:
@@ -394,9 +394,16 @@ class Terminal:
         return shown
 
 
+def sits_at(terminal: str) -> None:
+    """Makes a terminal that of this process."""
+    os.setsid()
+    for number in range(3):
+        os.dup2(os.open(terminal, os.O_RDWR), number)
+    sys.stdin = open(0, closefd=False)
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_session(run):
     terminal = Terminal(run)
-    terminal.until("> ")
     terminal.type("/max_tokens 1000000\n")
     terminal.until("max_tokens=1000000")
     terminal.until("> ")

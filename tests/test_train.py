@@ -9,7 +9,6 @@ import time
 
 import forked
 import pytest
-import torch
 from conftest import TINY
 from test_optim import OPTIMIZERS
 
@@ -263,14 +262,11 @@ def test_learning_rate_is_tied_to_the_number_of_steps():
 # --- what may change, what is said, what older folders lack
 
 
-def test_what_changes_bits_but_not_the_run_is_said_aloud(train, capsys):
+def test_what_changes_bits_but_not_the_run_is_said_aloud(train, capsys, threads_in_name):
     run = train("run", "--steps=4", "--deterministic=false")
     capsys.readouterr()
     changed = ["--dtype=bfloat16", "--device_batch=2", "--deterministic", "--threads=2"]
-    try:
-        train("run", *changed)
-    finally:
-        torch.set_num_threads(1)
+    train("run", *changed)
     said = capsys.readouterr().out
     assert "resumed from step 4" in said
     for change in (

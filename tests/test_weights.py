@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
-from test_mistakes import check_mistake, contents
+from mistakes import check_mistake, contents
 
 from engine import locked, signatures
 from engine.checkpoint import load_model

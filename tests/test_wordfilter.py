@@ -10,8 +10,8 @@ from itertools import combinations
 
 import pytest
 from conftest import ROOT
+from mistakes import check_sentence
 from test_endings import word_tokenizer
-from test_mistakes import check_sentence
 from test_prepare import everything
 
 import generate
