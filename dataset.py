@@ -32,7 +32,8 @@ Nothing of this is state to be saved. The update of step 1000 with 32 rows learn
 999 * 32 = 31,968 to 31,999 of the endless sequence of epochs (999 updates came before). If an epoch
 has 9,000, that is epoch 31,968 // 9,000 = 3, positions 31,968 - 3 * 9,000 = 4,968 to 4,999 in the
 order that (seed, 3) gives. Rank 1 of 4 takes the second eight. `--show_batch=1000` prints them.
-With several tasks, the number of a window also decides which task it is of: see `turns`.
+With several tasks, the number of a window also decides which task it is of: see `turns` in
+engine/packing.py.
 """
 
 import hashlib

@@ -17,7 +17,8 @@ def pick(
 
     The numbers are float64 on the CPU, the tokens stand where the logits do. Raises ValueError if
     the logits are not finite. To sample in another way, write a function like this one, above all
-    with `invert`, and hand it to `generate` or `answers`, with its own settings by name.
+    with `invert`, and hand it to `generate` or `answers`, with its own settings by name. Ids that
+    are never to be picked come with -inf, and temperature, also 0, is then its own affair.
     """
     require_finite(logits)
 
@@ -26,7 +27,7 @@ def pick(
     if temperature < COLDEST:
         return logits.argmax(dim=-1)
 
-    cumulative, ids = shares(logits, temperature, top_k, top_p)
+    cumulative, ids = shares(logits, temperature, top_k, top_p)  # 2 to 4: below
 
     # 5. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
     #    between the second and the third, so the third token it is. A uniform number falls into an

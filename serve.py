@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from engine import settings
-from engine.settings import AboveZero, Bound, NotNegative, Positive
+from engine.settings import AboveZero, Bound, Count, NotNegative, Positive
 
 Port = Annotated[int, Bound("from 0 to 65535; 0 is any that is free", lambda p: 0 <= p <= 65535)]
 Name = Annotated[str, Bound("without : and spaces", re.compile(r"[^:\s]*").fullmatch)]
@@ -49,6 +49,7 @@ class Settings:
     filtered: Literal["stop", "mask"] = "stop"  # what a word does to an answer: end or become stars
 
     slots: Positive = 8  # answers that are written side by side
+    max_tokens: Count = 0  # the most that an answer may have; 0: what the context holds
     queue: Positive = 64  # answers that may wait for a slot; more are told to come back
     chunk: Positive = 128  # tokens of prompts that are read between two tokens of the others
     connections: Positive = 256  # clients that may be connected at once

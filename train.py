@@ -165,7 +165,9 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
         # faster so; weights, p.grad and the optimizer's sums stay in 32, where a small update to a
         # large number is not rounded away (arXiv:1710.03740)
         with here.autocast():
-            sums = learner(*windows)  # of the loss over all targets; some objectives have several
+            # of the loss over all targets; some objectives have several. For next_token it is
+            # [model.cross_entropy(model.trunk(tokens), targets, "sum")]
+            sums = learner(*windows)
         loss = total(learner.objective, sums, counts)  # sums[0] / counts[0], if there is one
         (loss * scale.value).backward()  # float16 would round small gradients to zero
         mean_loss += loss.detach()

@@ -134,6 +134,7 @@ class Served:
     tokenizer: Tokenizer
     context: int
     slots: int
+    most: int = 0  # tokens of an answer; 0 is no bound but the context
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self):
@@ -207,6 +208,7 @@ def check(body: dict, chat: bool, served: Served, clean: Callable[[str], str]) -
     for prompt in prompts:
         if len(prompt) > served.context:
             too_long(served, "messages" if chat else "prompt", f"{len(prompt)} tokens")
+    most = most if most is not None else served.context if chat else DEFAULT_TOKENS
     stream = flag(body, "stream")
     more = body.get("stream_options") or {}
     if not isinstance(more, dict) or (more and not stream):
@@ -218,7 +220,7 @@ def check(body: dict, chat: bool, served: Served, clean: Callable[[str], str]) -
         before=[said for _, said in found],
         echo=not chat and flag(body, "echo"),
         n=n,
-        max_tokens=most if most is not None else served.context if chat else DEFAULT_TOKENS,
+        max_tokens=min(most, served.most or most),
         seed=number(body, "seed", int, None, -(2**63), 2**64 - 1),
         stop=stops(body),
         options=options,

@@ -86,7 +86,7 @@ class Server:
         size = f"{model.num_parameters():,} parameters, {s.slots} slots of {c.block_size} tokens"
         print(f"machine: {here.why}\n{name}: {size}")
         model = inference.ready(model, s.quantize, s.slots, parts=s.fast)
-        self.served = protocol.Served(name, tokenizer, c.block_size, s.slots)
+        self.served = protocol.Served(name, tokenizer, c.block_size, s.slots, s.max_tokens)
         self.engine = Engine(model, tokenizer, s.slots, s.queue, s.chunk, exact=not s.fast)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.draining = False

@@ -158,8 +158,8 @@ def test_stop_strings_end_an_answer_and_nothing_in_front_of_them_is_lost(served)
 # --- what is counted, filtered, and shown
 
 
-def test_metrics_are_what_was_counted(run):
-    with serving(run, name="tiny") as running:
+def test_metrics_are_what_was_counted_and_no_answer_is_longer_than_the_server_allows(run):
+    with serving(run, name="tiny", max_tokens=7) as running:
         tokens = [
             running.client().completions.create(model="tiny", prompt="abc", max_tokens=n).usage
             for n in (1, 5, 9)
@@ -170,9 +170,9 @@ def test_metrics_are_what_was_counted(run):
             [line] = [line for line in text.splitlines() if line.startswith(name)]
             return float(line.split()[-1])
 
-        assert value("vllm:generation_tokens_total") == sum(
-            usage.completion_tokens for usage in tokens
-        )
+        written = [usage.completion_tokens for usage in tokens]
+        assert written == [1, 5, 7]
+        assert value("vllm:generation_tokens_total") == sum(written)
         assert value("vllm:prompt_tokens_total") == 9
         assert value("vllm:e2e_request_latency_seconds_count") == 3
         assert value("vllm:num_requests_running") == 0
