@@ -193,7 +193,7 @@ def load(
 def peek(name: str, argv: list[str], config: str) -> str | None:
     """What the setting `name`, a plain word, has on the command line, or else in its config file:
     where that decides which settings there are. Mistakes are left for `load` to find."""
-    for word, after in reversed([*zip(argv, [*argv[1:], ""], strict=True)]):
+    for word, after in reversed([*zip(argv, [*argv, ""][1:], strict=True)]):
         if word == f"--{name}" or word.startswith(f"--{name}="):
             return after if word == f"--{name}" else word.partition("=")[2]
     file = Path(next((word for word in argv if word.endswith(".py")), config))

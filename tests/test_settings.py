@@ -237,3 +237,8 @@ def test_names_of_nanogpt_are_answered_with_ours_and_the_page_has_them_all():
         train.read_settings(["--backend=nccl"])
     with pytest.raises(ValueError, match="'out_dir' .*: the run stands first, as in sample.py out"):
         sample.main(["--out_dir=out-x"])
+
+
+def test_without_arguments_nothing_is_peeked_at():
+    assert settings.peek("objective", [], "config/small.py") is None
+    assert settings.peek("objective", [], "config/masked.py") == "masked"
