@@ -194,7 +194,9 @@ def write_digests(s: Settings) -> None:
     for english, chinese in languages.pairs():
         if chinese.exists():
             pages.setdefault(english.stem.removeprefix("0"), []).append((english, chinese))
-    settings.require(s.chapter in pages, s, "chapter", f"with --digests one of {', '.join(pages)}")
+    there = ", ".join(sorted(pages))
+    s.chapter = s.chapter.removeprefix("0") or s.chapter
+    settings.require(s.chapter in pages, s, "chapter", f"with --digests one of {there}")
     differ = []
     for english, chinese in pages[s.chapter]:
         text, before = english.read_text(encoding="utf-8"), chinese.read_text(encoding="utf-8")

@@ -50,6 +50,7 @@ def largest_error(
     worst = 0.0
     for call, x, with_gradients in trials(reference, c, device, g, training):
         learn = training and with_gradients
+        module.train(learn)
         kind = torch.float32 if training and not with_gradients else dtype
         true = results(call, x, module, torch.float32, learn)
         slow = results(call, x, module, kind, learn)
@@ -179,15 +180,18 @@ def attention_trials(
 def same_in_all_layers(config: GPTConfig) -> bool:
     """Whether the book's attention computes the same whatever the number of its layer, for which a
     fast form does not ask. Then the first speaks for all; to try each with it would be slow."""
-    c = replace(config, dropout=0.0)
+    narrow = dict(n_embd=min(config.n_embd, 64), head_dim=min(config.head_dim, 16))
+    c = replace(config, dropout=0.0, **narrow)  # as many heads and positions, in less time
     g = torch.Generator().manual_seed(0)
     size = min(c.block_size, LONG)
     past = torch.randn(2, 1, c.n_kv_head, size - 1, c.head_dim, generator=g)
     whole = SimpleNamespace(append=lambda layer, k, v: torch.cat((past, torch.stack((k, v))), 3))
-    some, last = torch.arange(min(33, size)), torch.tensor([size - 1])
+    where = torch.arange(size)
+    some, few, last = where[:129], where[:7], where[-1:]
+    seen = (torch.rand(len(few), len(few), generator=g) < 0.5) | torch.eye(len(few)).bool()
     tries = [
-        (torch.randn(1, len(at), c.n_embd, generator=g), rotary(at, c), cache)
-        for at, cache in ((some, None), (last, whole))
+        (torch.randn(1, len(at), c.n_embd, generator=g), rotary(at, c), mask, cache)
+        for at, mask, cache in ((some, None, None), (few, seen, None), (last, None, whole))
     ]
     weights = Attention(c, 0).state_dict()
 
@@ -195,8 +199,10 @@ def same_in_all_layers(config: GPTConfig) -> bool:
         with torch.device("meta"):  # weights of its own would take time
             module = Attention(c, layer)
         module.load_state_dict(weights, assign=True)
-        learned = c.position == "learned"
-        found = [module(x, None if learned else rope, None, cache) for x, rope, cache in tries]
+        found = []
+        for x, rope, mask, cache in tries:
+            module.train(cache is None)  # as where it learns, and where it writes
+            found.append(module(x, None if c.position == "learned" else rope, mask, cache))
         return torch.cat(found, dim=1)
 
     first = tried(0)

@@ -93,6 +93,7 @@ class MetricsLog:
     def close(self) -> None:
         for track in self.trackers:
             track(None)
+        self.file.close()
 
 
 def start_trackers(s, run: Path, step: int) -> list:

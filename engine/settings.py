@@ -217,6 +217,7 @@ NANOGPT |= dict(wandb_project="wandb", start="prompt", max_new_tokens="max_token
 RUN_FIRST = "the run stands first, as in sample.py out/small"
 ELSEWHERE = dict(backend="torchrun chooses it", out_dir=RUN_FIRST, init_from=RUN_FIRST)
 INIT_FROM = dict(gpt2="huggingface.py import makes one", resume="the same command again resumes")
+INIT_FROM |= dict(scratch="leave it out to begin there")
 
 
 def unknown(name: str, known, where: str, owner=lambda name: "") -> ValueError:

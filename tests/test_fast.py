@@ -62,6 +62,12 @@ EDITS = {  # what a student may change: the class, the line, what becomes of it,
                                   " / math.sqrt(D) * (1 + self.layer % 2)", "attention"),
     "the last layer sharper": ("Attention", " / math.sqrt(D)",
                                " / math.sqrt(D) * (1 + self.layer // 2)", "attention"),
+    "one layer without the mask": ("Attention", "if mask is None:",
+                                   "if mask is None or self.layer == 2:", "attention"),
+    "sharper where it writes": ("Attention", " / math.sqrt(D)",
+                                " / math.sqrt(D) * (2 - self.training)", "attention"),
+    "what a model cut down for comparison fails": ("Attention", "B, T, _ = x.shape",
+        "B, T, _ = x.shape; assert self.config.n_layer > 1", "attention"),
     "values halved": ("Attention", "y = weights @ v", "y = weights @ v * 0.5", "attention"),
     "shares doubled": ("Canon", "share * before", "2 * share * before", "canon"),
     "another norm": ("Norm", "y.square().mean(", "y.abs().mean(", "norm"),
@@ -102,10 +108,11 @@ def test_whoever_lets_attention_see_less_far_is_obeyed(window, context, monkeypa
         assert "attention" not in fast.agreeing(config, CPU, torch.float32, training)
 
 
-def test_whoever_lets_some_layers_see_less_far_is_obeyed(monkeypatch):
+@pytest.mark.parametrize("window", ["600", "(100 if cache is None else S)"])
+def test_whoever_lets_some_layers_see_less_far_is_obeyed(window, monkeypatch):
     source = textwrap.dedent(inspect.getsource(book.Attention.forward))
     line = "mask = causal_mask(T, k.size(2), x.device)"
-    near = "; mask = mask.triu(k.size(2) - T - 600 + 1) if self.layer == 2 else mask"
+    near = f"; S = k.size(2); mask = mask.triu(S - T - {window} + 1) if self.layer == 2 else mask"
     assert source.count(line) == 1
     names: dict = {}
     exec(source.replace(line, line + near), vars(book), names)

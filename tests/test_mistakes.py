@@ -350,6 +350,7 @@ FOUND = [
     train("cut vocab.tiktoken", [], "tokenizer files in data", cut("data/vocab.tiktoken", 500)),
     train("init_from nothing", ["--init_from=nope"], "'nope'"),
     train("init_from as in nanoGPT", ["--init_from=gpt2-xl"], ["'gpt2-xl'", "huggingface.py"]),
+    train("init_from as nanoGPT has it", ["--init_from=scratch"], ["'scratch'", "leave it out"]),
     train("init_from a data set", ["--init_from=data"], "data"),
     train("init_from another tokenizer", ["--init_from=run", "--data=other"],
           ["run reads bytes", "python prepare.py docs --val=0.2 --test=0.0", "--tokenizer=run"],

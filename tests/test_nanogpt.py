@@ -3,7 +3,9 @@
 import functools
 import itertools
 import pickle
+import re
 import types
+import zipfile
 
 import pytest
 import tiktoken
@@ -118,6 +120,8 @@ def test_names_of_a_compiled_model_and_buffers_of_an_older_one_change_nothing(tm
     w = random_weights()
     buffers = {H.format(i) + "attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(3)}
     compiled = {f"_orig_mod.{name}": p for name, p in (w | buffers).items()}
+    odd = compiled["_orig_mod.transformer.ln_f.weight"] = torch.nn.Parameter(torch.ones(32))
+    odd.data, odd.detach = w["transformer.ln_f.weight"].clone(), "an attribute, which is kept"
     one = bring(save(tmp_path / "one.pt", w), tmp_path / "one")
     two = bring(save(tmp_path / "two.pt", compiled), tmp_path / "two")
     a, b = (load_model(run)[0].state_dict() for run in (one, two))
@@ -198,6 +202,11 @@ def tensor(name: str, w):
     return lambda content: content | dict(model=content["model"] | {name: w})
 
 
+def repeated(w: dict) -> dict:
+    """A small file of a large model: all layers are the first."""
+    return {name: w[re.sub(r"\.h\.\d+", ".h.0", name)] for name in w}
+
+
 HEADLESS = {k: v for k, v in ARGS.items() if k != "n_head"}
 MISTAKES = {
     "an object": (
@@ -205,7 +214,10 @@ MISTAKES = {
         r"more in it.*types.SimpleNamespace.*trust",
     ),
     "a tensor alone": (lambda _: torch.ones(3), "is no checkpoint of nanoGPT: that has model"),
-    "no model_args": (without("model_args"), "is no checkpoint of nanoGPT.*model_args with block"),
+    "no model_args": (
+        without("model_args"),
+        "is no checkpoint of nanoGPT.*numbers with block_size",
+    ),
     "no model": (without("model"), "is no checkpoint of nanoGPT"),
     "no n_head": (with_(model_args=HEADLESS), "is no checkpoint of nanoGPT.*n_head"),
     "characters": (args(vocab_size=65), "has 65 tokens, and bytes 257: .* --tokenizer=bytes"),
@@ -227,6 +239,24 @@ MISTAKES = {
         tensor("transformer.wpe.weight", torch.ones(1, 32).expand(32, 32)),
         "'transformer.wpe.weight' of its model is no whole tensor",
     ),
+    "negated": (
+        tensor("transformer.ln_f.bias", torch._neg_view(torch.ones(32))),
+        "no whole tensor",
+    ),
+    "a name that reaches the terminal": (
+        tensor("a\n\x1b[31m", torch.ones(2)),
+        r"'a\\n\\x1b\[31m' of its model",
+    ),
+    "a tensor twice": (
+        tensor("_orig_mod.transformer.wpe.weight", torch.ones(32, 32)),
+        "'transformer.wpe.weight' of its model is no whole tensor",
+    ),
+    "one layer as all": (
+        lambda content: content | dict(model=repeated(content["model"])),
+        "the tensors of its model have numbers in common",
+    ),
+    "lists of lists": (args(n_layer=[[2]]), "is no checkpoint of nanoGPT.*a dict of numbers"),
+    "a tensor as number": (args(bias=torch.ones(2)), "is no checkpoint of nanoGPT.*of numbers"),
     "integers": (
         tensor("transformer.ln_f.bias", torch.ones(32).int()),
         "needs torch.int32 weights",
@@ -269,6 +299,18 @@ def test_a_file_cut_short_is_damaged(tmp_path):
     for length in (0, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         refused(path, tmp_path / "out", "ckpt.pt is damaged, or no file that torch.save has")
+
+
+def test_a_file_that_would_grow_when_it_is_read_is_not_opened(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    save(path, random_weights())
+    with zipfile.ZipFile(path) as whole:
+        parts = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as small:
+        for name, content in parts.items():
+            more = b"\0" * 10**7 if name.endswith("data.pkl") else b""
+            small.writestr(name, content + more)
+    refused(path, tmp_path / "out", "ckpt.pt is damaged, or no file that torch.save has")
 
 
 def test_a_tokenizer_beside_a_folder_that_has_its_own_is_not_ignored(tmp_path):
