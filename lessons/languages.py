@@ -4,10 +4,10 @@
     ## 为什么                      04.zh.md: the same sections, in the same order, each with
     <!-- en: 1a2b3c4d -->         the digest of the English section that it renders
 
-Code, numbers, pictures and links are equal, and the words between them Chinese; only learn.py is
-told the language. Who changes English changes its digest, and `differences` tells. Who has brought
-the Chinese up to date then writes what the digest is now: python learn.py 4 --digests.
-docs/learn/glossary.zh.md has the terms.
+Code, numbers, pictures and links are equal, and the words between them Chinese, those of comments
+behind a line of code included; only learn.py is told the language. Who changes English changes its
+digest, and `differences` tells. Who has brought the Chinese up to date then writes what the digest
+is now: python learn.py 4 --digests. docs/learn/glossary.zh.md has the terms.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 DIGEST = re.compile(r"^<!-- en: (\w*) -->\n", re.MULTILINE)
 PICTURE = re.compile(r"!\[.*?\]\((.*?)\)")
 LINK = re.compile(r"\]\(([^)]*)\)")
+COMMENT = re.compile(r"(?<=\S)  # (.*)$", re.MULTILINE)  # behind a line of code
 CODE = re.compile(r"`([^`]+)`")
 LEARN = re.compile(r"^(python learn\.py \d+)(?!.* --language)", re.MULTILINE)
 NUMBER = re.compile(r"(?<![A-Za-z0-9])[0-9]+(?:[.,][0-9]+)*(?:\.[a-z]\b)?")  # 0.5; 4.a; not AVX2
@@ -89,7 +90,18 @@ def with_code(ours: str, theirs: str) -> str:
     code = FENCED.findall(spoken(theirs))
     if len(code) != len(FENCED.findall(ours)):
         return ours  # `differences` will say so
-    return FENCED.sub(lambda _: code.pop(0), ours)
+    return FENCED.sub(lambda mine: with_comments(mine[0], code.pop(0)), ours)
+
+
+def with_comments(ours: str, theirs: str) -> str:
+    """The English code, each line with the comment that it has in the Chinese code, if any."""
+    lines = {bare(line): line for line in ours.splitlines()}
+    return "\n".join(lines.get(bare(line), line) for line in theirs.splitlines())
+
+
+def bare(code: str) -> str:
+    """Code whose comments have no words, but their numbers."""
+    return COMMENT.sub(lambda words: f"  # {sorted(NUMBER.findall(words[1]))}", code)
 
 
 def spoken(section: str) -> str:
@@ -110,7 +122,7 @@ def shared(section: str) -> dict[str, object]:
     rest = "\n".join(line for line in lines if not line.startswith("|"))
     return {
         "level": len(title(section)) - len(title(section).lstrip("#")),
-        "code blocks": FENCED.findall(section),
+        "code blocks": [bare(code) for code in FENCED.findall(section)],
         "pictures": PICTURE.findall(prose),
         "links": Counter(links),
         "tables": [(row.count("|"), *sorted(NUMBER.findall(row))) for row in rows],
@@ -144,7 +156,8 @@ def differences(english: str, chinese: str) -> list[str]:
 
 def plain(section: str) -> str:
     """The words of a section, without code, pictures and where links lead. Bold is ⟦bold⟧."""
-    text = LINK.sub("]", PICTURE.sub("", FENCED.sub("", DIGEST.sub("", section))))
+    text = FENCED.sub(lambda code: "\n".join(COMMENT.findall(code[0])), DIGEST.sub("", section))
+    text = LINK.sub("]", PICTURE.sub("", text))
     return re.sub(r"\*\*(.+?)\*\*", r"⟦\1⟧", CODE.sub("`·`", text), flags=re.DOTALL)
 
 

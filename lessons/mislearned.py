@@ -118,7 +118,7 @@ def go_on(net: GPT, optimizer, steps: range) -> float:
 
 def resumed() -> str:
     """The specimen goes on with AdamW, and is stopped; then something is forgotten. Three seeds."""
-    losses = dict(nothing=[], moments=[], step=[])
+    losses = {"nothing forgotten": [], "moments forgotten": [], "step forgotten": []}
     for seed in SEEDS:
         net, _ = specimen.load()
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.003)
@@ -127,13 +127,14 @@ def resumed() -> str:
         for lost, found in losses.items():
             net.load_state_dict(kept[0])
             optimizer = torch.optim.AdamW(net.parameters(), lr=0.003)
-            if lost != "moments":
+            if "moments" not in lost:
                 optimizer.load_state_dict(copy.deepcopy(kept[1]))
-            if lost == "step":  # and so the rate is what it was at first
+            if "step" in lost:  # and so the rate is what it was at first
                 optimizer.param_groups[0]["lr"] = 0.03
             found.append(go_on(net, optimizer, range(1000 * seed + 10, 1000 * seed + 15)))
     for lost, found in losses.items():
-        print(f"{lost:8} forgotten: loss at the fifth step {shown(found)}")
-    apart = [ablations.Found(losses["nothing"], losses[k]).apart() for k in ("moments", "step")]
+        print(f"{lost + ':':18} loss at the fifth step {shown(found)}")
+    whole, *others = losses.values()
+    apart = [ablations.Found(whole, other).apart() for other in others]
     print(f"moments {apart[0]:.1f}, step {apart[1]:.1f} deviations apart from nothing")
     return "b" if apart[1] > ablations.BEYOND > apart[0] else "a"

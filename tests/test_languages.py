@@ -91,7 +91,10 @@ def test_a_change_in_one_language_alone_is_told_and_no_other():
         (said,) = languages.differences(other, chinese)
         assert told in said
     for there, here, told in [
-        ("# try", "# 试试", "code blocks"),
+        ("# try", "# 试试", ""),
+        ("# try", "", "code blocks"),
+        ("# try", "# 试 2 次", "code blocks"),
+        ("# try", "# 试 try试", "a space"),
         ("4 --language=zh  #", "4  #", "code blocks"),
         ("0.25", "0.52", "numbers"),
         ("130 万", "13 万", "numbers"),
@@ -134,10 +137,16 @@ def test_the_command_writes_the_digests_and_names_what_had_changed(tmp_path, mon
     assert not languages.differences(ENGLISH, chinese.read_text(encoding="utf-8"))
     learn.main(["4", "--digests"])
     assert not capsys.readouterr().out
-    code = ENGLISH.replace("learn.py 4", "learn.py 4 --answer=8")
-    (tmp_path / "04.md").write_text(code, encoding="utf-8")
-    learn.main(["4", "--digests"])
-    assert not languages.differences(code, chinese.read_text(encoding="utf-8"))
+    # code that has changed is written, and comments stay Chinese beside code that has not
+    said = chinese.read_text(encoding="utf-8").replace("# try", "# 试试")
+    chinese.write_text(said, encoding="utf-8")
+    for command, comment in (("4  # try\nls", "试试"), ("4 --answer=8  # try", "try")):
+        code = ENGLISH.replace("4  # try", command)
+        (tmp_path / "04.md").write_text(code, encoding="utf-8")
+        learn.main(["4", "--digests"])
+        said = chinese.read_text(encoding="utf-8")
+        assert not languages.differences(code, said)
+        assert f"# {comment}\n" in said
     chinese.write_text("# 4 · 注意力\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"was: 04\.zh\.md \(2 sections in English, 1 in"):
         learn.main(["4", "--digests"])
