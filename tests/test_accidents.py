@@ -232,7 +232,7 @@ def errors_into(path: Path) -> None:
 def test_found_prepare_stopped_leaves_nothing(name, status, place):
     """Also when only the main process is told: its workers must not stay behind."""
     lines = Path("one.txt").read_text(encoding="utf-8")
-    Path("one.txt").write_text("".join(f"{i} {lines}" for i in range(500)), encoding="utf-8")
+    Path("one.txt").write_text("".join(f"{i} {lines}" for i in range(2000)), encoding="utf-8")
     before = contents(place)
     argv = [sys.executable, str(ROOT / "prepare.py"), "one.txt", "--out=new", *BYTES]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, start_new_session=True)
