@@ -365,6 +365,8 @@ def check(s: Settings) -> None:
     settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
     settings.require(s.show_batch <= s.steps, s, "show_batch", f"at most steps={s.steps}")
     settings.require(not itself, s, "init_from", another)
+    there = not s.init_from or begin.exists() or Path(s.out).exists()  # it may have gone since
+    settings.require(there, s, "init_from", "a folder: a run, or one checkpoint of it")
     settings.require(s.init_from or not s.lora_rank, s, "lora_rank", "0 without --init_from")
     settings.require(public or not s.tokenizer, s, "tokenizer", f"left out: {s.data} has its own")
     Objective = objectives.find(s.objective).Objective
