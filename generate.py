@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 import dataset
-from model import GPT, KVCache
+from cache import KVCache
+from model import GPT
 from pick import penalise, pick, require_finite
 
 PASS = 512  # tokens of prompts that are read in one pass: for fewer, starting it takes as long
@@ -111,11 +112,11 @@ def generate(
     prompt = prompt[-limit:]
     cache = model.new_cache(size=min(limit, len(prompt) + max_tokens))
     logits = prefill(model, [prompt], cache, markers)  # (1, V)
-    cache.take([0] * num_samples)
+    cache.take([0] * num_samples)  # its one row, copied for each sample
     logits = logits.expand(num_samples, -1)  # (B, V)
     context = torch.tensor([prompt] * num_samples, device=device)  # (B, T)
 
-    for left in range(max_tokens, 0, -1):
+    for n in range(1, max_tokens + 1):
         if len(left_out):
             logits = logits.index_fill(-1, left_out, -math.inf)
         if repetition_penalty != 1:
@@ -124,7 +125,7 @@ def generate(
         token = pick(logits, uniform, **options)  # (B,)
         context = torch.cat((context, token[:, None]), dim=1)  # (B, T + 1)
         yield token.tolist()
-        if left == 1:
+        if n == max_tokens:
             return
         if context.size(1) <= limit:
             logits = decode_one_token(model, token, cache)
@@ -132,7 +133,7 @@ def generate(
             # the context is full. To drop its first token alone would leave keys and values in the
             # cache that were computed while looking at it (and learned positions would all move):
             # everything would have to be read anew, T positions for each token. Dropping half makes
-            # that rare: T / 2 positions every T / 2 tokens, one more for each
+            # that rare: T / 2 positions every T / 2 tokens, so one more for each token
             context = context[:, -max(1, limit // 2) :]
             logits = prefill(model, context.tolist(), cache, markers)
 

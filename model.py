@@ -29,8 +29,9 @@ Shapes in comments: B batch, T time (positions in this call), S positions attend
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary. In config/small.py B is
 12, T 128, C 128, H and K 4, D 32, V 2048.
 
-Unless --fast=false is given, faster forms of most modules (engine/fast.py) take their places, where
-they compute the same. Change this file, and it is obeyed; to see whether it still is a GPT:
+Unless --fast=false is given, faster forms of most modules (engine/fast.py) take their places, each
+only if it gives the same numbers when a run starts. So change this file, and your lines run; the
+log names the form that was left out. To see whether it still is a GPT:
 
     python -m pytest tests/test_model.py -k "later or cached"
 
@@ -86,7 +87,7 @@ class GPT(nn.Module):
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens exceed block_size={self.config.block_size}")
         x = self.wte(tokens) if embedded is None else embedded  # (B, T, C)
-        if cache is not None:  # only when it writes: these tokens come after those in the cache
+        if cache is not None:  # it writes: these tokens follow those that are in the cache
             places, causal = cache.begin(T)
             positions = places if positions is None else positions
             mask = causal if mask is None else mask
@@ -136,8 +137,8 @@ class GPT(nn.Module):
         return self.cross_entropy(x, targets, reduction)
 
     def init_weights(self, seed: int) -> None:
-        """Draws all matrices, on the CPU, a function of `seed` alone. How large their numbers are,
-        `std`, is said where each is made: see the end of the file."""
+        """Draws all matrices on the CPU; they depend on `seed` alone. The `std` of each module
+        sets the size of its numbers: see the end of the file."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if hasattr(module, "std"):
@@ -184,12 +185,12 @@ def rotary(positions: Tensor, c: GPTConfig) -> tuple[Tensor, Tensor]:
     channels by the angle position * base^(-2i/D), fast for the first pairs, slowly for the last,
     like the hands of a clock.
     """
-    # in just this order of operations, as others do: at large positions its rounding matters
+    # keep this order of operations: others use it, and at large positions rounding matters
     channels = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / c.rope_base ** (channels / c.head_dim)  # (D/2), radians a position
     if c.rope_factor != 1:
-        # Llama 3.1 (github.com/meta-llama/llama-models): turns slower what turned less than once in
-        # the old context, leaves what turned more than four times, and blends in between
+        # Llama 3.1 (github.com/meta-llama/llama-models): slows pairs that turn less than once in
+        # the old context, keeps those that turn more than four times, and blends in between
         turns = c.rope_original * frequency / (2 * math.pi)
         keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / c.rope_factor
@@ -307,7 +308,7 @@ class Attention(nn.Module):
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D): all that came before, too
-        k = k.repeat_interleave(H // K, dim=1)  # (B, H, S, D): so many queries share a key
+        k = k.repeat_interleave(H // K, dim=1)  # (B, H, S, D): H / K heads share a key
         v = v.repeat_interleave(H // K, dim=1)
         if mask is None:  # causal
             mask = causal_mask(T, k.size(2), x.device)
@@ -416,7 +417,8 @@ class Head(nn.Module):
 #     wq, wk, wv, up, gate    inputs^-0.5, uniform         0.02, normal
 #     wo, down                0                            0.02 / sqrt(2 n_layer), normal
 #     a head of its own       0                            0.02, normal
-#     wte, wpe                1 (0.02 if tied), normal     0.02, normal
+#     wte, wpe                1, normal; 0.02 if tied or   0.02, normal
+#                             not normed (embed_norm)
 
 
 def embedding(c: GPTConfig, rows: int) -> nn.Embedding:
@@ -466,7 +468,7 @@ def draw(module: nn.Module, c: GPTConfig, generator: torch.Generator) -> None:
         module.weight.normal_(0.0, module.std, generator=generator)
 
 
-# --- blocks that are not only GPT's
+# --- another kind of block, off by default
 
 
 def new_block(config: GPTConfig, layer: int) -> Block:

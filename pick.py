@@ -10,44 +10,18 @@ from torch import Tensor
 COLDEST = 1e-6  # a temperature below this counts as 0, which nothing can be divided by
 
 
-def pick(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
-    """Chooses a token for each row of logits (B, V) by a number in [0, 1), uniform (B,): (B,).
-
-    The numbers are float64 on the CPU, the tokens stand where the logits do. Raises ValueError if
-    the logits are not finite. To sample in another way, write a function like this one, above all
-    with `invert`, and hand it to `generate` or `answers`, with its own settings by name. Ids that
-    are never to be picked come with -inf, and temperature, also 0, is then its own affair.
-    """
-    require_finite(logits)
-
-    # 1. greedy: the likeliest token. It soon repeats itself, since nothing is likelier behind a
-    #    sentence that stands there twice than to stand there again (arXiv:1904.09751, figure 4)
-    if temperature < COLDEST:
-        return logits.argmax(dim=-1)
-
-    cumulative, ids = shares(logits, temperature, top_k, top_p)  # 2 to 4: below
-
-    # 5. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
-    #    between the second and the third, so the third token it is. A uniform number falls into an
-    #    interval as often as the interval is long, and that is the token's probability
-    index = invert(cumulative, uniform).to(logits.device)  # (B, 1)
-    return (index if ids is None else ids.gather(-1, index))[:, 0]
-
-
 def shares(
     logits: Tensor, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor | None]:
     """Cumulative probabilities (B, k) of the k tokens that may be chosen, and their ids (B, k), or
     None if those are 0, 1, 2, ..."""
-    # 2. top-k: only the k likeliest, likeliest first (top-p needs that order too)
+    # 1. top-k: only the k likeliest, likeliest first (top-p needs that order too)
     ids = None
     if top_k or top_p < 1:
         k = min(top_k or logits.size(-1), logits.size(-1))
         logits, ids = logits.topk(k)  # (B, k) both
 
-    # 3. temperature: probabilities of 0.50 0.30 0.15 0.05 become 0.68 0.25 0.06 0.01 at 0.5, which
+    # 2. temperature: probabilities of 0.50 0.30 0.15 0.05 become 0.68 0.25 0.06 0.01 at 0.5, which
     #    is safer and duller, and 0.38 0.29 0.21 0.12 at 2, bolder and less coherent. (The maximum
     #    goes first, which changes nothing: a small divisor makes numbers too large for e^x)
     logits = logits - logits.amax(dim=-1, keepdim=True)
@@ -56,7 +30,7 @@ def shares(
     # device has that type
     cumulative = probabilities.cpu().double().cumsum(dim=-1)
 
-    # 4. top-p, the nucleus: of what is left, the fewest tokens that together reach probability
+    # 3. top-p, the nucleus: of what is left, the fewest tokens that together reach probability
     #    top_p; at 0.9 the first three of 0.50 0.30 0.15 0.05. Where the model is sure that is one
     #    or two, where it is not hundreds; any fixed k is wrong for one of them. At 0.95 thousands
     #    of tokens with almost nothing each are left out, which would otherwise come up in every
@@ -66,6 +40,32 @@ def shares(
         last = (cumulative < top_p).sum(dim=-1, keepdim=True).clamp(max=most)
         cumulative = cumulative.minimum(cumulative.gather(-1, last))  # nothing behind it
     return cumulative, ids
+
+
+def pick(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """A token (B,) for each row of logits (B, V), by one number in [0, 1) a row, uniform (B,).
+
+    The numbers are float64 on the CPU, the tokens stand where the logits do. Raises ValueError if
+    the logits are not finite. To sample in another way, write a function like this one, above all
+    with `invert`, and hand it to `generate` or `answers`, with its own settings by name. Ids that
+    are never to be picked come with -inf, and temperature, also 0, is then its own affair.
+    """
+    require_finite(logits)
+
+    # greedy: the likeliest token. It soon repeats itself, since nothing is likelier behind a
+    # sentence that stands there twice than to stand there again (arXiv:1904.09751, figure 4)
+    if temperature < COLDEST:
+        return logits.argmax(dim=-1)
+
+    cumulative, ids = shares(logits, temperature, top_k, top_p)  # 1 to 3
+
+    # 4. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
+    #    between the second and the third, so the third token it is. A uniform number falls into an
+    #    interval as often as the interval is long, and that is the token's probability
+    index = invert(cumulative, uniform).to(logits.device)  # (B, 1)
+    return (index if ids is None else ids.gather(-1, index))[:, 0]
 
 
 def invert(cumulative: Tensor, uniform: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ A model learns from text by predicting each next token, and being corrected. At 
 
 Read the settings later, when a line uses them. `update` is the inside of that loop, with a batch
 too large for memory, several machines and 16-bit numbers thought of; `train` is the loop, with all
-windows in random order, a rate that rises and falls (optim.py), and a diary. It runs as one
+windows in random order, a rate that rises and falls (optim.py), and a log. It runs as one
 process, or as several under torchrun, here on the eight GPUs of one machine:
 
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
@@ -119,7 +119,7 @@ class Settings:
 
 def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, here):
     """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
-    gradient (not finite: float16 overflowed, and the update was left out).
+    gradient. An infinite norm means that float16 overflowed and the step was skipped.
 
         tokens   the cat sat on        as numbers, (B, T)
         targets  cat sat on the        at each position the token that comes next; -100: no target
@@ -140,7 +140,7 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
     FloatingPointError, with no weight changed, if loss or gradient are not finite and a smaller
     scale is no remedy.
     """
-    import torch  # takes a second to load: mistakes in settings have been told by now
+    import torch  # takes a second to load, so bad settings are reported before it
 
     from engine import machine
     from engine.learner import total
@@ -165,21 +165,21 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
         # faster so; weights, p.grad and the optimizer's sums stay in 32, where a small update to a
         # large number is not rounded away (arXiv:1710.03740)
         with here.autocast():
-            # of the loss over all targets; some objectives have several. For next_token it is
-            # [model.cross_entropy(model.trunk(tokens), targets, "sum")]
+            # sums over all targets of this pass, one for each term of the objective: next_token
+            # has [model(tokens, targets, "sum")]
             sums = learner(*windows)
-        loss = total(learner.objective, sums, counts)  # sums[0] / counts[0], if there is one
+        loss = total(learner.objective, sums, counts)  # next_token: sums[0] / counts[0]
         (loss * scale.value).backward()  # float16 would round small gradients to zero
         mean_loss += loss.detach()
     here.gradients.wait()
-    scale.unscale(learner.parameters())  # before clipping, which would shorten what was multiplied
+    scale.unscale(learner.parameters())  # before clipping, which must see the true gradient
     # 2. clipping: a gradient longer than grad_clip is shortened, its direction kept, so that one
     # odd batch does not outweigh all others in the optimizers' running means (arXiv:1211.5063)
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), s.grad_clip or math.inf).item()
     # 3. the step itself, unless there is nothing sound to follow
     (mean,) = here.sum([mean_loss.item()])  # of all processes
     finite = math.isfinite(mean) and math.isfinite(norm)
-    if not finite and (scale.value == 1 or not math.isfinite(mean)):
+    if not math.isfinite(mean) or (not finite and scale.value == 1):
         raise FloatingPointError(f"its loss is {mean} and its gradient norm {norm}")
     if finite:
         for optimizer in optimizers:
@@ -242,9 +242,9 @@ def train(s: Settings, stop: Stop) -> int:
         machine.compile(learner, here, inputs)
 
     # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
-    # the seed, and needs no memory of those before: so what is interrupted goes on as if it had not
-    # been. A loss that is not finite leaves the `with`, and is told. Of all that `run` does this is
-    # what matters for the mathematics:
+    # the seed, and needs no memory of those before: so a run that is resumed takes the same
+    # batches. A loss that is not finite ends the run with a message. Of what `run` does, this
+    # matters here:
     #
     #     if step % log_every == 0:   print(loss)                            a row of metrics.jsonl
     #     if step % save_every == 0:  save(model, optimizers, step)          a checkpoint
@@ -254,8 +254,9 @@ def train(s: Settings, stop: Stop) -> int:
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
             batch = train_split.batch(step - 1, B, T, s.seed, here.rank, here.world)
-            first = (step - 1) * B + here.rank * share  # the number of its first window, as a key
-            keys = [(s.seed, first + i) for i in range(share)]  # for all that is random in it
+            # a key for each window, from which all that is random in it is drawn: its number
+            first = (step - 1) * B + here.rank * share
+            keys = [(s.seed, first + i) for i in range(share)]
             for exercise in objective.exercises(batch, keys, learner):  # one, as a rule
                 loss, norm = update(learner, optimizers, scale, exercise, step, s, here)
             run.log(step, loss, s.lr * factor, norm)
