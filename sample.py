@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before all else: a Ctrl-C while Python loads thing
     console.leave_quietly()
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Annotated, Literal
@@ -191,55 +192,59 @@ def read(turns: list[dict], tokenizer, limit: int, s: Settings) -> list[int]:
     return tokens
 
 
+def new_tokens(model, tokenizer, tokens: list[int], s: Settings, draft=None) -> Iterator[list[int]]:
+    """The next token of each sample that continues `tokens`, again and again."""
+    from generate import beam, generate
+    from speculate import Draft, lookup, speculate
+
+    most = s.max_tokens
+    if s.chat or s.task:  # an answer ends with the context; free text goes on, see generate
+        most = min(most, model.config.block_size + 1 - len(tokens))
+    if s.beam > 1:
+        best = beam(model, tokenizer, tokens, most, s.beam, s.length_penalty) if most else []
+        return ([token] for token in best)
+    write = partial(generate, num_samples=s.num_samples)
+    if s.speculate and s.num_samples > 1:
+        note = f"speculate serves one sample: these {s.num_samples} are written side by side"
+        print(note, file=sys.stderr)
+    elif s.speculate:
+        guess = Draft(draft, model, s.seed, tokenizer.markers) if draft else lookup
+        write = partial(speculate, guess=guess)
+    options = dict(unused=tokenizer.unused, markers=tokenizer.markers, seed=s.seed)
+    options |= dict(repetition_penalty=s.repetition_penalty, temperature=s.temperature)
+    return write(model, tokens, most, top_k=s.top_k, top_p=s.top_p, **options)
+
+
 def write_samples(
     model, tokenizer, turns: list[dict], s: Settings, echo: str = "", draft=None
 ) -> str:
-    """Prints, behind `echo`, what follows `turns`: one sample as it comes, or several in turn.
+    """Prints, after `echo`, what follows `turns`: one sample as it comes, or several in turn.
 
     Returns the first.
     """
-    from generate import TextStream, beam, generate
-    from speculate import Draft, lookup, speculate
+    from generate import TextStream
 
-    limit = model.config.block_size
-    tokens = read(turns, tokenizer, limit, s)
-    most = s.max_tokens
-    if s.chat or s.task:  # an answer ends with the context; free text goes on, see generate
-        most = min(most, limit + 1 - len(tokens))
-    if s.beam > 1:
-        best = beam(model, tokenizer, tokens, most, s.beam, s.length_penalty) if most else []
-        steps = ([token] for token in best)
-    else:
-        write = partial(generate, num_samples=s.num_samples)
-        if s.speculate and s.num_samples > 1:
-            note = f"speculate serves one sample: these {s.num_samples} are written side by side"
-            print(note, file=sys.stderr)
-        elif s.speculate:
-            guess = Draft(draft, model, s.seed, tokenizer.markers) if draft else lookup
-            write = partial(speculate, guess=guess)
-        options = dict(unused=tokenizer.unused, markers=tokenizer.markers, seed=s.seed)
-        options |= dict(repetition_penalty=s.repetition_penalty, temperature=s.temperature)
-        steps = write(model, tokens, most, top_k=s.top_k, top_p=s.top_p, **options)
+    tokens = read(turns, tokenizer, model.config.block_size, s)
     count = 1 if s.beam > 1 else s.num_samples
     before = "" if s.chat or s.task else turns[-1]["content"]  # of which a word may go on
     words, texts = listed(s.filter), [""] * count
-    ways = [(TextStream(tokenizer, s.stop), Gate(words, s.filtered, before)) for _ in texts]
-    alone = count == 1
-    if alone:
+    outputs = [(TextStream(tokenizer, s.stop), Gate(words, s.filtered, before)) for _ in texts]
+    live = count == 1
+    if live:
         print(echo, end="", flush=True)
-    for new in steps:
-        for i, (stream, gate) in enumerate(ways):
+    for new in new_tokens(model, tokenizer, tokens, s, draft):
+        for i, (stream, gate) in enumerate(outputs):
             text = gate.feed(stream.feed(new[i]))
             texts[i] += text
-            if alone:
+            if live:
                 print(text, end="", flush=True)
-        if all(stream.done or gate.done for stream, gate in ways):
+        if all(stream.done or gate.done for stream, gate in outputs):
             break
-    for i, (stream, gate) in enumerate(ways):
+    for i, (stream, gate) in enumerate(outputs):
         rest = gate.feed(stream.end()) + gate.end()
         texts[i] += rest
-        print(rest if alone else f"--- sample {i + 1} of {count}\n{echo}{texts[i]}")
-        who = "" if alone else f"sample {i + 1} "
+        print(rest if live else f"--- sample {i + 1} of {count}\n{echo}{texts[i]}")
+        who = "" if live else f"sample {i + 1} "
         if gate.hit and s.filtered == "stop":
             print(f"({who}stopped before {gate.hit!r}, of {s.filter})", file=sys.stderr)
         elif stream.stopped_by:
