@@ -235,7 +235,10 @@ def test_found_prepare_stopped_leaves_nothing(name, status, place):
     Path("one.txt").write_text("".join(f"{i} {lines}" for i in range(2000)), encoding="utf-8")
     before = contents(place)
     argv = [sys.executable, str(ROOT / "prepare.py"), "one.txt", "--out=new", *BYTES]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, start_new_session=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so behind an &
+    process = subprocess.Popen(
+        argv, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heard
+    )
     for _ in range(400):  # until the workers are at it
         if Path("new.partial/new/train_000000.bin").exists():
             break
