@@ -79,9 +79,8 @@ class GPT(nn.Module):
 
         `mask` says who may look where, see `Attention`; None means causal. `positions`, (T) or
         (B, T), count from 0 if not given. `tokens` continue what each row of a `cache` holds and
-        are appended to it. `embedded` (B, T, C) is read in place of their embeddings, where
-        something else than tokens is to be read. Raises ValueError for more tokens than block_size,
-        or the cache, holds.
+        are appended to it. `embedded` (B, T, C) is read in place of their embeddings, for inputs
+        that are not tokens. Raises ValueError if they do not fit block_size or the cache.
         """
         T = tokens.size(1)
         if self.config.block_size < T:

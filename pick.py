@@ -50,7 +50,7 @@ def pick(
     The numbers are float64 on the CPU, the tokens stand where the logits do. Raises ValueError if
     the logits are not finite. To sample in another way, write a function like this one, above all
     with `invert`, and hand it to `generate` or `answers`, with its own settings by name. Ids that
-    are never to be picked come with -inf, and temperature, also 0, is then its own affair.
+    must never be picked come with -inf; temperature, also 0, is up to that function then.
     """
     require_finite(logits)
 

@@ -18,7 +18,7 @@ from model import IGNORE, MLP, Attention, Head, KVCache, Norm, rotary
 from shape import GPTConfig
 
 SHORT = 512  # longest context for which plain products beat the fused kernel in bfloat16
-LONG = 8192  # longest context behind which a token is tried
+LONG = 8192  # longest context after which a token is tried: its cache is quick to fill
 
 
 def largest_error(
