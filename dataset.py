@@ -57,6 +57,12 @@ class Batch(NamedTuple):
     targets: np.ndarray  # (B, T) int64: the token that comes next, IGNORE where it does not count
     positions: np.ndarray | None = None  # (B, T) int64
     mask: np.ndarray | None = None  # (B, 1, T, T) bool, True where a position (row) sees another
+    keys: list[tuple] | None = None  # (seed, number) of each: what is random in it is drawn from it
+
+    @property
+    def arrays(self) -> tuple:
+        """Tokens, targets, positions and mask."""
+        return self[:4]
 
     def windows(self, start: int, end: int) -> "Batch":
         """Some of the windows."""
@@ -237,7 +243,8 @@ class Split:
             epoch, position = divmod(number, part.per_epoch(block_size, seed))
             window = part.epoch(epoch, block_size, seed)[position]
             windows.append((part, part.read(window, block_size)))
-        return self.of(windows)
+        keys = [(seed, number) for number in range(first, first + share)]
+        return self.of(windows)._replace(keys=keys)
 
     def in_order(
         self, rows: int, block_size: int, rank: int = 0, world: int = 1, most: int = 0

@@ -175,7 +175,7 @@ def evaluate(
     """
     import torch
 
-    from engine.learner import keys_of, total
+    from engine.learner import keyed, total
 
     objective, block_size = learner.objective, learner.gpt.config.block_size
     rows = max(1, EVAL_TOKENS // block_size)
@@ -187,7 +187,7 @@ def evaluate(
     learner.eval()  # no dropout
     with torch.no_grad(), here.autocast():
         for batch in split.in_order(rows, block_size, here.rank, here.world, eval_tokens):
-            inputs, counts = objective.prepare(batch, keys_of(batch, end_of_text), learner)
+            inputs, counts = objective.prepare(keyed(batch, end_of_text), learner)
             sums = learner.sums(*map(here.put, inputs))
             text = batch.targets[batch.targets != IGNORE]
             mine = split.bytes_of(text) if part_of_it and split.text_bytes else 0
@@ -287,7 +287,7 @@ def window_nats(model: "GPT", split: Split, here: "Machine") -> np.ndarray:
     model.eval()
     with torch.no_grad(), here.autocast():
         for batch in split.in_order(rows, T, most=WINDOW_TOKENS):
-            tokens, targets, positions, mask = map(here.put, batch)
+            tokens, targets, positions, mask = map(here.put, batch.arrays)
             logits = model(tokens, mask=mask, positions=positions).float()
             nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             found.append(nats.view_as(targets).masked_fill(targets == IGNORE, math.nan).cpu())

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def augment(batch: Batch, special: list[int], rate: float, keys: list[tuple]) -> Batch:
+def augment(batch: Batch, special: list[int], rate: float) -> Batch:
     """`batch` with about `rate` of the tokens of its prompts changed; targets stay as they are.
 
     A third of them changes places with the next token, a third becomes another token of the
     window, a third is hidden: no other position sees it. Answers are left alone, and so are the ids
-    `special`, the markers above all. Window i draws from keys[i], whichever process has it. Running
+    `special`, the markers above all. Window i draws from its key, whichever process has it. Running
     text comes back as it was: it has no prompts.
     """
     if batch.mask is None:
@@ -34,7 +34,7 @@ def augment(batch: Batch, special: list[int], rate: float, keys: list[tuple]) ->
     answered = np.zeros(tokens.shape, bool)
     answered[:, 1:] = batch.targets[:, :-1] != IGNORE
     changeable = ~answered & ~np.isin(tokens, special)
-    for i, (row, key) in enumerate(zip(tokens, keys, strict=True)):
+    for i, (row, key) in enumerate(zip(tokens, batch.keys, strict=True)):
         rng = np.random.default_rng(key)
         chosen = np.flatnonzero(changeable[i] & (rng.random(len(row)) < rate))
         swapped, replaced, hidden = np.array_split(rng.permutation(chosen), 3)

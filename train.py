@@ -24,23 +24,18 @@ Interrupted, it continues where its newest checkpoint stands, when the same comm
 """
 
 import math
-import os
-import shlex
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import Annotated, Literal
 
 import objectives
-from engine import settings
+from engine import outcome, preflight, settings
 from engine.settings import BelowOne, Bound, Count, CountOrAuto, Fraction, NotNegative, Positive
 from engine.stop import Stop
 from shape import GPTConfig
 
 START = time.monotonic()  # of the command: s.minutes counts from here
-SHOWN = 3  # rows that are answered at the end
 Name = Annotated[str, Bound(f"one of {', '.join(objectives.names())}", objectives.find)]
 Rate = Annotated[float, Bound("from 0 to 1000", lambda x: 0 <= x <= 1000)]
 
@@ -237,8 +232,7 @@ def train(s: Settings, stop: Stop) -> int:
     if run.finished():
         return 0
     if here.compile:
-        keys = [(s.seed, i) for i in range(per_pass)]
-        inputs, _ = objective.prepare(first_batch().windows(0, per_pass), keys, learner)
+        inputs, _ = objective.prepare(first_batch().windows(0, per_pass), learner)
         machine.compile(learner, here, inputs)
 
     # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
@@ -254,16 +248,13 @@ def train(s: Settings, stop: Stop) -> int:
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
             batch = train_split.batch(step - 1, B, T, s.seed, here.rank, here.world)
-            # a key for each window, from which all that is random in it is drawn: its number
-            first = (step - 1) * B + here.rank * share
-            keys = [(s.seed, first + i) for i in range(share)]
-            for exercise in objective.exercises(batch, keys, learner):  # one, as a rule
+            for exercise in objective.exercises(batch, learner):  # one, as a rule
                 loss, norm = update(learner, optimizers, scale, exercise, step, s, here)
             run.log(step, loss, s.lr * factor, norm)
             run.save(step)
             run.evaluate(step)
     if run.completed and here.rank == 0:
-        show_result(model, data, s, run)
+        outcome.show(model, data, s, run)
     return run.status
 
 
@@ -297,129 +288,16 @@ def windows_in_a_pass(share: int, s: Settings) -> int:
     return next(n for n in range(most, 0, -1) if share % n == 0)
 
 
-def show_result(model, data, s: Settings, run) -> None:
-    """Prints how good the best checkpoint is, beside compressors, and what the model writes now."""
-    import torch
-
-    import sample
-    from evaluate import compressors
-
-    run.stop.at_once = True  # all is saved
-    objective = run.learner.objective
-    run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
-    torch.set_deterministic_debug_mode("default")  # picking a token has no such form on a GPU
-    picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
-    if not objective.generates:
-        print(f"\nnext: {objective.instead.replace('RUN', s.out)}")
-        return
-    tokens = 0 if s.shard else s.sample_tokens  # no process has the whole model
-    if tokens and data.kind == "text":
-        print("\na sample, by the weights of the last step:\n")
-        begin = [sample.turn("user", s.sample_prompt)]
-        sample.write_samples(model.eval(), data.tokenizer, begin, picked, echo=s.sample_prompt)
-    elif tokens:
-        print("\nwhat the weights of the last step answer to rows that they have not seen:")
-        for ids in islice(data.split("val").rows(), SHOWN):
-            task, turns = data.tokenizer.decode_row(ids)
-            turns = turns[:-1] if data.kind == "pairs" else turns  # of two answers leave one
-            asked = replace(picked, task=task, chat=True, temperature=0)
-            print(f"\n{turns[-2]['content']}\n> ", end="")
-            sample.write_samples(model.eval(), data.tokenizer, turns[:-1], asked)
-    then = "--chat" if data.kind != "text" else f"--prompt={shlex.quote(s.sample_prompt)}"
-    print(f"\nnext: python sample.py {s.out} {then}")
-
-
-def show_batch(s: Settings) -> int:
-    """Prints the windows that the update of step `s.show_batch` learns from, decoded."""
-    from dataset import Dataset
-
-    Objective = objectives.find(s.objective).Objective
-    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix, Objective.lines)
-    objective = Objective(s, data.tokenizer)
-    objective.require(data)
-    split = data.split("train")
-    split.require(s.model.block_size)
-    B = s.batch_tokens // s.model.block_size
-    first = (s.show_batch - 1) * B
-    batch = split.batch(s.show_batch - 1, B, s.model.block_size, s.seed)
-    inputs, _ = next(objective.exercises(batch, [(s.seed, first + i) for i in range(B)], None))
-    for i in range(B):
-        print(f"--- step {s.show_batch}, window {first + i}\n{objective.shown(inputs, i)}")
-    return 0
-
-
 # --- the command
 
 
-def check(s: Settings) -> None:
-    """Raises ValueError for settings that do not go together, before anything is loaded."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rows = s.model.block_size * world
-    processes = f" and {world} processes" if world > 1 else ""
-    near = max(rows, s.batch_tokens // rows * rows)
-    whole = f"a multiple of block_size={s.model.block_size}{processes}, such as {near}"
-    begin = Path(s.init_from).resolve()
-    itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
-    public = not all((Path(name) / "meta.json").exists() for name in s.data.split(","))
-    another = f"another run than out={s.out!r}: choose another --out"
-    settings.require(s.batch_tokens % rows == 0, s, "batch_tokens", whole)
-    settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
-    settings.require(s.show_batch <= s.steps, s, "show_batch", f"at most steps={s.steps}")
-    settings.require(not itself, s, "init_from", another)
-    there = not s.init_from or begin.exists() or Path(s.out).exists()  # it may have gone since
-    settings.require(there, s, "init_from", "a folder: a run, or one checkpoint of it")
-    settings.require(s.init_from or not s.lora_rank, s, "lora_rank", "0 without --init_from")
-    settings.require(public or not s.tokenizer, s, "tokenizer", f"left out: {s.data} has its own")
-    Objective = objectives.find(s.objective).Objective
-    masks = Objective.masks
-    if s.model.mask == GPTConfig.mask:
-        s.model.mask = masks[0]
-    own = f"with objective={s.objective}"
-    settings.require(s.model.mask in masks, s.model, "mask", f"{' or '.join(masks)} {own}")
-    Objective.check(s)
-    settings.require(Objective.compiles or s.compile != "true", s, "compile", f"false {own}")
-    parts = f"{own}, which calls parts of the model"
-    number = f"a number {parts}"
-    settings.require(Objective.shards or s.device_batch != "auto", s, "device_batch", number)
-    if s.shard and not (s.eval_only or s.show_batch):
-        settings.require(Objective.shards, s, "shard", f"false {parts}")
-        settings.require(not s.lora_rank, s, "shard", "false with --lora_rank: adapters are small")
-        settings.require(world > 1, s, "shard", "false with one process: torchrun starts several")
-    settings.require_package("tensorboard", s.tensorboard)
-    settings.require_package("wandb", s.wandb)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / world if s.shard else 1  # on this machine
-    size = int(4 * s.model.parameters() * here)
-    settings.require_memory(size, f"{s.model.n_layer} layers of {s.model.n_embd}")
-
-
-def read_settings(argv: list[str]):
-    """The settings of a command line, with those of its objective as `own`. Raises ValueError."""
-    name = settings.peek("objective", argv, Settings.config)
-    cls = objectives.with_settings(Settings, name if name in objectives.names() else "next_token")
-    s = settings.load(cls, argv, "Train a GPT.", "config", owner=objectives.owner)
-    plainly = f'said plainly in {s.config}: objective = "{s.objective}"'
-    settings.require(s.objective == (name or "next_token"), s, "objective", plainly)
-    given = {word.split("=")[0] for word in argv}
-    if "--steps" in given and "--minutes" not in given:
-        s.minutes = 0  # of a config file: who asks for steps gets them
-    return s
-
-
 def main(argv: list[str]) -> int:
-    s = read_settings(argv)
-    s.out = s.out or f"out/{Path(s.config).stem}"
-    check(s)
+    s = preflight.read(Settings, argv)
+    preflight.check(s)
     stop = Stop()  # before torch is imported, which takes a second or more
-    for name in s.data.split(","):
-        missing = Path(name).name == "python" and not Path(name).exists()
-        if missing and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # other ranks wait when all meet
-            from prepare import Settings as Preparation
-            from prepare import prepare
-
-            # a small vocabulary: a small model has no weights to spare for rare tokens
-            prepare(Preparation(source=("python",), out=name, vocab_size=2048))
+    preflight.prepare_missing(s.data)
     if s.show_batch:
-        return show_batch(s)
+        return outcome.show_batch(s)
     if s.eval_only:
         from evaluate import evaluate_run
 

@@ -46,11 +46,11 @@ def total(objective: objectives.Base, sums: list, counts: list):
     return sum(weight * s / max(n, 1) for weight, s, n in weighted if weight)
 
 
-def keys_of(batch, end_of_text: int) -> list[tuple]:
-    """Keys for what is random in evaluation: a row is changed alike wherever it stands, and however
-    much it is filled up."""
+def keyed(batch, end_of_text: int):
+    """A batch with keys for what is random in evaluation: a row is changed alike wherever it
+    stands, and however much it is filled up."""
     rows = (row[(row != 0) & (row != end_of_text)] for row in batch.tokens)
-    return [(0, zlib.crc32(row.tobytes())) for row in rows]
+    return batch._replace(keys=[(0, zlib.crc32(row.tobytes())) for row in rows])
 
 
 def told(found: dict, unit: str) -> str:

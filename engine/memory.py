@@ -47,8 +47,7 @@ def device_batch(learner: nn.Module, batch, here: Machine, before: dict | None) 
     if before.get("device_batch") and now == {name: before.get(name) for name in now}:
         found, why = before["device_batch"], "as before: a number changes it"
     else:
-        keys = [(s.seed, i) for i in range(len(batch.tokens))]
-        inputs, _ = next(learner.objective.exercises(batch, keys, learner))
+        inputs, _ = next(learner.objective.exercises(batch, learner))
         found, why = most_windows(learner, inputs, here)
     here.say(f"device_batch=auto: {found} windows in a pass ({why})")
     return found

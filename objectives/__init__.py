@@ -2,8 +2,8 @@
 
 An objective turns a batch of tokens into exercises, and says how far the network is from right:
 
-    inputs, counts = objective.prepare(batch, keys, learner) # what is shown, what is asked
-    sums = learner(*inputs)                                  # of each term, over all that is asked
+    inputs, counts = objective.prepare(batch, learner)  # what is shown, what is asked
+    sums = learner(*inputs)                            # of each term, over all that is asked
     loss = sum(weight * s / n for weight, s, n in zip(weights, sums, counts))
 
 A file of this folder has a class `Objective` that changes what it must of the one below, and a
@@ -85,19 +85,20 @@ class Base:
         """What must not change while a run is interrupted, such as the digest of a teacher."""
         return {}
 
-    def prepare(self, batch, keys: list[tuple], learner) -> tuple[tuple, list]:
+    def prepare(self, batch, learner) -> tuple[tuple, list]:
         """(inputs, counts): arrays with a row for each of the batch, or None, for `loss`; and of
         how many things each term is a sum.
 
-        All that is random is drawn here, that of row i from keys[i] alone: then it does not depend
-        on how rows are shared out to processes and passes. Here each term is one of all targets.
+        All that is random is drawn here, that of row i from batch.keys[i] alone: then it does not
+        depend on how rows are shared out to processes and passes. Here each term is one of all
+        targets.
         """
-        return batch, [int((batch.targets != IGNORE).sum())] * len(self.terms)
+        return batch.arrays, [int((batch.targets != IGNORE).sum())] * len(self.terms)
 
-    def exercises(self, batch, keys: list[tuple], learner) -> Iterator[tuple[tuple, list]]:
+    def exercises(self, batch, learner) -> Iterator[tuple[tuple, list]]:
         """What one step learns from, an update each: where the model's own answers are the data,
         several updates learn from one set of them."""
-        yield self.prepare(batch, keys, learner)
+        yield self.prepare(batch, learner)
 
     def shown(self, inputs: tuple, i: int) -> str:
         """Row i of an exercise in words, for `--show_batch`."""

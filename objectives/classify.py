@@ -92,7 +92,7 @@ class Objective(Base):
             raise ValueError(f"{answer[:60]!r} is no answer in the training split: no label for it")
         return self.labels.index(answer)
 
-    def prepare(self, batch, keys, learner):
+    def prepare(self, batch, learner):
         """Prompts without their answers, as `laid` has them, the tokens to come, and the labels."""
         prompts, answers = zip(*map(self.parted, batch.tokens), strict=True)
         labels = [self.number(answer) if answer else IGNORE for answer in answers]

@@ -60,7 +60,7 @@ class Objective(Base):
         encoder.init_weights(self.s.seed)
         return {"encoder": encoder, "cross": Cross(gpt.config, self.s.seed)}
 
-    def prepare(self, batch, keys, learner):
+    def prepare(self, batch, learner):
         """Prompts and answers of each window, side by side: tokens, targets of answers, positions
         in their rows, and the numbers of these rows, by which it is known who may see whom."""
         tokens, at, markers = batch.tokens, batch.positions, self.tokenizer.markers

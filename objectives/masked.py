@@ -46,12 +46,12 @@ class Objective(Base):
         drawn = torch.randn(gpt.config.n_embd, generator=other)
         return {"mask": nn.ParameterList([drawn * gpt.wte.weight.detach().std()])}
 
-    def prepare(self, batch, keys, learner):
+    def prepare(self, batch, learner):
         """Tokens as shown, targets, hidden (B, T) bool; positions and mask."""
         real = there(batch)
         askable = real & ~np.isin(batch.tokens, [*self.tokenizer.special.values()])
         how = self.own.mask_fraction, self.tokenizer.vocab_size
-        shown, asked, hidden = corrupt(batch.tokens, askable, *how, keys)
+        shown, asked, hidden = corrupt(batch.tokens, askable, *how, batch.keys)
         targets = np.where(asked, batch.tokens, IGNORE)
         inputs = (shown, targets, hidden, batch.positions, whole(batch, real))
         return inputs, [int(asked.sum())] * 2

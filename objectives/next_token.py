@@ -37,12 +37,12 @@ class Objective(Base):
         settings.require(not both, s, "shard", "false with --adversarial, which needs gradients")
         s.compile = "false" if s.own.adversarial else s.compile
 
-    def exercises(self, batch, keys, learner):
+    def exercises(self, batch, learner):
         if self.own.augment:
             from robust import augment
 
-            batch = augment(batch, [*self.tokenizer.special.values()], self.own.augment, keys)
-        yield self.prepare(batch, keys, learner)
+            batch = augment(batch, [*self.tokenizer.special.values()], self.own.augment)
+        yield self.prepare(batch, learner)
 
     def shown(self, inputs, i):
         read, targets = inputs[0][i], inputs[1][i]

@@ -64,7 +64,7 @@ class Objective(Base):
                 keys += [key_of(row, self.tokenizer.markers) for row in batch.tokens]
                 ln_p = torch.zeros(len(batch.tokens), 2)
                 if i % here.world == here.rank:
-                    *inputs, _ = self.prepare(batch, [], learner)[0]
+                    *inputs, _ = self.prepare(batch, learner)[0]
                     with torch.no_grad(), here.autocast():
                         ln_p = ln_p_of(learner.gpt, *map(here.put, inputs))
                 found += ln_p.flatten().tolist()
@@ -75,7 +75,7 @@ class Objective(Base):
         keys, ln_p = tensors["keys"].tolist(), tensors["ln_p"].numpy()
         self.reference = dict(zip(keys, ln_p, strict=True))
 
-    def prepare(self, batch, keys, learner):
+    def prepare(self, batch, learner):
         """Both answers of each pair behind its prompt, (B, 2, T), with their targets, positions and
         mask, and what the reference thinks of them."""
         markers = self.tokenizer.markers

@@ -56,14 +56,14 @@ class Objective(masked.Objective):
         nn.init.zeros_(detect.bias)
         return super().heads(gpt) | {"generator": generator, "detect": detect}
 
-    def prepare(self, batch, keys, learner):
+    def prepare(self, batch, learner):
         """As masked.py has it; then the tokens, which of them count, and numbers to draw by."""
-        (shown, targets, _, *rest), (asked, _) = super().prepare(batch, keys, learner)
+        (shown, targets, _, *rest), (asked, _) = super().prepare(batch, learner)
         inputs = shown, targets, targets != IGNORE, *rest  # all that is asked for is hidden
         special = np.isin(batch.tokens, [*self.tokenizer.special.values()])
         counted = masked.there(batch) & ~special  # markers are never replaced: that is no question
         T = batch.tokens.shape[1]
-        uniform = [np.random.default_rng((*key, 1)).random(T, np.float32) for key in keys]
+        uniform = [np.random.default_rng((*key, 1)).random(T, np.float32) for key in batch.keys]
         windows, n = int((inputs[1] != IGNORE).any(axis=1).sum()), int(counted.sum())
         counts = [asked, n, asked, windows, n, n, n]
         return (*inputs, batch.tokens, counted, np.stack(uniform)), counts

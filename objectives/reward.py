@@ -73,15 +73,15 @@ class Objective(Base):
     def checker(self, task: str):  # only what the user names is imported, and not what data name
         return tasks.checker(self.own.reward or task, self.named and self.own.reward != "")
 
-    def prepare(self, batch, keys, learner):
+    def prepare(self, batch, learner):
         """For evaluation: the reward of the likeliest answer to each row; nan if there is none."""
-        rewards = np.full(len(keys), np.nan, np.float32)
+        rewards = np.full(len(batch.keys), np.nan, np.float32)
         there = np.flatnonzero((batch.targets != IGNORE).any(axis=1))  # rows that fill up are none
-        some = batch.tokens[there].tolist(), [keys[i] for i in there]
+        some = batch.tokens[there].tolist(), [batch.keys[i] for i in there]
         _, rewards[there] = self.answered(learner.gpt, *some, temperature=0.0)
         return (batch.tokens, rewards), [len(there)] * 2
 
-    def exercises(self, batch, keys, learner):
+    def exercises(self, batch, learner):
         """Tokens (N, T) and rewards (N) of the answers, targets (N, T), A (N), p_old, as ln p
         (N, T), positions and mask: N answers, of those that can teach something."""
         if learner is None:  # --show_batch
@@ -90,7 +90,7 @@ class Objective(Base):
         # 1. a group of answers to each question, and what they are worth
         group, config = self.own.group, learner.gpt.config
         rows = [row for row in batch.tokens.tolist() for _ in range(group)]
-        drawn = [(*key, i) for key in keys for i in range(group)]
+        drawn = [(*key, i) for key in batch.keys for i in range(group)]
         with learner.autocast():
             texts, rewards = self.answered(learner.gpt, rows, drawn, self.own.temperature)
         self.told = {"reward": (float(rewards.sum()), len(rewards))}

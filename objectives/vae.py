@@ -79,12 +79,12 @@ class Objective(Base):
             return 1.0
         return min(1.0, 2 * (step * self.own.cycles / self.s.steps % 1))
 
-    def prepare(self, batch, keys, learner):
+    def prepare(self, batch, learner):
         """Tokens, targets, noise (B, Z), hidden (B, T) bool, beta (B)."""
         (B, T), rows = batch.tokens.shape, self.s.batch_tokens // self.s.model.block_size
         noise, hidden = np.zeros((B, self.own.latent), np.float32), np.zeros((B, T), bool)
         beta = np.zeros(B, np.float32)
-        for i, key in enumerate(keys):
+        for i, key in enumerate(batch.keys):
             rng = np.random.default_rng(key)
             noise[i] = rng.standard_normal(self.own.latent)
             hidden[i] = rng.random(T) < self.own.word_dropout

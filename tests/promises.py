@@ -15,7 +15,7 @@ import huggingface
 import objectives
 import train as script
 from dataset import Dataset
-from engine import machine, settings
+from engine import machine, preflight, settings
 from engine.learner import Learner, total
 
 
@@ -27,12 +27,12 @@ def plain(gpt) -> Learner:
 
 
 def make(data: Path, *argv: str):
-    """A learner with its first weights, and a batch: (learner, batch, keys)."""
+    """A learner with its first weights, and a batch: (learner, batch)."""
     name = settings.peek("objective", [*argv], "")
     cls = objectives.with_settings(script.Settings, name)
     s = settings.load(cls, [*TINY, f"--data={data}", *argv], "", "config")
     Objective = objectives.find(name).Objective
-    script.check(s)
+    preflight.check(s)
     dataset = Dataset(s.data, "", s.model.mask, s.train_on, s.mix, Objective.lines)
     objective = Objective(s, dataset.tokenizer)
     objective.require(dataset)
@@ -42,13 +42,13 @@ def make(data: Path, *argv: str):
     rows = s.batch_tokens // s.model.block_size
     batch = dataset.split("train").batch(0, rows, s.model.block_size, s.seed)
     objective.kept(objective.begin(learner, dataset, here))
-    return learner, batch, [(s.seed, i) for i in range(rows)]
+    return learner, batch
 
 
-def means(learner: Learner, batch, keys) -> dict[str, float]:
+def means(learner: Learner, batch) -> dict[str, float]:
     """The mean of each term, and of all `loss`, without dropout."""
     learner.eval()
-    inputs, counts = learner.objective.prepare(batch, keys, learner)
+    inputs, counts = learner.objective.prepare(batch, learner)
     with torch.no_grad():
         sums = learner(*tensors(inputs))
     named = dict(zip(learner.objective.terms, map(float, sums), strict=True))
@@ -60,25 +60,24 @@ def tensors(inputs) -> list:
     return [z if z is None else torch.from_numpy(np.ascontiguousarray(z)) for z in inputs]
 
 
-def shared_out_alike(learner: Learner, batch, keys) -> None:
+def shared_out_alike(learner: Learner, batch) -> None:
     """A batch in two shares has the same counts and sums: what processes and passes rely on."""
     learner.eval()
 
     def sums(*share):
-        some = batch.windows(*share), keys[slice(*share)]
-        inputs, counts = learner.objective.prepare(*some, learner)
+        inputs, counts = learner.objective.prepare(batch.windows(*share), learner)
         return np.array([[float(x) for x in learner(*tensors(inputs))], counts])
 
-    middle = len(keys) // 2
+    middle = len(batch.keys) // 2
     with torch.no_grad():
-        parts = sums(0, middle) + sums(middle, len(keys))
-        np.testing.assert_allclose(parts, sums(0, len(keys)), rtol=1e-4)
+        parts = sums(0, middle) + sums(middle, len(batch.keys))
+        np.testing.assert_allclose(parts, sums(0, len(batch.keys)), rtol=1e-4)
 
 
-def learns_by_heart(learner: Learner, batch, keys, steps: int = 60, rate: float = 0.01) -> float:
+def learns_by_heart(learner: Learner, batch, steps: int = 60, rate: float = 0.01) -> float:
     """The loss of one batch, the same exercise each time, after some steps of AdamW."""
     learner.train()
-    inputs, counts = next(learner.objective.exercises(batch, keys, learner))
+    inputs, counts = next(learner.objective.exercises(batch, learner))
     optimizer = torch.optim.AdamW(learner.parameters(), lr=rate)
     for _ in range(steps):
         loss = total(learner.objective, learner(*tensors(inputs)), counts)

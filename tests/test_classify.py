@@ -34,10 +34,10 @@ def made(rows):
 
 
 def test_labels_are_the_answers_of_the_training_split(made):
-    learner, batch, keys = made
+    learner, batch = made
     assert learner.objective.labels == ["cold", "none", "warm"]
     assert learner.objective.task == "colour"
-    inputs, counts = learner.objective.prepare(batch, keys, learner)
+    inputs, counts = learner.objective.prepare(batch, learner)
     tokens, positions, mask, ends, targets, labels = inputs
     markers = learner.objective.tokenizer.markers
     for i, row in enumerate(batch.tokens):
@@ -61,10 +61,10 @@ def test_the_loss_begins_at_ln_labels_and_a_half_of_ln_v(made):
 @pytest.mark.parametrize("mask", ["causal", "prefix", "full"])
 def test_a_row_is_classified_as_if_it_were_alone(rows, mask):
     """By hand, from the prompt alone: what fills it up is not seen, nor what answers it."""
-    learner, batch, keys = promises.make(rows, *ARGV, f"--mask={mask}", "--lm_weight=0")
-    promises.learns_by_heart(learner, batch, keys, steps=5)
+    learner, batch = promises.make(rows, *ARGV, f"--mask={mask}", "--lm_weight=0")
+    promises.learns_by_heart(learner, batch, steps=5)
     learner.eval()
-    inputs, counts = learner.objective.prepare(batch, keys, learner)
+    inputs, counts = learner.objective.prepare(batch, learner)
     assert counts[1] == 0
     ends, labels = inputs[3], inputs[5]
     assert len({*ends.tolist()}) > 1
@@ -127,7 +127,7 @@ def test_what_does_not_go_together_is_refused(rows, data):
 
 
 def test_an_answer_that_is_no_label_is_named(made):
-    learner, batch, keys = made
+    learner, batch = made
     learner.objective.labels = ["hot"]
     with pytest.raises(ValueError, match="(cold|none|warm)' is no answer in the training split"):
-        learner.objective.prepare(batch, keys, learner)
+        learner.objective.prepare(batch, learner)

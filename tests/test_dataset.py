@@ -94,8 +94,9 @@ def test_each_epoch_of_each_of_many_folders_is_shuffled_once(tmp_path, monkeypat
 
 def test_targets_are_inputs_moved_by_one(tmp_path):
     split = write_split(tmp_path, np.arange(500))
-    x, y, *none = split.batch(3, 4, 16, seed=0)
-    assert none == [None, None]  # positions as they stand, and causal
+    x, y, positions, mask, keys = split.batch(3, 4, 16, seed=0)
+    assert positions is None and mask is None  # positions as they stand, and causal
+    assert keys == [(0, number) for number in range(12, 16)]
     assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype == np.int64
     assert (y == x + 1).all()
 

@@ -39,11 +39,11 @@ def made(data, teacher):
 def test_the_loss_is_that_of_the_paper(data, teacher):
     """Also where not all targets count."""
     argv = [*ARGV, f"--teacher={teacher}", "--temperature=2", "--data_share=0.3"]
-    learner, batch, keys = promises.make(data, *argv)
+    learner, batch = promises.make(data, *argv)
     with torch.no_grad():
         learner.gpt.head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     batch.targets[:, ::3] = IGNORE
-    found = promises.means(learner, batch, keys)
+    found = promises.means(learner, batch)
     at, tokens = batch.targets != IGNORE, torch.from_numpy(batch.tokens)
     with torch.no_grad():
         student, wanted = (
@@ -61,7 +61,7 @@ def test_the_loss_is_that_of_the_paper(data, teacher):
 
 def test_it_begins_at_the_surprise_and_the_entropy_of_the_teacher(made):
     """A student that finds all V tokens equally likely: KL(q || 1/V) = ln V - entropy of q."""
-    learner, batch, _ = made
+    learner, batch = made
     found = promises.means(*made)
     with torch.no_grad():
         q = learner.objective.teacher[0](torch.from_numpy(batch.tokens)).softmax(-1)
@@ -93,7 +93,7 @@ def test_the_teacher_is_frozen_and_no_part_of_the_student(train, data, teacher):
     run = train("student", *ARGV, f"--teacher={teacher}", "--dropout=0.1")
     assert {p: p.read_bytes() for p in teacher.rglob("*") if p.is_file()} == before
     assert not list(run.rglob("heads.safetensors"))
-    learner, _, _ = promises.make(data, *ARGV, f"--teacher={teacher}", "--dropout=0.1")
+    learner, _ = promises.make(data, *ARGV, f"--teacher={teacher}", "--dropout=0.1")
     learner.train()
     (theirs,) = learner.objective.teacher
     assert not theirs.training and not any(p.requires_grad for p in theirs.parameters())

@@ -29,17 +29,17 @@ def chat(tmp_path_factory):
 @pytest.fixture
 def made(chat):
     """Without the zeros that weights begin with, everything depends on everything."""
-    learner, batch, keys = promises.make(chat, *ARGV)
+    learner, batch = promises.make(chat, *ARGV)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in learner.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=g))
-    return learner.eval(), batch, keys
+    return learner.eval(), batch
 
 
 def test_prompts_go_to_the_encoder_and_answers_to_the_decoder(made):
-    learner, batch, keys = made
-    inputs, counts = learner.objective.prepare(batch, keys, learner)
+    learner, batch = made
+    inputs, counts = learner.objective.prepare(batch, learner)
     prompt, _, prompt_row, answer, _, row, targets = inputs
     t = learner.objective.tokenizer
     markers = t.markers
@@ -64,7 +64,7 @@ def test_the_loss_begins_at_ln_v_and_one_batch_is_learned_by_heart(chat):
 
 
 def test_rows_of_a_window_cost_what_each_of_them_costs_alone(made):
-    learner, batch, _ = made
+    learner, batch = made
     t = learner.objective.tokenizer
     packed = promises.means(*made)["total"] * (batch.targets != IGNORE).sum()
     alone = 0.0

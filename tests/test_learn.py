@@ -21,7 +21,7 @@ from conftest import CODE, ROOT
 import learn
 import lessons
 from dataset import Dataset
-from engine import settings
+from engine import preflight, settings
 from lessons import ablations, languages, specimen
 from tasks import repeat
 
@@ -217,7 +217,7 @@ def test_commands_of_a_page_are_accepted(path):
     for command in commands:
         name, *argv = shlex.split(command)
         if name == "train.py":
-            train.read_settings(argv)
+            preflight.read(train.Settings, argv)
         elif name in known:
             cls, positional, nargs = known[name]
             s = settings.load(cls, argv, "", positional, nargs)

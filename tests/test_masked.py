@@ -19,14 +19,13 @@ def made(data):
 
 
 def test_of_the_tokens_asked_for_80_are_hidden_10_replaced_10_shown(data):
-    learner, batch, _ = promises.make(data, *ARGV)
+    learner, batch = promises.make(data, *ARGV)
     many = batch._replace(
-        tokens=np.tile(batch.tokens, (50, 1)), targets=np.tile(batch.targets, (50, 1))
+        tokens=np.tile(batch.tokens, (50, 1)),
+        targets=np.tile(batch.targets, (50, 1)),
+        keys=[(3, i) for i in range(50 * len(batch.tokens))],
     )
-    keys = [(3, i) for i in range(len(many.tokens))]
-    (shown, targets, hidden, positions, mask), counts = learner.objective.prepare(
-        many, keys, learner
-    )
+    (shown, targets, hidden, positions, mask), counts = learner.objective.prepare(many, learner)
     asked = targets != IGNORE
     assert counts == [asked.sum()] * 2 and mask is None and positions is None
     assert (targets[asked] == many.tokens[asked]).all()
@@ -38,8 +37,8 @@ def test_of_the_tokens_asked_for_80_are_hidden_10_replaced_10_shown(data):
 
 
 def test_what_is_hidden_is_not_seen(made):
-    learner, batch, keys = made
-    inputs, _ = learner.objective.prepare(batch, keys, learner)
+    learner, batch = made
+    inputs, _ = learner.objective.prepare(batch, learner)
     shown, targets, hidden, *rest = promises.tensors(inputs)
     with torch.no_grad():
         before = learner(shown, targets, hidden, *rest)[0]
@@ -60,7 +59,7 @@ def test_what_is_filled_up_is_neither_asked_for_nor_seen(data, made):
     learner = made[0]
     *_, last = Dataset(str(data)).split("val").in_order(1, 32)
     assert (last.targets == IGNORE).any()  # the last window is short
-    inputs, _ = learner.objective.prepare(last, [(0, 0)], learner)
+    inputs, _ = learner.objective.prepare(last._replace(keys=[(0, 0)]), learner)
     real = (last.targets != IGNORE).sum()
     assert (inputs[1][0, real + 1 :] == IGNORE).all()
     assert not inputs[4][0, 0, 0, real + 1 :].any()

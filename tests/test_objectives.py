@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import objectives
+from engine import preflight
 from engine.learner import total
 
 # what learns from more than plain text, or needs more than its name; each has a test of its own
@@ -32,7 +33,7 @@ class Objective(Base):
     terms = {"loss": 1.0, "size": 0.0}
     kinds = ("text",)
 
-    def prepare(self, batch, keys, learner):
+    def prepare(self, batch, learner):
         return (batch.tokens,), [batch.tokens.size] * 2
 
     def loss(self, gpt, heads, tokens):
@@ -78,12 +79,12 @@ def test_each_falls_towards_0_from_above_and_is_shared_out_alike(name, data):
     if name in ELSEWHERE:
         assert (ROOT / "tests" / f"test_{name}.py").exists()
         return
-    learner, batch, keys = promises.make(data, f"--objective={name}")
-    before = promises.means(learner, batch, keys)
+    learner, batch = promises.make(data, f"--objective={name}")
+    before = promises.means(learner, batch)
     assert before["total"] > 0 and min(before.values()) >= -1e-4
-    promises.shared_out_alike(learner, batch, keys)
-    promises.learns_by_heart(learner, batch, keys)
-    after = promises.means(learner, batch, keys)
+    promises.shared_out_alike(learner, batch)
+    promises.learns_by_heart(learner, batch)
+    after = promises.means(learner, batch)
     assert after["total"] < 0.8 * before["total"] and min(after.values()) >= -1e-4
 
 
@@ -130,16 +131,19 @@ def test_the_objective_in_a_config_file_brings_its_settings(data, tmp_path):
 
     config = tmp_path / "mine.py"
     config.write_text('objective = "masked"\nmask_fraction = 0.3\n')
-    assert command.read_settings([str(config)]).own.mask_fraction == 0.3
-    assert command.read_settings([str(config), "--mask_fraction=0.2"]).own.mask_fraction == 0.2
+    assert preflight.read(command.Settings, [str(config)]).own.mask_fraction == 0.3
+    assert (
+        preflight.read(command.Settings, [str(config), "--mask_fraction=0.2"]).own.mask_fraction
+        == 0.2
+    )
     whose = "mask_fraction is a setting of objective=masked"
     with pytest.raises(ValueError, match=whose):
-        command.read_settings(["--mask_fraction=0.2"])
+        preflight.read(command.Settings, ["--mask_fraction=0.2"])
     config.write_text("mask_fraction = 0.2\n")
     with pytest.raises(ValueError, match=whose):
-        command.read_settings([str(config), "--objective=vae"])
+        preflight.read(command.Settings, [str(config), "--objective=vae"])
     with pytest.raises(ValueError, match="temperature is a setting of objective=distil or reward"):
-        command.read_settings(["--temperature=2"])
+        preflight.read(command.Settings, ["--temperature=2"])
     config.write_text('_name = "masked"\nobjective = _name\n')
     with pytest.raises(ValueError, match="said plainly"):
         command.main([str(config), f"--data={data}"])

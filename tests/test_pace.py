@@ -10,11 +10,11 @@ import pytest
 from conftest import TINY
 from test_train import interrupted, rows, training, weights
 
-from engine import pace
+from engine import pace, preflight
 from engine.pace import Pace
 from engine.run import Run
 from optim import learning_rate
-from train import read_settings
+from train import Settings
 
 FIT = ["--steps=1000", "--minutes=2", "--eval_tokens=1", "--eval_every=1000", "--save_every=1000"]
 
@@ -109,9 +109,9 @@ def test_several_processes_choose_as_the_first_one_does(data, tmp_path):
 def test_steps_of_the_command_line_count_more_than_minutes_of_a_file(tmp_path):
     path = tmp_path / "config.py"
     path.write_text("minutes = 2\nsteps = 10\n")
-    assert read_settings([str(path)]).minutes == 2
-    assert read_settings([str(path), "--steps=9"]).minutes == 0
-    assert read_settings([str(path), "--steps=9", "--minutes=1"]).minutes == 1
+    assert preflight.read(Settings, [str(path)]).minutes == 2
+    assert preflight.read(Settings, [str(path), "--steps=9"]).minutes == 0
+    assert preflight.read(Settings, [str(path), "--steps=9", "--minutes=1"]).minutes == 1
 
 
 # --- the choice itself

@@ -72,11 +72,11 @@ def test_a_pair_is_one_document_and_prepared_like_rows(folder, capsys):
 
 
 def test_both_answers_stand_behind_the_prompt_and_only_they_count(made):
-    learner, batch, keys = made
+    learner, batch = made
     t = learner.objective.tokenizer
-    (tokens, targets, *_), counts = learner.objective.prepare(batch, keys, learner)
-    assert tokens.shape[:2] == (len(keys), 2) and counts == [len(keys)] * 6
-    for i in range(len(keys)):
+    (tokens, targets, *_), counts = learner.objective.prepare(batch, learner)
+    assert tokens.shape[:2] == (len(batch.keys), 2) and counts == [len(batch.keys)] * 6
+    for i in range(len(batch.keys)):
         asked = t.decode(tokens[i, 0].tolist()).split("<|user|>")[1].split("<|end|>")[0]
         said = [t.decode(row[row != IGNORE].tolist()) for row in targets[i]]
         assert said == [f"{2 * int(asked)}<|end|>", f"{3 * int(asked)}<|end|>"]
@@ -161,15 +161,15 @@ def test_pairs_and_rows_are_not_mixed(folder, tmp_path):
 
 
 def test_the_loss_is_that_of_the_paper(made):
-    learner, batch, keys = made
+    learner, batch = made
     with torch.no_grad():  # another model than the reference
         for p in learner.gpt.parameters():
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     learner.objective.own.beta = 0.7
-    found = promises.means(learner, batch, keys)
+    found = promises.means(learner, batch)
     first, _ = load_model(learner.objective.s.init_from)
     t = learner.objective.tokenizer
-    (tokens, *_), _ = learner.objective.prepare(batch, keys, learner)
+    (tokens, *_), _ = learner.objective.prepare(batch, learner)
     losses, margins, nats, rewards = [], [], [], []
     for row in tokens:
         n = int(t.decode(row[0].tolist()).split("<|user|>")[1].split("<|end|>")[0])
@@ -211,22 +211,22 @@ def test_likelihood_holds_up_the_chosen_answer(folder):
 
 def test_a_prefix_sees_itself_whole_and_no_answer_sees_the_other(folder):
     argv = [*ARGV, f"--init_from={folder / 'run'}", "--mask=prefix"]
-    learner, batch, keys = promises.make(folder / "pairs", *argv)
-    found = promises.means(learner, batch, keys)
+    learner, batch = promises.make(folder / "pairs", *argv)
+    found = promises.means(learner, batch)
     assert found["total"] == pytest.approx(math.log(2), abs=1e-5)
-    inputs, _ = learner.objective.prepare(batch, keys, learner)
-    assert inputs[3].shape == (len(keys), 2, 1, *inputs[0].shape[2:] * 2)
-    promises.shared_out_alike(learner, batch, keys)
+    inputs, _ = learner.objective.prepare(batch, learner)
+    assert inputs[3].shape == (len(batch.keys), 2, 1, *inputs[0].shape[2:] * 2)
+    promises.shared_out_alike(learner, batch)
 
 
 def test_what_the_reference_thought_is_kept_for_every_split(folder, made):
-    learner, batch, keys = made
+    learner, batch = made
     data = Dataset(str(folder / "pairs"))
     rows = sum(len(list(data.split(name).rows())) for name in ("train", "val", "test"))
     assert len(learner.objective.reference) == rows == 199
     learner.objective.kept(dict(keys=torch.tensor([1]), ln_p=torch.zeros(1, 2)))
     with pytest.raises(ValueError, match="evaluate on the data of the run"):
-        learner.objective.prepare(batch, keys, learner)
+        learner.objective.prepare(batch, learner)
 
 
 def test_it_keeps_the_promises_of_all(train, folder, made, capsys, tmp_path):
@@ -291,6 +291,5 @@ def test_a_process_that_has_no_pair_in_the_last_batch_goes_on(folder, made):
     assert len([*split.in_order(1, 32)]) % 4
     for rank in range(4):
         for batch in split.in_order(1, 32, rank, 4):
-            keys = [(0, 0)] * len(batch.tokens)
-            found += learner.objective.prepare(batch, keys, learner)[1][:1]
+            found += learner.objective.prepare(batch, learner)[1][:1]
     assert sum(found) == len([*split.in_order(1, 32)]) and 0 in found

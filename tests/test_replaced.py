@@ -19,9 +19,9 @@ def made(data):
     return promises.make(data, *ARGV)
 
 
-def trained(learner, batch, keys):
+def trained(learner, batch):
     """A learner that has learned a batch by heart, and what its generator draws there."""
-    promises.learns_by_heart(learner, batch, keys, steps=40)
+    promises.learns_by_heart(learner, batch, steps=40)
     return learner.eval()
 
 
@@ -35,7 +35,7 @@ def test_the_loss_begins_at_ln_v_and_fifty_times_ln_2(made):
 def test_what_is_drawn_is_drawn_by_the_numbers_of_the_row_and_equal_ones_are_not_replaced(made):
     """By hand: the generator's distribution, inverted; a draw that is right is no replacement."""
     learner = trained(*made)
-    inputs, counts = learner.objective.prepare(*made[1:], learner)
+    inputs, counts = learner.objective.prepare(made[1], learner)
     shown, targets, hidden, positions, mask, tokens, counted, uniform = promises.tensors(inputs)
     assert uniform.shape == tokens.shape and uniform.min() >= 0 and uniform.max() < 1
     at, seen = targets != IGNORE, tokens.clone()
@@ -71,8 +71,8 @@ def test_the_area_is_the_share_of_pairs_in_the_right_order():
 
 def test_no_gradient_comes_through_what_is_drawn(made):
     """The generator learns from its masked tokens alone."""
-    learner, batch, keys = made
-    inputs, _ = learner.objective.prepare(batch, keys, learner)
+    learner, batch = made
+    inputs, _ = learner.objective.prepare(batch, learner)
     with torch.no_grad():
         learner.heads["detect"].weight.fill_(0.1)
         for p in learner.heads["generator"].parameters():
@@ -85,9 +85,9 @@ def test_no_gradient_comes_through_what_is_drawn(made):
 
 def test_it_is_masked_by_the_same_draws_as_masked_alone(data, made):
     """But all that is asked for is hidden: the generator is to guess, and not to look."""
-    learner, batch, keys = made
+    learner, batch = made
     alone, *_ = promises.make(data, "--objective=masked")
-    ours, theirs = (x.objective.prepare(batch, keys, x)[0] for x in (learner, alone))
+    ours, theirs = (x.objective.prepare(batch, x)[0] for x in (learner, alone))
     np.testing.assert_array_equal(ours[1], theirs[1])
     np.testing.assert_array_equal(ours[2], theirs[1] != IGNORE)
     assert (theirs[2] <= ours[2]).all() and (theirs[2] != ours[2]).any()
@@ -100,11 +100,11 @@ def test_markers_and_what_is_filled_up_do_not_count(tmp_path):
     rows = prepared(
         tmp_path / "rows", save(path, [talk(f"what is {i}?", f"{i}") for i in range(99)])
     )
-    learner, batch, keys = promises.make(tmp_path / "rows", *ARGV)
-    inputs, counts = learner.objective.prepare(batch, keys, learner)
+    learner, batch = promises.make(tmp_path / "rows", *ARGV)
+    inputs, counts = learner.objective.prepare(batch, learner)
     assert (inputs[-2] == (batch.tokens < 256)).all() and counts[1] == (batch.tokens < 256).sum()
     assert rows.tokenizer.markers.end_of_text in batch.tokens
-    promises.shared_out_alike(learner, batch, keys)
+    promises.shared_out_alike(learner, batch)
 
 
 def test_it_keeps_the_promises_of_all(train, data, made, capsys, tmp_path):

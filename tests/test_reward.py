@@ -16,7 +16,7 @@ import rollout
 import tasks
 import train as script
 from dataset import IGNORE, Dataset
-from engine import settings
+from engine import preflight, settings
 from engine.learner import Learner
 from objectives import reward, with_settings
 
@@ -53,7 +53,7 @@ def argv(sums):
 def make(data, *argv):
     cls = with_settings(script.Settings, "reward")
     s = settings.load(cls, [*TINY, f"--data={data}", *argv], "", "config")
-    script.check(s)
+    preflight.check(s)
     dataset = Dataset(s.data, lines=True)
     objective = reward.Objective(s, dataset.tokenizer)
     objective.require(dataset)
@@ -61,7 +61,7 @@ def make(data, *argv):
     learner = Learner(script.new_model(s, dataset, here), objective)
     B = s.batch_tokens // s.model.block_size
     batch = dataset.split("train").batch(0, B, s.model.block_size, s.seed)
-    return learner, batch, [(s.seed, i) for i in range(B)]
+    return learner, batch
 
 
 def test_advantages_are_rewards_beside_those_of_the_group():
@@ -100,9 +100,9 @@ def test_prompts_are_padded_and_answers_are_the_targets():
 @pytest.mark.parametrize("mask", ["causal", "prefix"])
 def test_old_probabilities_are_those_by_which_answers_were_drawn(sums, argv, mask):
     """In the first update r = 1 everywhere: the loss is - sum of A over tokens."""
-    learner, batch, keys = make(sums, *argv, f"--mask={mask}", "--reward=sums")
+    learner, batch = make(sums, *argv, f"--mask={mask}", "--reward=sums")
     learner.objective.checker = lambda task: lambda prompt, answer, ref: len(set(answer))
-    exercises = list(learner.objective.exercises(batch, keys, learner))
+    exercises = list(learner.objective.exercises(batch, learner))
     assert len(exercises) == 2
     inputs, (count, _) = exercises[0]
     tokens, _, targets, better, old, _, seen = inputs
@@ -123,21 +123,20 @@ def test_old_probabilities_are_those_by_which_answers_were_drawn(sums, argv, mas
 
 
 def test_groups_of_equal_rewards_have_no_gradient(sums, argv):
-    learner, batch, keys = make(sums, *argv)
+    learner, batch = make(sums, *argv)
     learner.objective.checker = lambda task: lambda *texts: 0.5
-    inputs, _ = next(learner.objective.exercises(batch, keys, learner))
+    inputs, _ = next(learner.objective.exercises(batch, learner))
     learner(*promises.tensors(inputs))[0].backward()
     assert all(not p.grad.any() for p in learner.parameters() if p.grad is not None)
     assert learner.objective.told == {"reward": (8.0, 16)}
 
 
 def test_a_group_is_drawn_alike_wherever_its_row_stands(sums, argv):
-    learner, batch, keys = make(sums, *argv)
+    learner, batch = make(sums, *argv)
     learner.objective.checker = lambda task: lambda prompt, answer, reference: len(answer)
 
     def drawn(*share):
-        some = batch.windows(*share), keys[slice(*share)]
-        inputs, counts = next(learner.objective.exercises(*some, learner))
+        inputs, counts = next(learner.objective.exercises(batch.windows(*share), learner))
         with torch.no_grad():
             sums = [float(x) for x in learner(*promises.tensors(inputs))]
         return np.array([*sums, *counts]), learner.objective.told["reward"]
@@ -146,17 +145,17 @@ def test_a_group_is_drawn_alike_wherever_its_row_stands(sums, argv):
     whole, all_told = drawn(0, 4)
     np.testing.assert_allclose(first + second, whole, rtol=1e-4, atol=1e-3)
     assert (told[0] + also[0], told[1] + also[1]) == all_told
-    promises.shared_out_alike(learner, batch, keys)
+    promises.shared_out_alike(learner, batch)
 
 
 def test_rows_that_fill_up_are_neither_answered_nor_counted(sums, argv):
     """In evaluation the last batch of a process may lack some, or have none at all."""
-    learner, batch, keys = make(sums, *argv)
+    learner, batch = make(sums, *argv)
     learner.objective.checker = lambda task: lambda *texts: 0.25
     for there in (3, 0):
         targets = batch.targets.copy()
         targets[there:] = IGNORE
-        inputs, counts = learner.objective.prepare(batch._replace(targets=targets), keys, learner)
+        inputs, counts = learner.objective.prepare(batch._replace(targets=targets), learner)
         missed, told = learner(*promises.tensors(inputs))
         assert counts == [there] * 2 and (missed, told) == (0.75 * there, 0.25 * there)
 

@@ -13,11 +13,7 @@ TOKENIZER = bytes_tokenizer().extended([])
 SPECIAL = [*TOKENIZER.special.values()]
 
 
-def keys(first: int, last: int) -> list[tuple]:
-    return [(1, number) for number in range(first, last)]
-
-
-def batch(rows: int = 40) -> Batch:
+def batch(first: int = 0, rows: int = 40) -> Batch:
     """Windows of one row each: a prompt of 26 different letters, and an answer."""
     turns = [dict(role="user", content="abcdefghijklmnopqrstuvwxyz")]
     turns.append(dict(role="assistant", content="ABC"))
@@ -25,12 +21,13 @@ def batch(rows: int = 40) -> Batch:
     x, y = ids[:, :-1], ids[:, 1:].copy()
     answer = np.flatnonzero(ids[0] == TOKENIZER.markers.assistant)[0]
     y[:, :answer] = IGNORE
-    return Batch(x, y, *layout(x, TOKENIZER.markers, "causal"))
+    keys = [(1, number) for number in range(first, first + rows)]
+    return Batch(x, y, *layout(x, TOKENIZER.markers, "causal"), keys)
 
 
 def test_only_prompts_are_changed_and_about_as_often_as_asked():
     before = batch()
-    after = augment(before, SPECIAL, 0.3, keys(0, 40))
+    after = augment(before, SPECIAL, 0.3)
     prompt = slice(1, 27)
     outside = np.ones(before.tokens.shape[1], bool)
     outside[prompt] = False
@@ -44,11 +41,11 @@ def test_only_prompts_are_changed_and_about_as_often_as_asked():
 
 
 def test_a_window_is_changed_alike_wherever_it_is_computed():
-    whole, both = batch(), slice(20, 40)
-    after = augment(whole, SPECIAL, 0.3, keys(100, 140))
-    half = augment(whole.windows(20, 40), SPECIAL, 0.3, keys(120, 140))
+    whole, both = batch(100), slice(20, 40)
+    after = augment(whole, SPECIAL, 0.3)
+    half = augment(whole.windows(20, 40), SPECIAL, 0.3)
     assert (after.tokens[both] == half.tokens).all() and (after.mask[both] == half.mask).all()
-    other = augment(whole, SPECIAL, 0.3, keys(101, 141))
+    other = augment(batch(101), SPECIAL, 0.3)
     assert (after.tokens != other.tokens).any()
 
 
@@ -91,7 +88,7 @@ def test_noise_adds_copies_of_what_is_learned_and_of_nothing_else(tmp_path):
 def test_moved_embeddings_cost_more_and_no_gradient_is_left_over():
     model = GPT(GPTConfig(262, block_size=64, n_layer=2, n_head=2, n_embd=32, zero_init=False))
     model.init_weights(0)
-    x, y, positions, mask = (torch.from_numpy(z) for z in batch(4))
+    x, y, positions, mask = (torch.from_numpy(z) for z in batch(rows=4).arrays)
 
     def loss(embedded):
         logits = model.logits(model.trunk(x, mask, positions, embedded=embedded))

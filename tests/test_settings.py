@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_type_hints
 import pytest
 from conftest import ROOT
 
-from engine import settings
+from engine import preflight, settings
 from engine.settings import Fraction, Positive, settings_of
 
 
@@ -191,7 +191,7 @@ def test_help_shows_every_setting_with_comment_and_default(capsys):
             assert "|".join(setting.choices) in text
 
 
-def test_every_preset_loads_and_passes_the_checks():
+def test_every_preset_loads_and_passes_the_checks(tmp_path):
     from conftest import ROOT
 
     import train
@@ -199,7 +199,7 @@ def test_every_preset_loads_and_passes_the_checks():
     files = list((ROOT / "config").glob("*.py"))
     assert len(files) >= 5
     for path in files:
-        train.check(train.read_settings([str(path)]))
+        preflight.check(preflight.read(train.Settings, [str(path), f"--out={tmp_path}"]))
 
 
 def test_no_setting_is_unused():
@@ -230,11 +230,11 @@ def test_names_of_nanogpt_are_answered_with_ours_and_the_page_has_them_all():
         assert ours in known and theirs not in known
         assert f"`{theirs}`" in table and f"`{ours}`" in table
     with pytest.raises(ValueError, match="'max_iters' in the command line: did you mean steps"):
-        train.read_settings(["--max_iters=100"])
+        preflight.read(train.Settings, ["--max_iters=100"])
     with pytest.raises(ValueError, match="'lerning_rate' in the command line: did you mean lr?"):
-        train.read_settings(["--lerning_rate=1"])
+        preflight.read(train.Settings, ["--lerning_rate=1"])
     with pytest.raises(ValueError, match="'backend' in the command line: torchrun chooses it"):
-        train.read_settings(["--backend=nccl"])
+        preflight.read(train.Settings, ["--backend=nccl"])
     with pytest.raises(ValueError, match="'out_dir' .*: the run stands first, as in sample.py out"):
         sample.main(["--out_dir=out-x"])
 

@@ -29,8 +29,8 @@ def made(lines):
     return promises.make(lines, *ARGV)
 
 
-def inputs_of(learner, batch, keys):
-    return promises.tensors(learner.objective.prepare(batch, keys, learner)[0])
+def inputs_of(learner, batch):
+    return promises.tensors(learner.objective.prepare(batch, learner)[0])
 
 
 def says(learner, mean: float, numbers: int, logvar: float = 0.0) -> None:
@@ -69,10 +69,10 @@ def test_the_kl_is_that_of_two_normal_distributions(made):
 
 
 def test_in_training_a_number_costs_beta_and_at_least_its_free_bits(lines):
-    learner, batch, keys = promises.make(lines, *ARGV, "--cycles=0", "--word_dropout=0")
+    learner, batch = promises.make(lines, *ARGV, "--cycles=0", "--word_dropout=0")
     says(learner, mean=1.0, numbers=2)  # of 32: 1/2 nat each
     learner.train()
-    *inputs, beta = inputs_of(learner, batch, keys)
+    *inputs, beta = inputs_of(learner, batch)
     assert (beta == 1).all()
     with torch.no_grad():
         free, half = (learner(*inputs, beta * factor) for factor in (1, 0.5))
@@ -83,11 +83,11 @@ def test_in_training_a_number_costs_beta_and_at_least_its_free_bits(lines):
 
 
 def test_beta_rises_in_the_first_half_of_each_cycle(lines):
-    learner, batch, _ = promises.make(lines, *ARGV, "--steps=80", "--cycles=2")
+    learner, batch = promises.make(lines, *ARGV, "--steps=80", "--cycles=2")
     beta = learner.objective.beta
     assert [beta(step) for step in (0, 10, 20, 39, 40, 50, 60, 79)] == [0, 0.5, 1, 1] * 2
     many = [(1, 8 * 10 + i) for i in range(8)]  # the keys of the batch of step 10
-    assert (inputs_of(learner, batch, many)[-1] == 0.5).all()
+    assert (inputs_of(learner, batch._replace(keys=many))[-1] == 0.5).all()
 
 
 def test_evaluation_knows_neither_beta_nor_free_bits_nor_hidden_tokens(lines):
@@ -100,9 +100,9 @@ def test_evaluation_knows_neither_beta_nor_free_bits_nor_hidden_tokens(lines):
 
 
 def test_hidden_tokens_are_not_read_and_no_decoder_looks_ahead(made):
-    learner, batch, keys = made
+    learner, batch = made
     wake(learner)
-    tokens, _, noise, hidden, _ = inputs_of(learner, batch, keys)
+    tokens, _, noise, hidden, _ = inputs_of(learner, batch)
     gpt, heads = learner.gpt, learner.heads
     assert 0.02 < hidden[:, 1:].float().mean() < 0.2 and not hidden[:, 0].any()
 
@@ -137,16 +137,17 @@ def test_a_code_depends_on_all_of_its_sentence_and_on_nothing_behind_it(made):
 
 
 def test_lines_that_fill_up_an_evaluation_are_no_sentences(made):
-    learner, batch, keys = made
+    learner, batch = made
     wake(learner)
     learner.eval()
     nothing = batch._replace(
         tokens=np.concatenate([batch.tokens, 0 * batch.tokens[:2]]),
         targets=np.concatenate([batch.targets, np.full_like(batch.targets[:2], IGNORE)]),
+        keys=[*batch.keys, (0, 1), (0, 2)],
     )
     found = []
-    for some, its in ((batch, keys), (nothing, [*keys, (0, 1), (0, 2)])):
-        inputs, counts = learner.objective.prepare(some, its, learner)
+    for some in (batch, nothing):
+        inputs, counts = learner.objective.prepare(some, learner)
         with torch.no_grad():
             found.append([*map(float, learner(*promises.tensors(inputs))), *counts])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -154,10 +155,10 @@ def test_lines_that_fill_up_an_evaluation_are_no_sentences(made):
 
 
 def test_without_a_code_it_is_a_language_model(lines):
-    learner, batch, keys = promises.make(lines, *ARGV, "--latent=0", "--word_dropout=0")
+    learner, batch = promises.make(lines, *ARGV, "--latent=0", "--word_dropout=0")
     assert not learner.heads
     wake(learner)
-    found = promises.means(learner, batch, keys)
+    found = promises.means(learner, batch)
     with torch.no_grad():
         tokens, targets = promises.tensors(batch[:2])
         nats = float(learner.gpt(tokens, targets, "sum")) / len(tokens)
@@ -212,7 +213,7 @@ def test_it_keeps_the_promises_of_all(train, lines, made, capsys, tmp_path):
 
 
 def test_one_batch_is_learned_by_heart_and_its_codes_are_used(made):
-    learner, batch, keys = made
+    learner, batch = made
     begun = promises.means(*made)["total"]
     lines = [ids[:12] for ids in batch.tokens[:, 1:].tolist()]
 
@@ -222,7 +223,7 @@ def test_one_batch_is_learned_by_heart_and_its_codes_are_used(made):
         return (found["exchanged"] - found["reconstruction"]).mean()
 
     assert exchanged() == 0  # a head that is zero hears nothing
-    assert promises.learns_by_heart(learner, batch, keys, steps=80) < 0.3 * begun
+    assert promises.learns_by_heart(learner, batch, steps=80) < 0.3 * begun
     assert exchanged() > 2
 
 

@@ -1,0 +1,59 @@
+"""What train.py prints of a run's end, and of the batch of a step."""
+
+import shlex
+from dataclasses import replace
+from itertools import islice
+
+import objectives
+
+SHOWN = 3  # rows that are answered at the end
+
+
+def show(model, data, s, run) -> None:
+    """Prints how good the best checkpoint is, beside compressors, and what the model writes now."""
+    import torch
+
+    import sample
+    from evaluate import compressors
+
+    run.stop.at_once = True  # all is saved
+    objective = run.learner.objective
+    run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
+    torch.set_deterministic_debug_mode("default")  # picking a token has no such form on a GPU
+    picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
+    if not objective.generates:
+        print(f"\nnext: {objective.instead.replace('RUN', s.out)}")
+        return
+    tokens = 0 if s.shard else s.sample_tokens  # no process has the whole model
+    if tokens and data.kind == "text":
+        print("\na sample, by the weights of the last step:\n")
+        begin = [sample.turn("user", s.sample_prompt)]
+        sample.write_samples(model.eval(), data.tokenizer, begin, picked, echo=s.sample_prompt)
+    elif tokens:
+        print("\nwhat the weights of the last step answer to rows that they have not seen:")
+        for ids in islice(data.split("val").rows(), SHOWN):
+            task, turns = data.tokenizer.decode_row(ids)
+            turns = turns[:-1] if data.kind == "pairs" else turns  # of two answers leave one
+            asked = replace(picked, task=task, chat=True, temperature=0)
+            print(f"\n{turns[-2]['content']}\n> ", end="")
+            sample.write_samples(model.eval(), data.tokenizer, turns[:-1], asked)
+    then = "--chat" if data.kind != "text" else f"--prompt={shlex.quote(s.sample_prompt)}"
+    print(f"\nnext: python sample.py {s.out} {then}")
+
+
+def show_batch(s) -> int:
+    """Prints the windows that the update of step `s.show_batch` learns from, decoded."""
+    from dataset import Dataset
+
+    Objective = objectives.find(s.objective).Objective
+    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix, Objective.lines)
+    objective = Objective(s, data.tokenizer)
+    objective.require(data)
+    split = data.split("train")
+    split.require(s.model.block_size)
+    B = s.batch_tokens // s.model.block_size
+    batch = split.batch(s.show_batch - 1, B, s.model.block_size, s.seed)
+    inputs, _ = next(objective.exercises(batch, None))
+    for i, (_, number) in enumerate(batch.keys):
+        print(f"--- step {s.show_batch}, window {number}\n{objective.shown(inputs, i)}")
+    return 0

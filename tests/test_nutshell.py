@@ -1,0 +1,63 @@
+"""nutshell.py: one page that is what it says."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import nutshell
+from model import GPT, GPTConfig
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in dict(B=4, T=16, C=32, HEADS=2, LAYERS=2, STEPS=40, RATE=0.02).items():
+        monkeypatch.setattr(nutshell, name, value)
+    torch.manual_seed(1)
+
+
+def twin(ours: torch.nn.Module) -> GPT:
+    """The network of model.py of the same shape, with the same weights under the same names."""
+    parts = dict(position="learned", embed_norm=False, qk_norm=False, logit_cap=0)
+    shape = dict(n_layer=nutshell.LAYERS, n_head=nutshell.HEADS, n_embd=nutshell.C)
+    theirs = GPT(GPTConfig(256, block_size=nutshell.T, **shape, **parts))
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+def test_model_py_gives_the_same_scores_and_the_same_loss(small):
+    ours = nutshell.GPT()
+    torch.nn.init.normal_(ours.head.weight)
+    theirs = twin(ours)
+    x, y = nutshell.batch(torch.randint(256, (1000,), dtype=torch.uint8))
+    assert (x[:, 1:] == y[:, :-1]).all()
+    with torch.no_grad():
+        for T in (nutshell.T, 5):  # a whole window, and a shorter one
+            scores, nats = theirs(x[:, :T]), theirs(x[:, :T], y[:, :T])
+            assert torch.allclose(ours(x[:, :T]), scores, atol=1e-4)
+            assert nutshell.loss(ours, x[:, :T], y[:, :T]).item() == pytest.approx(nats.item())
+
+
+def test_it_learns_and_writes(small, tmp_path, capsys):
+    (tmp_path / "abc.txt").write_text("abcdefghij\n" * 200)
+    nutshell.main([str(tmp_path / "abc.txt")])
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    nats = [float(line.split()[2]) for line in lines]
+    assert nats[0] == pytest.approx(5.545, abs=1e-3)  # ln 256
+    assert nats[-1] < 0.5
+    assert "abcdefghij\nabcdefghij\n" in out
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_a_file_that_is_missing_or_too_short_gets_a_sentence(tmp_path, size):
+    path = tmp_path / "short.txt"
+    if size:
+        path.write_bytes(b"a" * size)
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "nutshell.py"), str(path)], capture_output=True, text=True
+    )
+    assert run.returncode == 2 and "short.txt" in run.stderr
+    assert len(run.stderr.splitlines()) == 1 and not run.stdout
