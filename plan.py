@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
     if s.params:
         own = [k for k in SIZES if getattr(s.model, k) != getattr(Settings().model, k)]
         settings.require(not own, s, "params", f"left out with --{own[0] if own else ''}")
-        c = shape_of(amount(s.params), c)
+        told = any(word.split("=")[0] == "--tied" for word in argv)
+        c = shape_of(amount(s.params), c, may_tie=not told)
     N, T = c.parameters(), c.block_size
     D = amount(s.tokens) if s.tokens else 20.0 * N
     settings.require(D >= T, s, "tokens", f"at least one window of block_size={T}")
@@ -127,10 +128,10 @@ def main(argv: list[str]) -> None:
         predict(s, c, D)
 
 
-def shape_of(params: float, c: GPTConfig) -> GPTConfig:
+def shape_of(params: float, c: GPTConfig, may_tie: bool = True) -> GPTConfig:
     """The shape that is nearest to the size `params` and to 64 channels of width for each layer, in
     heads of 128 (64 or 32 in small ones), as in karpathy/nanochat. Where both tables would be more
-    than half of it, as in GPT-2's smallest, the head is the embedding."""
+    than half of it, as in GPT-2's smallest, it `may_tie` the head to the embedding."""
     fits = []
     for n_layer in range(1, 200):
         step = 64 if n_layer >= 8 else 32
@@ -138,7 +139,7 @@ def shape_of(params: float, c: GPTConfig) -> GPTConfig:
         for C in range(max(step, usual - 256), min(usual + 256, 128 * n_layer) + 1, step):
             D = 128 if n_layer >= 8 and C % 128 == 0 else step
             derived = dict(head_dim=0, mlp_dim=0, n_kv_head=0)
-            derived["tied"] = c.tied or 2 * c.vocab_size * C > params / 2
+            derived["tied"] = c.tied or (may_tie and 2 * c.vocab_size * C > params / 2)
             found = replace(c, n_layer=n_layer, n_embd=C, n_head=C // D, **derived)
             off = abs(math.log(found.parameters() / params))
             fits.append((off + WIDTH * abs(math.log(C / (64 * n_layer))), n_layer, found))

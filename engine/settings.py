@@ -374,4 +374,5 @@ def sentence(e: Exception) -> str:
     text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
     if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         text = f"the disk is full ({text}): nothing that was there before is lost"
-    return text
+    # a name may hold what would command the terminal
+    return "".join(x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text)

@@ -88,6 +88,12 @@ def test_a_shape_is_of_the_size_that_is_asked_for(params, vocab_size):
     assert abs(found / wanted - 1) < (0.7 if small else 0.04)
 
 
+def test_a_head_of_its_own_is_kept_where_it_is_asked_for(capsys):
+    plan.main(["--params=124M", "--tokens=2.5B", "--tied=false"])
+    said = capsys.readouterr().out
+    assert "tied=true" not in said and "(124M asked for" in said
+
+
 def test_the_rule_of_thumb_stands_beside_what_is_counted(capsys):
     """GPT-2's smallest on 2.5 billion tokens, and a model with a table that is looked up."""
     plan.main(["--params=124M", "--tokens=2.5B", "--tflops=150", "--mfu=0.4", "--block_size=1024"])

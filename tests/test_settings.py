@@ -242,3 +242,9 @@ def test_names_of_nanogpt_are_answered_with_ours_and_the_page_has_them_all():
 def test_without_arguments_nothing_is_peeked_at():
     assert settings.peek("objective", [], "config/small.py") is None
     assert settings.peek("objective", [], "config/masked.py") == "masked"
+
+
+def test_a_sentence_does_not_command_the_terminal():
+    """A name may hold anything: here it would clear the screen, and name the window anew."""
+    told = settings.sentence(ValueError("a\x1b[2J\x9b\u202e红.txt is missing"))
+    assert told == r"a\x1b[2J\x9b\u202e红.txt is missing"
