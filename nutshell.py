@@ -24,37 +24,61 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-B, T = 16, 128  # windows in a batch, bytes in a window: what it can look back at
+B, T = 16, 64  # windows in a batch, bytes in a window: as far as it can look back
 C, HEADS, LAYERS = 128, 4, 4  # channels of a byte, heads that look for different things, blocks
-STEPS, RATE = 50, 2e-3  # how often it is corrected, and by how much
+STEPS, RATE = 1000, 4e-3  # how often it is corrected, and by how much
 
 
 # --- the network
 
 
+def matrix(inputs, outputs, size=1.0):
+    """y = W x, each y a sum of products. Drawn like this, y is `size` times as large as x is.
+
+    A layer of size 0 begins as if it were not there, and learns all the same.
+    """
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=size * inputs**-0.5)
+    return layer
+
+
 def norm(x):
-    """Each vector at the same length, whatever the layers before have added up to."""
+    """Each vector at the same length, whatever the layers before have added up to (RMSNorm)."""
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
+def turn(x):
+    """Where x stands: each pair of its channels is turned, like the hand of a clock, by its place.
+
+    The product of a query and a key that were turned depends on how far apart they stand. Some
+    pairs turn fast, for what is near, and some slowly (rotary positions).
+    """
+    T, D = x.shape[-2:]
+    angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(D // 2) / (D // 2))  # (T, D/2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
+
+
 class Attention(nn.Module):
-    """Looks back: each place takes from earlier ones what it needs.
+    """Looks back: each place takes from itself and earlier ones what it needs.
 
     It asks by a query q. Each place offers a key k and tells a value v: the better the key fits the
-    query, the more of its value is taken.
+    query, the more of its value is taken. Several heads do so side by side, D channels each.
     """
 
     def __init__(self):
         super().__init__()
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.wq, self.wk, self.wv = (matrix(C, C) for _ in range(3))
+        self.wo = matrix(C, C, size=0)
 
     def forward(self, x):
         B, T, _ = x.shape
         D = C // HEADS
         q, k, v = (w(x).view(B, T, HEADS, D).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k = turn(norm(q)), turn(norm(k))  # (B, HEADS, T, D)
         scores = q @ k.mT / math.sqrt(D)  # (B, HEADS, T, T): for each place, how well each key fits
         later = torch.ones(T, T, dtype=torch.bool).triu(1)  # true above the diagonal
-        weights = scores.masked_fill(later, -math.inf).softmax(-1)  # 0 for what comes later
+        weights = scores.masked_fill(later, -math.inf).softmax(-1)  # add up to 1; 0 for later ones
         found = weights @ v  # (B, HEADS, T, D): the mean of the values, by these weights
         return self.wo(found.transpose(1, 2).reshape(B, T, C))
 
@@ -64,35 +88,35 @@ class MLP(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(C, 4 * C, bias=False)
-        self.down = nn.Linear(4 * C, C, bias=False)
+        self.up, self.down = matrix(C, 4 * C), matrix(4 * C, C, size=0)
 
     def forward(self, x):
-        return self.down(F.relu(self.up(x)).square())
+        return self.down(F.relu(self.up(x)).square())  # without the bend, two matrices were one
 
 
 class Block(nn.Module):
+    """First looks, then thinks. What comes of it is added: nothing in x is lost on the way."""
+
     def __init__(self):
         super().__init__()
         self.attn, self.mlp = Attention(), MLP()
 
     def forward(self, x):
-        x = x + self.attn(norm(x))  # both add to x and replace nothing: gradients pass unchanged
+        x = x + self.attn(norm(x))
         return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
+    """Bytes (B, T) to scores (B, T, 256): how likely each byte is the next, at each place."""
+
     def __init__(self):
         super().__init__()
-        self.wte = nn.Embedding(256, C)  # a vector for each byte: what it is
-        self.wpe = nn.Embedding(T, C)  # and one for each place in the window: where it stands
+        self.wte = nn.Embedding(256, C)  # a vector for each byte
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.head = nn.Linear(C, 256, bias=False)
-        nn.init.zeros_(self.head.weight)  # at first all bytes are equally likely: a loss of ln 256
+        self.head = matrix(C, 256, size=0)  # at first all bytes are equally likely: loss ln 256
 
     def forward(self, tokens):
-        """Bytes (B, T) to scores (B, T, 256), each made of the bytes up to its own place."""
-        x = self.wte(tokens) + self.wpe.weight[: tokens.size(1)]
+        x = self.wte(tokens)
         for block in self.blocks:
             x = block(x)
         return self.head(norm(x))
