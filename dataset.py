@@ -86,7 +86,7 @@ def layout(tokens: np.ndarray, markers: Markers, policy: str) -> tuple[np.ndarra
     """
     at = np.arange(tokens.shape[1])
     begins = first_of_row(tokens, markers)
-    row = begins.cumsum(1)  # 1 1 1 2 2 ...
+    row = begins.cumsum(1) - 1  # 0 0 0 1 1 ...
     positions = at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
     mask = row[:, :, None] == row[:, None, :]
     if policy == "full":

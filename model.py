@@ -30,8 +30,9 @@ Shapes in comments: B batch, T time (positions in this call), S positions attend
 12, T 128, C 128, H and K 4, D 32, V 2048.
 
 Unless --fast=false is given, faster forms of most modules (engine/fast.py) take their places, each
-only if it gives the same numbers when a run starts. So change this file, and your lines run; the
-log names the form that was left out. To see whether it still is a GPT:
+only if it gives the same numbers, and gradients, for random weights when a run starts. So change
+this file, and your lines run; the log names the form that was left out. To see whether it still
+is a GPT:
 
     python -m pytest tests/test_model.py -k "later or cached"
 
@@ -400,7 +401,8 @@ class Head(nn.Module):
         self, x: Tensor, targets: Tensor, table: Tensor, reduction: str, smoothing: float
     ) -> Tensor:
         """-ln p(target): 0 where the model was sure and right, ln V where it finds all V tokens
-        equally likely; the mean or sum over all targets but those of -100.
+        equally likely, more where it was sure and wrong; the mean or sum over all targets but those
+        of -100.
 
         Softmax makes p of the logits: e^logit each, divided by their sum, so that they are positive
         and add up to 1. `smoothing` gives this share of each target to all tokens alike.

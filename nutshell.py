@@ -1,57 +1,61 @@
 """A GPT on one page: python nutshell.py my_text.txt
 
-It reads a text, learns to guess each next byte of it, and writes. Everything is here; only torch is
-imported. Without a file it reads the source code of Python's own library.
+It reads a text, learns to guess each next byte of it, and writes. It needs torch and nothing else;
+without a file it reads the source code of Python's own library.
 
-    text      a row of bytes: numbers from 0 to 255
-    batch     some windows of it, cut out anywhere; at each place the next byte is asked for
-    GPT       gives every byte a score for being the next one
-    learning  the weights move a little in the direction that makes the right scores higher
-    writing   one byte is drawn, put behind the text, and the GPT is asked again
+    text      a row of bytes, numbers from 0 to 255: these are its tokens
+    batch     some windows of it, cut out anywhere; at each place the next byte is the target
+    GPT       gives each of the 256 bytes a score, called logit, for being the next one
+    loss      how surprised it was by the byte that did come next: -ln p, in nats
+    step      each parameter is moved a little, so that the loss falls
+    writing   a byte is drawn by its probability and appended, and the GPT is asked again
 
-Shapes: B windows of T bytes, each byte a vector of C numbers. model.py, dataset.py, train.py and
-generate.py tell it again with what was left out here: other parts to choose from, and why each is
-as it is; words instead of bytes; runs that can be interrupted; speed. The network is one of theirs:
-with the same weights, model.py gives the same scores (tests/test_nutshell.py).
+Shapes in comments: B windows of T bytes; C numbers (channels) for each byte; H heads of D = C / H
+channels. The other files tell it again with what was left out here: better parts, and why; tokens
+that are pieces of words; runs that can be interrupted; speed. The network is theirs: model.py with
+embed_norm=false and logit_cap=0 gives the same logits for the same weights
+(tests/test_nutshell.py).
 """
 
+import argparse
 import math
-import os
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-B, T = 16, 64  # windows in a batch, bytes in a window: as far as it can look back
-C, HEADS, LAYERS = 128, 4, 4  # channels of a byte, heads that look for different things, blocks
-STEPS, RATE = 1000, 4e-3  # how often it is corrected, and by how much
+BATCH, CONTEXT = 16, 64  # windows in a batch; bytes in a window, as far as it can look back
+WIDTH, HEADS, LAYERS = 128, 4, 4  # C, a multiple of 2 H; H; how many blocks
+STEPS, RATE = 1000, 4e-3  # how often it is corrected; the first learning rate, found by trying
 
 
 # --- the network
 
 
-def matrix(inputs, outputs, size=1.0):
-    """y = W x, each y a sum of products. Drawn like this, y is `size` times as large as x is.
-
-    A layer of size 0 begins as if it were not there, and learns all the same.
-    """
+def matrix(inputs, outputs, zero=False):
+    """A layer y = W x. Its first weights are zero, or random, and then of such a size that a number
+    of y, which is a sum of `inputs` products, is about as large as one of x."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=size * inputs**-0.5)
+    nn.init.normal_(layer.weight, std=0 if zero else inputs**-0.5)
     return layer
 
 
 def norm(x):
-    """Each vector at the same length, whatever the layers before have added up to (RMSNorm)."""
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    """x with a mean square of 1 in its last dimension (RMSNorm): so each layer reads numbers of one
+    size, however much the ones before have added up."""
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()  # 1e-6: never divide by 0
 
 
-def turn(x):
-    """Where x stands: each pair of its channels is turned, like the hand of a clock, by its place.
+def rotate(x):
+    """Tells where x (B, H, T, D) stands: channels i and i + D/2 are a point (a, b), which is turned
+    about the origin by an angle that grows with the place, like the hand of a clock (rotary
+    positions, arXiv:2104.09864). Some points turn fast, others slowly.
 
-    The product of a query and a key that were turned depends on how far apart they stand. Some
-    pairs turn fast, for what is near, and some slowly (rotary positions).
+    To turn a query and a key alike changes no product of them: so what counts is not where they
+    stand, but how far apart.
     """
     T, D = x.shape[-2:]
     angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(D // 2) / (D // 2))  # (T, D/2)
@@ -62,44 +66,58 @@ def turn(x):
 class Attention(nn.Module):
     """Looks back: each place takes from itself and earlier ones what it needs.
 
-    It asks by a query q. Each place offers a key k and tells a value v: the better the key fits the
-    query, the more of its value is taken. Several heads do so side by side, D channels each.
+    It asks by a query q. Each place offers a key k and tells a value v: the better a key fits the
+    query, the more of its value is taken. H heads do so side by side, and can look for H things.
     """
 
     def __init__(self):
         super().__init__()
-        self.wq, self.wk, self.wv = (matrix(C, C) for _ in range(3))
-        self.wo = matrix(C, C, size=0)
+        self.wq = matrix(WIDTH, WIDTH)
+        self.wk = matrix(WIDTH, WIDTH)
+        self.wv = matrix(WIDTH, WIDTH)
+        self.wo = matrix(WIDTH, WIDTH, zero=True)
 
     def forward(self, x):
-        B, T, _ = x.shape
-        D = C // HEADS
-        q, k, v = (w(x).view(B, T, HEADS, D).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        q, k = turn(norm(q)), turn(norm(k))  # (B, HEADS, T, D)
-        scores = q @ k.mT / math.sqrt(D)  # (B, HEADS, T, T): for each place, how well each key fits
-        later = torch.ones(T, T, dtype=torch.bool).triu(1)  # true above the diagonal
-        weights = scores.masked_fill(later, -math.inf).softmax(-1)  # add up to 1; 0 for later ones
-        found = weights @ v  # (B, HEADS, T, D): the mean of the values, by these weights
-        return self.wo(found.transpose(1, 2).reshape(B, T, C))
+        B, T, C = x.shape
+        q = self.wq(x).view(B, T, HEADS, -1).transpose(1, 2)  # (B, H, T, D)
+        k = self.wk(x).view(B, T, HEADS, -1).transpose(1, 2)
+        v = self.wv(x).view(B, T, HEADS, -1).transpose(1, 2)
+        q, k = rotate(norm(q)), rotate(norm(k))  # of one length: the directions are compared
+        # a sum of D products is about sqrt(D) large. Divided by that, softmax begins soft;
+        # undivided, each place would look at one other and at nothing else
+        scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T): a row asks, a column is asked
+        # the causal mask: what comes later gets no attention, or each place would read its answer
+        later = torch.ones(T, T, dtype=torch.bool).triu(1)  # true where the column is later
+        attention = scores.masked_fill(later, -math.inf).softmax(-1)  # each row adds up to 1
+        found = attention @ v  # (B, H, T, D): the mean of the values, weighted so
+        return self.wo(found.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
 
 
 class MLP(nn.Module):
-    """Thinks about what was found, at each place by itself."""
+    """Thinks about what was found: C to 4 C to C numbers, at each place by itself."""
 
     def __init__(self):
         super().__init__()
-        self.up, self.down = matrix(C, 4 * C), matrix(4 * C, C, size=0)
+        self.up = matrix(WIDTH, 4 * WIDTH)
+        self.down = matrix(4 * WIDTH, WIDTH, zero=True)
 
     def forward(self, x):
-        return self.down(F.relu(self.up(x)).square())  # without the bend, two matrices were one
+        # ReLU^2, the non-linearity: without one, both matrices would be no more than a single one
+        return self.down(F.relu(self.up(x)).square())
 
 
 class Block(nn.Module):
-    """First looks, then thinks. What comes of it is added: nothing in x is lost on the way."""
+    """First looks, then thinks. What comes of it is added to x, and does not replace it (residual):
+    a sum hands the gradient on as it is, so it reaches the first block however many follow.
+
+    `wo` and `down` begin at zero: at first nothing is added, and nothing drowned. They learn all
+    the same, for the gradient of W is made of its input and of what comes back from the loss.
+    """
 
     def __init__(self):
         super().__init__()
-        self.attn, self.mlp = Attention(), MLP()
+        self.attn = Attention()
+        self.mlp = MLP()
 
     def forward(self, x):
         x = x + self.attn(norm(x))
@@ -107,16 +125,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes (B, T) to scores (B, T, 256): how likely each byte is the next, at each place."""
+    """Bytes (B, T) to logits (B, T, 256): at each place, for the byte that comes next."""
 
     def __init__(self):
         super().__init__()
-        self.wte = nn.Embedding(256, C)  # a vector for each byte
+        self.wte = nn.Embedding(256, WIDTH)  # a vector for each byte, at first random, of size 1
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.head = matrix(C, 256, size=0)  # at first all bytes are equally likely: loss ln 256
+        self.head = matrix(WIDTH, 256, zero=True)  # at first all logits are equal: ln 256 nats
 
     def forward(self, tokens):
-        x = self.wte(tokens)
+        x = self.wte(tokens)  # (B, T, C)
         for block in self.blocks:
             x = block(x)
         return self.head(norm(x))
@@ -125,59 +143,76 @@ class GPT(nn.Module):
 # --- learning and writing
 
 
-def batch(text):
-    """Windows x of a text, and y, the same moved by one: what comes next at each place."""
-    starts = torch.randint(len(text) - T, (B,)).tolist()
-    x = torch.stack([text[i : i + T] for i in starts])
-    y = torch.stack([text[i + 1 : i + T + 1] for i in starts])
-    return x.long(), y.long()
+def batch_of(text):
+    """Random windows x of a text, and their targets y: the same moved by one. Both (B, T)."""
+    starts = torch.randint(len(text) - CONTEXT, (BATCH,)).tolist()
+    x = torch.stack([text[i : i + CONTEXT] for i in starts])
+    y = torch.stack([text[i + 1 : i + CONTEXT + 1] for i in starts])
+    return x, y
 
 
-def loss(model, x, y):
-    """How surprised the model is by what comes next: -ln p(right byte), the mean, in nats."""
+def loss_of(model, x, y):
+    """The mean of -ln p(target), in nats: 0 for sure and right, ln 256 = 5.55 for knowing nothing,
+    more for sure and wrong. Softmax, inside, makes probabilities of logits: e^logit each, divided
+    by their sum."""
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+@torch.no_grad()  # nothing is learned here
+def report(model, step, batches):
+    nats = sum(loss_of(model, x, y).item() for x, y in batches) / len(batches)
+    bits = nats / math.log(2)
+    print(f"step {step}: validation loss {nats:.2f} nats, {bits:.2f} bits a byte", flush=True)
 
 
 @torch.no_grad()
 def write(model, prompt, count, temperature=0.8):
-    """`prompt` and `count` bytes more. A temperature below 1 makes likely ones even likelier."""
-    tokens = torch.tensor([list(prompt)])
+    """The text of `prompt`, one byte at least, and of `count` bytes more.
+
+    A temperature below 1 makes what is likely likelier. All is read anew for each byte; generate.py
+    keeps what was read (a KV cache), and draws with more care.
+    """
+    tokens = torch.tensor([list(prompt)])  # (1, T)
     for _ in range(count):
-        scores = model(tokens[:, -T:])[0, -1]  # those behind the last byte
-        drawn = torch.multinomial((scores / temperature).softmax(0), 1)
-        tokens = torch.cat([tokens, drawn[None]], dim=1)
+        logits = model(tokens[:, -CONTEXT:])[0, -1]  # (256): of the last place
+        drawn = torch.multinomial((logits / temperature).softmax(-1), 1)
+        tokens = torch.cat((tokens, drawn[None]), dim=1)
     return bytes(tokens[0].tolist()).decode(errors="replace")
 
 
-def main(files):
+def main(argv):
+    parser = argparse.ArgumentParser(description="A GPT on one page: it reads a text, and writes.")
+    parser.add_argument("files", nargs="*", help="texts to read; none: Python's own library")
+    library = Path(sysconfig.get_path("stdlib")).glob("*.py")
+    files = parser.parse_args(argv).files or sorted(library)
+    try:
+        text = b"".join(Path(file).read_bytes() for file in files)
+    except OSError as error:
+        parser.error(f"{error.filename} cannot be read ({error.strerror}): name a text file")
+    if len(text) < 20 * CONTEXT:
+        parser.error(f"{len(text)} bytes of text are too few: give it {20 * CONTEXT} at least")
+
     torch.manual_seed(1)
-    files = files or sorted(Path(os.__file__).parent.glob("*.py"))  # Python's own library
-    text = b"".join(Path(file).read_bytes() for file in files)
-    if len(text) < 20 * T:
-        raise ValueError(f"{files[0]} has {len(text)} bytes: give it {20 * T} at least")
-    text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    cut = len(text) * 9 // 10  # the last tenth is kept apart: what was read may be known by heart
+    text = torch.tensor(list(text))
+    # it never learns from the last tenth: what it has read it may know by heart
+    cut = len(text) * 9 // 10
     train, val = text[:cut], text[cut:]
+    unseen = [batch_of(val) for _ in range(20)]
 
     model = GPT()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, STEPS)  # smaller and smaller steps
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(text):,} bytes of text")
-    for step in range(STEPS + 1):
-        if step % (STEPS // 10) == 0:
-            with torch.no_grad():
-                nats = sum(loss(model, *batch(val)).item() for _ in range(20)) / 20
-            print(f"step {step}: {nats:.3f} nats, {nats / math.log(2):.3f} bits a byte", flush=True)
-        optimizer.zero_grad()
-        loss(model, *batch(train)).backward()  # how the loss would change with each weight
-        optimizer.step()  # and each weight moves against that
-        falling.step()
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.9, 0.95))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes of text")
+    for step in range(STEPS):
+        if step % 100 == 0:
+            report(model, step, unseen)
+        # large steps first, smaller and smaller ones to settle
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        loss_of(model, *batch_of(train)).backward()  # how the loss would change with each parameter
+        optimizer.step()  # each moves by about the rate, against its mean gradient (Adam)
+        optimizer.zero_grad()  # or the next gradient would be added to this one
+    report(model, STEPS, unseen)
     print(write(model, b"\n", 500))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError) as mistake:
-        print(f"nutshell.py: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    main(sys.argv[1:])

@@ -78,7 +78,7 @@ def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     a, b, c = 3.4445, -4.7750, 2.0315  # of the source: steep at zero, below 1.21 up to 1
     wide = g.size(1) <= g.size(2)
     x = g if wide else g.mT  # x x^T is the smaller of the two squares
-    # singular values of at most 1. In float32, for a small gradient is nothing at all in float16
+    # singular values of at most 1. In float32, since float16 would round a small gradient to zero
     x = x.float()
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).to(dtype or g.dtype)
     for _ in range(steps):
@@ -141,7 +141,8 @@ def make_optimizers(learner: nn.Module, s, dtype: torch.dtype) -> list[torch.opt
     beside Muon, as in its source, on none that AdamW has.
 
     Why three rates: an update of Muon has about the size of lr, whatever the gradient's, and a
-    fresh matrix about 1 to 2 (the largest of its singular values): 0.02 changes it by a hundredth.
+    fresh matrix, unless it begins at zero, about 2 to 3 (the largest of its singular values): 0.02
+    changes it by a hundredth.
     AdamW changes each number by about its rate: much for embeddings, whose numbers begin near 1 (or
     near 0.02, and then as much less), little for the head, which begins at zero. The rates are
     those of kellerjordan.github.io/posts/muon and of nanochat, which uses it too.

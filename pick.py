@@ -10,11 +10,11 @@ from torch import Tensor
 COLDEST = 1e-6  # a temperature below this counts as 0, which nothing can be divided by
 
 
-def shares(
+def running_sums(
     logits: Tensor, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Cumulative probabilities (B, k) of the k tokens that may be chosen, and their ids (B, k), or
-    None if those are 0, 1, 2, ..."""
+    """Of the k tokens that may be chosen: probabilities, each added to those before it, (B, k), and
+    ids (B, k), or None if those are 0, 1, 2, ..."""
     # 1. top-k: only the k likeliest, likeliest first (top-p needs that order too)
     ids = None
     if top_k or top_p < 1:
@@ -59,7 +59,7 @@ def pick(
     if temperature < COLDEST:
         return logits.argmax(dim=-1)
 
-    cumulative, ids = shares(logits, temperature, top_k, top_p)  # 1 to 3
+    cumulative, ids = running_sums(logits, temperature, top_k, top_p)  # 1 to 3
 
     # 4. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
     #    between the second and the third, so the third token it is. A uniform number falls into an
@@ -81,7 +81,7 @@ def probabilities(
     require_finite(logits)
     if temperature < COLDEST:
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).cpu().double()
-    cumulative, ids = shares(logits, temperature, top_k, top_p)
+    cumulative, ids = running_sums(logits, temperature, top_k, top_p)
     p = cumulative.diff(dim=-1, prepend=cumulative.new_zeros(len(cumulative), 1))
     p = p / cumulative[:, -1:]
     return p if ids is None else p.new_zeros(logits.shape).scatter(-1, ids.cpu(), p)

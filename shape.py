@@ -40,7 +40,7 @@ class GPTConfig:
     head_dim: Count = 0  # width of a head; 0 means n_embd / n_head
     mlp_dim: Count = 0  # width inside the MLP; 0 means 4 * n_embd
     position: Literal["rotary", "learned"] = "rotary"  # how the model knows the order of tokens
-    rope_base: AboveZero = 10000.0  # the slowest rotary pair turns by almost 1 / rope_base a token
+    rope_base: AboveZero = 10000.0  # rotary pair i turns by rope_base^(-2i / head_dim) a token
     rope_factor: AtLeastOne = 1.0  # Llama 3.1: long wavelengths turn this much slower; 1 is off
     rope_original: Count = 0  # the context before that extension
     canon: Count = 0  # layers read this many tokens at once, a short convolution: canon.py; 0: no

@@ -57,7 +57,7 @@ class Settings:
 
     # the optimization; why these rates, and why three: make_optimizers in optim.py
     steps: Positive = 1000  # updates
-    minutes: NotNegative = 0.0  # as many of them as fit into that time, 60 at least; 0 is all
+    minutes: NotNegative = 0.0  # as many as fit into that time, 60 updates at least; 0 is all
     batch_tokens: Positive = 8192  # tokens in one update, over all processes
     device_batch: CountOrAuto = 0  # most windows in a pass, which bounds memory; 0 is no bound
     optimizer: Literal["muon", "adamw", "nadamw"] = "muon"  # muon has AdamW for embeddings and head
