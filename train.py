@@ -185,16 +185,52 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
 
 
 def train(s: Settings, stop: Stop) -> int:
-    """Trains a model, from the beginning or from where its run stands; returns the exit status."""
-    from dataset import Dataset
-    from engine import machine, memory
-    from engine.adopt import adopt_heads
-    from engine.learner import Learner
-    from engine.run import Run
-    from evaluate import evaluate
-    from optim import LossScale, learning_rate, make_optimizers, set_rates
+    """Trains a model, from the beginning or from where its run stands; returns the exit status.
 
-    # 1. where it is computed, the folder it is kept in, the data
+    Steps are counted from 1, their batches from 0. Batch 999 is a function of the number and the
+    seed, and needs no memory of those before: so a run that is resumed takes the same batches. A
+    loss that is not finite ends the run with a message. Of what `run` does, this matters here:
+
+        if step % log_every == 0:   print(loss)                          a row of metrics.jsonl
+        if step % save_every == 0:  save(model, optimizers, step)        a checkpoint
+        if step % eval_every == 0:  print(evaluate(model, val_split))    no dropout, no gradient
+    """
+    from engine import machine
+    from optim import learning_rate, set_rates
+
+    here, data, objective, run = set_up(s, stop)
+    learner, optimizers, scale = make_learner(s, stop, here, data, objective, run)
+    if run.finished():
+        return 0
+    split, T = data.split("train"), s.model.block_size
+    B = s.batch_tokens // T  # windows in a batch, of which each process has its share
+    if here.compile:
+        some = split.batch(0, B, T, s.seed).windows(0, windows_in_a_pass(B // here.world, s))
+        machine.compile(learner, here, objective.prepare(some, learner)[0])
+    with run:
+        for step in run.steps():
+            factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
+            set_rates(optimizers, factor)
+            batch = split.batch(step - 1, B, T, s.seed, here.rank, here.world)
+            for exercise in objective.exercises(batch, learner):  # one, as a rule
+                loss, norm = update(learner, optimizers, scale, exercise, step, s, here)
+            run.log(step, loss, s.lr * factor, norm)
+            run.save(step)
+            run.evaluate(step)
+    if run.completed and here.rank == 0:
+        outcome.show(learner.gpt, data, s, run)
+    return run.status
+
+
+# --- what the loop begins with: skip it on a first reading
+
+
+def set_up(s: Settings, stop: Stop) -> tuple:
+    """Where it is computed; what there is to learn from, and what is learned; the run's folder."""
+    from dataset import Dataset
+    from engine import machine
+    from engine.run import Run
+
     Objective = objectives.find(s.objective).Objective
     here = machine.pick(s.device, s.dtype, s.compile if Objective.compiles else "false")
     machine.start(here, s.deterministic)
@@ -202,63 +238,40 @@ def train(s: Settings, stop: Stop) -> int:
     objective = Objective(s, data.tokenizer)
     objective.require(data)
     run = Run(s, here, stop, START)
-    train_split = data.split("train")
-    val_split = data.split("val")
     T = s.model.block_size
-    train_split.require(T)
-    if next(val_split.in_order(1, T), None) is None:
+    data.split("train").require(T)
+    if next(data.split("val").in_order(1, T), None) is None:
         raise ValueError(f"no answer in the val split of {s.data} fits block_size={T}: use more")
-    B = s.batch_tokens // T  # windows in a batch, of which each process has its share
-    share = B // here.world
-    per_pass = windows_in_a_pass(share, s)
+    return here, data, objective, run
 
-    # 2. the model, what its objective adds to it, and its optimizers: new, or as the newest
-    # checkpoint of the run has them
+
+def make_learner(s: Settings, stop: Stop, here, data, objective, run) -> tuple:
+    """The model with what its objective adds to it, its optimizers, and the scale of the loss: new,
+    or as the newest checkpoint of the run has them. Opens the run's log."""
+    from engine import memory
+    from engine.adopt import adopt_heads
+    from engine.learner import Learner
+    from evaluate import evaluate
+    from optim import LossScale, make_optimizers
+
     model = run.load_model() if run.step else new_model(s, data, here)
     learner = Learner(model, objective)
     if s.init_from and not run.step:
         adopt_heads(s.init_from, learner, here.say)
-    run.make_ready(learner, per_pass)
-    first_batch = partial(train_split.batch, 0, B, T, s.seed, here.rank, here.world)
+    T = s.model.block_size
+    B = s.batch_tokens // T
+    run.make_ready(learner, windows_in_a_pass(B // here.world, s))
     if s.device_batch == "auto":
-        s.device_batch = memory.device_batch(learner, first_batch(), here, run.state["machine"])
-        per_pass = windows_in_a_pass(share, s)
+        batch = data.split("train").batch(0, B, T, s.seed, here.rank, here.world)
+        s.device_batch = memory.device_batch(learner, batch, here, run.state["machine"])
     optimizers = make_optimizers(learner, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
-    validate = partial(evaluate, learner, val_split, here, stop, s.device_batch, s.eval_tokens)
     if s.optimizer != "muon" and s.lr > 0.01:
         here.say(f"lr={s.lr:g} is a rate for muon: {s.optimizer} wants about 0.001")
+    held_out = data.split("val")
+    validate = partial(evaluate, learner, held_out, here, stop, s.device_batch, s.eval_tokens)
     run.begin(data, learner, optimizers, scale, validate)
-    if run.finished():
-        return 0
-    if here.compile:
-        inputs, _ = objective.prepare(first_batch().windows(0, per_pass), learner)
-        machine.compile(learner, here, inputs)
-
-    # 3. the steps, counted from 1, their batches from 0. Batch 999 is a function of the number and
-    # the seed, and needs no memory of those before: so a run that is resumed takes the same
-    # batches. A loss that is not finite ends the run with a message. Of what `run` does, this
-    # matters here:
-    #
-    #     if step % log_every == 0:   print(loss)                            a row of metrics.jsonl
-    #     if step % save_every == 0:  save(model, optimizers, step)          a checkpoint
-    #     if step % eval_every == 0:  print(evaluate(model, val_split))      no dropout, no gradient
-    with run:
-        for step in run.steps():
-            factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
-            set_rates(optimizers, factor)
-            batch = train_split.batch(step - 1, B, T, s.seed, here.rank, here.world)
-            for exercise in objective.exercises(batch, learner):  # one, as a rule
-                loss, norm = update(learner, optimizers, scale, exercise, step, s, here)
-            run.log(step, loss, s.lr * factor, norm)
-            run.save(step)
-            run.evaluate(step)
-    if run.completed and here.rank == 0:
-        outcome.show(model, data, s, run)
-    return run.status
-
-
-# --- what the loop begins and ends with: skip it on a first reading
+    return learner, optimizers, scale
 
 
 def new_model(s: Settings, data, here):
