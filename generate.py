@@ -8,7 +8,7 @@ A GPT tells how likely each token of its vocabulary is to come next. To generate
 to append it, and to ask again. At its plainest that is
 
     for _ in range(max_tokens):
-        logits = model(tokens)[:, -1]                                  # of the last position
+        logits = model(tokens[:, -block_size:])[:, -1]                 # of the last position
         token = torch.multinomial(logits.softmax(dim=-1), 1)           # (B, 1)
         tokens = torch.cat((tokens, token), dim=1)
 

@@ -12,15 +12,19 @@ be no nearer than those are to each other.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 import objectives
 from engine import pictures, settings
+from engine.files import write_durably
 from engine.settings import Count, NotNegative, Positive
 
 SMOOTHING = 0.1  # of counts: what never came is not impossible
+LABELS = "0 1 2 3 4 5 6 7 8 9"  # what sample.py --grid asks for, unless the prompt does
+EACH = 10  # pictures of each, unless num_samples is above 1
 
 
 @dataclass
@@ -155,6 +159,31 @@ def tell_nearest(learned: np.ndarray, drawn: np.ndarray) -> None:
     both["a picture that was learned from"] = nearest(learned, True)
     for name, found in both.items():
         print(f"  nearest other to {name}: least {found.min():.3f}, median {np.median(found):.3f}")
+
+
+def draw(model, tokenizer, s) -> None:
+    """Writes a PNG with pictures of the labels that the prompt names, a row of the grid for each:
+    `python sample.py RUN --grid=FILE.png`, of whose settings `s` is."""
+    from generate import answers
+
+    known = [*tokenizer.tasks()]
+    task = s.task or (known[0] if len(known) == 1 else "")
+    columns = s.num_samples
+    labels = [label for label in (s.prompt or LABELS).split() for _ in range(columns)]
+    settings.require(labels, s, "prompt", "labels to draw, such as '3 7'")
+    turns = ([dict(role="user", content=label)] for label in labels)
+    prompts = [tokenizer.encode_row(asked, task, open=True) for asked in turns]
+    room = model.config.block_size + 1
+    texts, options = [""] * len(labels), dict(top_k=s.top_k, top_p=s.top_p)
+    options |= dict(temperature=s.temperature)
+    keys = [(s.seed, i) for i in range(len(labels))]
+    for i, ids in answers(model, tokenizer, prompts, room, keys=keys, **options):
+        texts[i] = tokenizer.decode(ids)
+    sizes = [len(text) for text in texts]
+    usual = max(texts, key=lambda text: sizes.count(len(text)))  # has the length that most have
+    drawn = [pictures.pixels(text, *pictures.size(usual, s.width)) for text in texts]
+    write_durably(Path(s.grid), pictures.png(pictures.grid(drawn, columns)))
+    print(f"wrote {s.grid}: {len(drawn)} pictures")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """A GPT on one page: python nutshell.py my_text.txt
 
-It reads a text, learns to guess each next byte of it, and writes. It needs torch and nothing else;
-without a file it reads the source code of Python's own library.
+It reads a text, learns to guess each next byte of it, and writes; then it is gone. It needs torch
+and nothing else. Without a file it reads the modules at the top of Python's own library.
 
     text      a row of bytes, numbers from 0 to 255: these are its tokens
     batch     some windows of it, cut out anywhere; at each place the next byte is the target
-    GPT       gives each of the 256 bytes a score, called logit, for being the next one
+    GPT       gives each of the 256 bytes a score for being the next one (logits); softmax makes
+              probabilities p of them
     loss      how surprised it was by the byte that did come next: -ln p, in nats
     step      each parameter is moved a little, so that the loss falls
     writing   a byte is drawn by its probability and appended, and the GPT is asked again
@@ -13,8 +14,8 @@ without a file it reads the source code of Python's own library.
 Shapes in comments: B windows of T bytes; C numbers (channels) for each byte; H heads of D = C / H
 channels. The other files tell it again with what was left out here: better parts, and why; tokens
 that are pieces of words; runs that can be interrupted; speed. The network is theirs: model.py with
-embed_norm=false and logit_cap=0 gives the same logits for the same weights
-(tests/test_nutshell.py).
+embed_norm=false and logit_cap=0 gives the same logits for the same weights, up to rounding
+(tests/test_nutshell.py); the first weights are drawn otherwise.
 """
 
 import argparse
@@ -54,8 +55,8 @@ def rotate(x):
     about the origin by an angle that grows with the place, like the hand of a clock (rotary
     positions, arXiv:2104.09864). Some points turn fast, others slowly.
 
-    To turn a query and a key alike changes no product of them: so what counts is not where they
-    stand, but how far apart.
+    A query at place m is turned m times, a key at n n times. To turn both alike changes no product
+    of them, so turn them back m times: what is left is n - m, how far apart they stand.
     """
     T, D = x.shape[-2:]
     angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(D // 2) / (D // 2))  # (T, D/2)
@@ -82,9 +83,9 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, T, HEADS, -1).transpose(1, 2)  # (B, H, T, D)
         k = self.wk(x).view(B, T, HEADS, -1).transpose(1, 2)
         v = self.wv(x).view(B, T, HEADS, -1).transpose(1, 2)
-        q, k = rotate(norm(q)), rotate(norm(k))  # of one length: the directions are compared
-        # a sum of D products is about sqrt(D) large. Divided by that, softmax begins soft;
-        # undivided, each place would look at one other and at nothing else
+        q, k = rotate(norm(q)), rotate(norm(k))  # of one length: no score exceeds sqrt(D)
+        # a sum of D products is about sqrt(D) large. Undivided, most of the weight would lie on one
+        # place from the start; there softmax is nearly flat, and little gradient comes through
         scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T): a row asks, a column is asked
         # the causal mask: what comes later gets no attention, or each place would read its answer
         later = torch.ones(T, T, dtype=torch.bool).triu(1)  # true where the column is later
@@ -110,8 +111,10 @@ class Block(nn.Module):
     """First looks, then thinks. What comes of it is added to x, and does not replace it (residual):
     a sum hands the gradient on as it is, so it reaches the first block however many follow.
 
-    `wo` and `down` begin at zero: at first nothing is added, and nothing drowned. They learn all
-    the same, for the gradient of W is made of its input and of what comes back from the loss.
+    `wo` and `down` begin at zero, so nothing is added at first: sums of random blocks would drown
+    what the embedding says. They learn all the same, since the gradient of W is its input times
+    what comes back from the loss. But nothing comes back through a zero: the first step moves the
+    head alone, the second also `wo`, `down` and the embedding, the third everything.
     """
 
     def __init__(self):
@@ -129,7 +132,7 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.wte = nn.Embedding(256, WIDTH)  # a vector for each byte, at first random, of size 1
+        self.wte = nn.Embedding(256, WIDTH)  # for each byte C numbers, at first random, of size 1
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.head = matrix(WIDTH, 256, zero=True)  # at first all logits are equal: ln 256 nats
 
@@ -159,18 +162,20 @@ def loss_of(model, x, y):
 
 
 @torch.no_grad()  # nothing is learned here
-def report(model, step, batches):
-    nats = sum(loss_of(model, x, y).item() for x, y in batches) / len(batches)
-    bits = nats / math.log(2)
-    print(f"step {step}: validation loss {nats:.2f} nats, {bits:.2f} bits a byte", flush=True)
+def report(model, step, read, unread):
+    """Prints the loss on batches of text that it learns from, and of text that it never reads."""
+    known, new = (sum(loss_of(model, x, y).item() for x, y in z) / len(z) for z in (read, unread))
+    bits = f"{new / math.log(2):.2f} bits a byte, where the text itself has 8"
+    print(f"step {step}: training loss {known:.2f}, validation loss {new:.2f} nats = {bits}")
+    sys.stdout.flush()
 
 
 @torch.no_grad()
 def write(model, prompt, count, temperature=0.8):
     """The text of `prompt`, one byte at least, and of `count` bytes more.
 
-    A temperature below 1 makes what is likely likelier. All is read anew for each byte; generate.py
-    keeps what was read (a KV cache), and draws with more care.
+    A `temperature` below 1, and above 0, makes what is likely likelier. For each byte the last
+    window is read anew; generate.py keeps what was read (a KV cache), and draws with more care.
     """
     tokens = torch.tensor([list(prompt)])  # (1, T)
     for _ in range(count):
@@ -194,23 +199,24 @@ def main(argv):
 
     torch.manual_seed(1)
     text = torch.tensor(list(text))
-    # it never learns from the last tenth: what it has read it may know by heart
-    cut = len(text) * 9 // 10
+    cut = len(text) * 9 // 10  # it never learns from the rest: what was read may be known by heart
     train, val = text[:cut], text[cut:]
-    unseen = [batch_of(val) for _ in range(20)]
+    looked_at = [[batch_of(part) for _ in range(20)] for part in (train, val)]  # by `report`
 
     model = GPT()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.9, 0.95))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes of text")
     for step in range(STEPS):
         if step % 100 == 0:
-            report(model, step, unseen)
+            report(model, step, *looked_at)
         # large steps first, smaller and smaller ones to settle
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        loss_of(model, *batch_of(train)).backward()  # how the loss would change with each parameter
-        optimizer.step()  # each moves by about the rate, against its mean gradient (Adam)
+        loss_of(model, *batch_of(train)).backward()  # p.grad: how the loss would change with p
+        # each parameter p by about the rate, against the running mean of its p.grad; by less where
+        # they disagree (Adam, arXiv:1412.6980)
+        optimizer.step()
         optimizer.zero_grad()  # or the next gradient would be added to this one
-    report(model, STEPS, unseen)
+    report(model, STEPS, *looked_at)
     print(write(model, b"\n", 500))
 
 

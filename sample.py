@@ -38,9 +38,6 @@ Penalty = Annotated[float, Bound("above 0; 1 is off", lambda x: x > 0)]
 Samples = Annotated[int, Bound("from 1 to 1024", lambda n: 1 <= n <= 1024)]
 Stops = Annotated[tuple, Bound("text, not nothing", all)]
 
-LABELS = "0 1 2 3 4 5 6 7 8 9"  # what --grid asks for, unless the prompt does
-PICTURES = 10  # of each, unless num_samples is above 1
-
 # what can change in the middle of an interactive session
 CHANGEABLE = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
 CHANGEABLE += ("num_samples", "beam", "stop", "seed", "system", "task")
@@ -111,7 +108,11 @@ def main(argv: list[str]) -> None:
 
     if s.chat or s.task:
         tokenizer.encode_row([], s.task)  # a model that has not learned from rows is refused
-    rows = max(s.num_samples, s.beam, PICTURES if s.grid else 1)
+    if s.grid:
+        import images
+
+        s.num_samples = s.num_samples if s.num_samples > 1 else images.EACH
+    rows = max(s.num_samples, s.beam)
     here = machine.pick(s.device, s.dtype, "false", rows, model.config.parameters())
     model = model.eval().to(here.device, here.dtype)
     machine.use_threads(s.threads, here, model, rows)
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> None:
     if draft:
         draft = inference.ready(draft.eval().to(here.device, here.dtype), parts=s.fast)
     if s.grid:
-        draw(model, tokenizer, s)
+        images.draw(model, tokenizer, s)
     elif s.interactive or s.chat:
         converse(model, tokenizer, s, draft)
     else:
@@ -250,36 +251,6 @@ def write_samples(
         elif stream.stopped_by:
             print(f"({who}stopped before {stream.stopped_by!r})", file=sys.stderr)
     return texts[0]
-
-
-def draw(model, tokenizer, s: Settings) -> None:
-    """Writes a PNG with pictures of the labels that the prompt names, a row of the grid for each.
-
-    The model has learned from rows that are pictures: see tasks/digits.py.
-    """
-    from pathlib import Path
-
-    from engine import pictures
-    from engine.files import write_durably
-    from generate import answers
-
-    known = [*tokenizer.tasks()]
-    task = s.task or (known[0] if len(known) == 1 else "")
-    columns = s.num_samples if s.num_samples > 1 else PICTURES
-    labels = [label for label in (s.prompt or LABELS).split() for _ in range(columns)]
-    settings.require(labels, s, "prompt", "labels to draw, such as '3 7'")
-    prompts = [tokenizer.encode_row([turn("user", label)], task, open=True) for label in labels]
-    room = model.config.block_size + 1
-    texts, options = [""] * len(labels), dict(top_k=s.top_k, top_p=s.top_p)
-    options |= dict(temperature=s.temperature)
-    keys = [(s.seed, i) for i in range(len(labels))]
-    for i, ids in answers(model, tokenizer, prompts, room, keys=keys, **options):
-        texts[i] = tokenizer.decode(ids)
-    sizes = [len(text) for text in texts]
-    usual = max(texts, key=lambda text: sizes.count(len(text)))  # has the length that most have
-    drawn = [pictures.pixels(text, *pictures.size(usual, s.width)) for text in texts]
-    write_durably(Path(s.grid), pictures.png(pictures.grid(drawn, columns)))
-    print(f"wrote {s.grid}: {len(drawn)} pictures")
 
 
 def converse(model, tokenizer, s: Settings, draft=None) -> None:

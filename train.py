@@ -57,7 +57,7 @@ class Settings:
 
     # the optimization; why these rates, and why three: make_optimizers in optim.py
     steps: Positive = 1000  # updates
-    minutes: NotNegative = 0.0  # as many as fit into that time, 60 updates at least; 0 is all
+    minutes: NotNegative = 0.0  # as many as fit into that time, 60 updates at least; 0: all steps
     batch_tokens: Positive = 8192  # tokens in one update, over all processes
     device_batch: CountOrAuto = 0  # most windows in a pass, which bounds memory; 0 is no bound
     optimizer: Literal["muon", "adamw", "nadamw"] = "muon"  # muon has AdamW for embeddings and head
@@ -114,7 +114,7 @@ class Settings:
 
 def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, here):
     """One step of learning: returns the batch's mean loss before it, in nats, and the norm of its
-    gradient. An infinite norm means that float16 overflowed and the step was skipped.
+    gradient. A norm that is not finite means that float16 overflowed and the step was skipped.
 
         tokens   the cat sat on        as numbers, (B, T)
         targets  cat sat on the        at each position the token that comes next; -100: no target
@@ -123,7 +123,8 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
 
         loss = model(tokens, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        if s.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
@@ -153,7 +154,8 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
     for i in range(0, share, per_pass):
         machine.seed(s.seed, step, here.rank, i)  # of dropout: a run that is resumed drops the same
         # processes hold equal weights and learn from different windows (DDP). While the last
-        # backward pass runs, their gradients are summed: then all make the same update
+        # backward pass runs, their gradients are summed, since each loss is divided by all targets
+        # already: then all make the same update
         here.gradients.active = i + per_pass == share
         windows = [None if z is None else here.put(z[i : i + per_pass]) for z in inputs]
         # autocast: matrix products, forward and backward, are in 16 bits where the hardware is
@@ -194,6 +196,8 @@ def train(s: Settings, stop: Stop) -> int:
         if step % log_every == 0:   print(loss)                          a row of metrics.jsonl
         if step % save_every == 0:  save(model, optimizers, step)        a checkpoint
         if step % eval_every == 0:  print(evaluate(model, val_split))    no dropout, no gradient
+
+    and all three after the last step. Where a signal asks it to stop, `save` saves, and it ends.
     """
     from engine import machine
     from optim import learning_rate, set_rates
@@ -296,7 +300,8 @@ def new_model(s: Settings, data, here):
 
 
 def windows_in_a_pass(share: int, s: Settings) -> int:
-    """The most windows that device_batch allows and that divide the share of a process evenly."""
+    """The most windows that device_batch allows and that divide the share of a process evenly, so
+    that all passes have one shape, for which kernels may be compiled."""
     most = share if s.device_batch in (0, "auto") else min(s.device_batch, share)
     return next(n for n in range(most, 0, -1) if share % n == 0)
 

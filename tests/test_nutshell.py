@@ -48,7 +48,7 @@ def test_it_learns_and_writes(small, tmp_path, capsys):
     nutshell.main([str(tmp_path / "abc.txt")])
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("step ")]
-    nats = [float(line.split()[4]) for line in lines]
+    nats = [float(line.split()[7]) for line in lines]
     assert len(nats) == 2 and nats[0] == 5.55  # ln 256
     assert nats[1] < 0.5
     assert "abcdefghij\nabcdefghij\n" in out
