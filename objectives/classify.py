@@ -7,9 +7,9 @@
     loss = - ln softmax(W h)[label]  -  lm_weight x mean of ln p(x[t] | x[0], ..., x[t-1])
 
 The state at the last token has seen the whole prompt; one linear layer makes of it a score for each
-label: the answers that stand in the training split. The trunk goes on predicting prompts, so that
-it keeps what it has learned before (--init_from). With --pool=mean h is the mean of all these states, so that
-each token can tell by itself: what gives a machine away is a word here and there.
+label: the answers that stand in the training split. With --pool=mean h is the mean of all states of
+the prompt, and each token tells by itself: what gives a machine away is a word here and there. The
+trunk goes on predicting prompts, so that it keeps what it has learned before (--init_from).
 
     python -m objectives.classify out/classify --text="a gripping film"
 """
