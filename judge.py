@@ -11,7 +11,7 @@ import torch
 
 from exam import by_length, labelled, prompts_of, unanswered
 from grading import Row
-from objectives.classify import laid
+from objectives.classify import laid, pooled
 
 PASS = 8192  # tokens of prompts that are read at once
 
@@ -33,13 +33,14 @@ class Judge:
     def __call__(self, rows: list[Row]) -> np.ndarray:
         """The probability of each label, (rows, labels). Long prompts lose their front."""
         gpt, head = self.learner.gpt, self.learner.heads["label"]
+        pool = self.learner.objective.own.pool
         prompts, _ = prompts_of(gpt, self.tokenizer, rows, "", 0.0, [1] * len(rows))
         found = np.zeros((len(prompts), len(self.labels)))
         for some in by_length(prompts, lambda n: PASS // n):
             arrays = laid([prompts[i] for i in some], gpt.config.mask, self.tokenizer.markers)
             tokens, positions, mask = (z if z is None else torch.from_numpy(z) for z in arrays)
             ends = torch.tensor([len(prompts[i]) - 1 for i in some])
-            h = gpt.trunk(tokens, mask, positions)[torch.arange(len(some)), ends]  # (rows, C)
+            h = pooled(gpt.trunk(tokens, mask, positions), ends, pool)  # (rows, C)
             found[some] = head(h).float().softmax(dim=-1).numpy()
         return found
 

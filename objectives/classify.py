@@ -7,14 +7,16 @@
     loss = - ln softmax(W h)[label]  -  lm_weight x mean of ln p(x[t] | x[0], ..., x[t-1])
 
 The state at the last token has seen the whole prompt; one linear layer makes of it a score for each
-label: the answers that stand in the training split. The trunk goes on predicting prompts, so that
-it keeps what it has learned before (--init_from).
+label: the answers that stand in the training split. With --pool=mean h is the mean of all states of
+the prompt, and each token tells by itself: what gives a machine away is a word here and there. The
+trunk goes on predicting prompts, so that it keeps what it has learned before (--init_from).
 
     python -m objectives.classify out/classify --text="a gripping film"
 """
 
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ LABELS = 50  # at most
 class Settings:
     lm_weight: NotNegative = 0.5  # of the loss of the prompt's own tokens, beside that of the label
     head_dropout: BelowOne = 0.1  # fraction of h that is set to zero in training
+    pool: Literal["last", "mean"] = "last"  # which states of the prompt h is made of
 
 
 class Objective(Base):
@@ -107,12 +110,20 @@ class Objective(Base):
 
     def loss(self, gpt, heads, tokens, positions, mask, ends, targets, labels):
         x = gpt.trunk(tokens, mask, positions)  # (B, T, C)
-        h = x[torch.arange(len(x), device=x.device), ends]  # (B, C)
+        h = pooled(x, ends, self.own.pool)  # (B, C)
         scores = heads["label"](F.dropout(h, self.own.head_dropout, gpt.training)).float()
         nats = F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
         at = targets != IGNORE
         prompt = gpt.cross_entropy(x[at], targets[at], "sum")
         return [nats, prompt, (scores.argmax(dim=-1) == labels).sum()]
+
+
+def pooled(x, ends, pool: str):
+    """Of the states x (B, T, C) up to position `ends` (B) the last, or their mean: (B, C)."""
+    if pool == "last":
+        return x[torch.arange(len(x), device=x.device), ends]
+    read = torch.arange(x.size(1), device=x.device) <= ends[:, None]
+    return (read[:, None].to(x.dtype) @ x)[:, 0] / (ends[:, None] + 1)
 
 
 def laid(prompts: list, policy: str, markers) -> tuple:

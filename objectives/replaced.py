@@ -51,6 +51,8 @@ class Objective(masked.Objective):
         generator = GPT(replace(c, n_layer=max(1, round(self.own.generator_depth * c.n_layer))))
         del generator.wte, generator.head  # it has those of the trunk
         generator.init_weights(self.s.seed)
+        if self.s.init_from:  # it begins with what the trunk has learned before
+            generator.load_state_dict(gpt.state_dict(), strict=False)
         detect = nn.Linear(c.n_embd, 1)  # begins at zero: all is as likely as not
         nn.init.zeros_(detect.weight)
         nn.init.zeros_(detect.bias)

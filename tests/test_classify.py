@@ -9,6 +9,7 @@ import torch
 from test_rows import prepared, save, talk
 
 from dataset import IGNORE
+from judge import Judge
 from objectives import classify
 
 ARGV = ["--objective=classify", "--block_size=64"]
@@ -58,10 +59,12 @@ def test_the_loss_begins_at_ln_labels_and_a_half_of_ln_v(made):
     assert promises.learns_by_heart(*made, steps=60) < 0.5 * found["total"]
 
 
+@pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("mask", ["causal", "prefix", "full"])
-def test_a_row_is_classified_as_if_it_were_alone(rows, mask):
+def test_a_row_is_classified_as_if_it_were_alone(rows, mask, pool):
     """By hand, from the prompt alone: what fills it up is not seen, nor what answers it."""
-    learner, batch = promises.make(rows, *ARGV, f"--mask={mask}", "--lm_weight=0")
+    own = [f"--mask={mask}", "--lm_weight=0", f"--pool={pool}"]
+    learner, batch = promises.make(rows, *ARGV, *own)
     promises.learns_by_heart(learner, batch, steps=5)
     learner.eval()
     inputs, counts = learner.objective.prepare(batch, learner)
@@ -81,7 +84,8 @@ def test_a_row_is_classified_as_if_it_were_alone(rows, mask):
                 whole = whole.tril()
                 whole[..., : first + 1, : first + 1] = True
             x = learner.gpt.trunk(prompt, None if mask == "causal" else whole)
-            nats -= float(learner.heads["label"](x[0, -1]).log_softmax(-1)[label])
+            h = x[0, -1] if pool == "last" else x[0].mean(dim=0)
+            nats -= float(learner.heads["label"](h).log_softmax(-1)[label])
         assert float(learner(*promises.tensors(inputs))[0]) == pytest.approx(nats, rel=1e-4)
 
 
@@ -107,6 +111,20 @@ def test_the_command_tells_the_label_and_labels_rows(train, rows, capsys, tmp_pa
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["messages"][-1]["content"] for row in told] == ["none", "cold"]
     assert all(row["task"] == "colour" and 1 / 3 < row["probability"] <= 1 for row in told)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_a_judge_reads_the_states_that_were_learned_from(train, rows, pool):
+    judge = Judge(str(train("run", *ARGV, f"--pool={pool}", data=rows)))
+    markers = judge.tokenizer.markers
+    prompt = judge.tokenizer.encode_row([dict(role="user", content="blue 5")], "colour")
+    prompt = prompt[: prompt.index(markers.end) + 1] + [markers.assistant]
+    with torch.no_grad():
+        x = judge.learner.gpt.trunk(torch.tensor([prompt]))[0]
+        h = x[-1] if pool == "last" else x.mean(dim=0)
+        p = judge.learner.heads["label"](h).softmax(-1)
+    texts = [judge.of_text("blue 5"), judge.of_text("orange 17")]
+    assert judge(texts)[0] == pytest.approx(p.numpy(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,19 @@ def test_the_area_is_the_share_of_pairs_in_the_right_order():
     assert replaced.areas(score, was & counted, counted).tolist() == [2.5 / 4, 0.5]
 
 
+def test_with_weights_to_begin_with_the_generator_begins_with_the_first_blocks(made):
+    gpt, objective = made[0].gpt, made[0].objective
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.normal_()
+    fresh = objective.heads(gpt)["generator"].state_dict()
+    objective.s.init_from = "out/masked"
+    begun = objective.heads(gpt)["generator"].state_dict()
+    assert {name.split(".")[1] for name in begun} == {"0"}  # of two
+    assert all(torch.equal(begun[name], gpt.state_dict()[name]) for name in begun)
+    assert not all(torch.equal(begun[name], fresh[name]) for name in begun)
+
+
 def test_no_gradient_comes_through_what_is_drawn(made):
     """The generator learns from its masked tokens alone."""
     learner, batch = made
