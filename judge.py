@@ -9,11 +9,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataset import layout
 from exam import by_length, labelled, prompts_of, unanswered
 from grading import Row
-from objectives.classify import laid, pooled
 
 PASS = 8192  # tokens of prompts that are read at once
+
+
+def pooled(x, ends, pool: str):
+    """Of the states x (B, T, C) up to position `ends` (B) the last, or their mean: (B, C)."""
+    if pool == "last":
+        return x[torch.arange(len(x), device=x.device), ends]
+    read = torch.arange(x.size(1), device=x.device) <= ends[:, None]
+    return (read[:, None].to(x.dtype) @ x)[:, 0] / (ends[:, None] + 1)
+
+
+def laid(prompts: list, policy: str, markers) -> tuple:
+    """Prompts, filled up: (B, T), positions, mask. Causal ones see no filling, and need neither."""
+    T = max(1, *map(len, prompts))
+    there = np.arange(T) < np.array([len(prompt) for prompt in prompts])[:, None]
+    tokens = np.full((len(prompts), T), markers.end_of_text)
+    tokens[there] = np.concatenate(prompts)
+    if policy == "causal":
+        return tokens, None, None
+    positions, mask = layout(tokens, markers, policy)
+    return tokens, positions, mask & there[:, None, None] | np.eye(T, dtype=bool)
 
 
 class Judge:

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataset import IGNORE, layout
+from dataset import IGNORE
 from engine import settings
 from engine.settings import BelowOne, NotNegative
+from judge import laid, pooled, tell
 from objectives import Base
 
 LABELS = 50  # at most
@@ -118,26 +119,6 @@ class Objective(Base):
         return [nats, prompt, (scores.argmax(dim=-1) == labels).sum()]
 
 
-def pooled(x, ends, pool: str):
-    """Of the states x (B, T, C) up to position `ends` (B) the last, or their mean: (B, C)."""
-    if pool == "last":
-        return x[torch.arange(len(x), device=x.device), ends]
-    read = torch.arange(x.size(1), device=x.device) <= ends[:, None]
-    return (read[:, None].to(x.dtype) @ x)[:, 0] / (ends[:, None] + 1)
-
-
-def laid(prompts: list, policy: str, markers) -> tuple:
-    """Prompts, filled up: (B, T), positions, mask. Causal ones see no filling, and need neither."""
-    T = max(1, *map(len, prompts))
-    there = np.arange(T) < np.array([len(prompt) for prompt in prompts])[:, None]
-    tokens = np.full((len(prompts), T), markers.end_of_text)
-    tokens[there] = np.concatenate(prompts)
-    if policy == "causal":
-        return tokens, None, None
-    positions, mask = layout(tokens, markers, policy)
-    return tokens, positions, mask & there[:, None, None] | np.eye(T, dtype=bool)
-
-
 # --- the command
 
 
@@ -152,9 +133,7 @@ class Command:
 def main(argv: list[str]) -> None:
     s = settings.load(Command, argv, "Label texts.", "run")
     settings.require(bool(s.text) != bool(s.rows), s, "text", "given, or --rows=FILE, not both")
-    import judge
-
-    judge.tell(s)
+    tell(s)
 
 
 if __name__ == "__main__":
