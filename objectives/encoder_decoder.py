@@ -89,8 +89,7 @@ class Objective(Base):
 
 
 def packed(chosen, *arrays) -> list:
-    """What is chosen of each row of the arrays (B, T), moved to the left: (B, most of a row). The
-    third has numbers from 1; there 0 fills up."""
+    """What is chosen of each row of arrays (B, T), moved left; in the third, 0 is what fills up."""
     longest = max(1, chosen.sum(axis=1).max())
     order = np.argsort(~chosen, axis=1, kind="stable")[:, :longest]
     found = [np.take_along_axis(z, order, axis=1) for z in arrays]
@@ -125,9 +124,8 @@ class CrossAttention(Attention):
         q, k, v = (z.unflatten(-1, (-1, D)).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
         any_seen = mask.any(dim=-1, keepdim=True)  # (B, 1, T, 1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask | ~any_seen, self.drop.p if self.training else 0.0, enable_gqa=True
-        )
+        p = self.drop.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask | ~any_seen, p, enable_gqa=True)
         return self.wo((y * any_seen).transpose(1, 2).flatten(2))
 
 

@@ -11,10 +11,10 @@ Nobody has to know the answers, only how to check one. The gradient of r A makes
 answer that was better than its group likelier, and those of the others less likely; the mean of the
 group stands in for the network that in PPO (arXiv:1707.06347) guesses how hard a question is. To
 write costs as much as to learn, so several updates learn from what was written once: r says how far
-the model has moved since then, and beyond e there is nothing more to gain. A group whose rewards
-are all equal teaches nothing. The paper also holds the model near its beginning (KL); here what it
-forgets is measured instead. All tokens count alike, as in arXiv:2503.14476, since a mean for each
-answer would make the tokens of long mistakes cheap.
+the model has moved since, and beyond e nothing more is gained. A group whose rewards are all equal
+teaches nothing. The paper also holds the model near its beginning (KL); here what it forgets is
+measured instead. All tokens count alike, as in arXiv:2503.14476, since a mean for each answer would
+make the tokens of long mistakes cheap.
 """
 
 from dataclasses import dataclass
