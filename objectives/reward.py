@@ -13,8 +13,7 @@ group stands in for the network that in PPO (arXiv:1707.06347) guesses how hard 
 write costs as much as to learn, so several updates learn from what was written once: r says how far
 the model has moved since, and beyond e nothing more is gained. A group whose rewards are all equal
 teaches nothing. The paper also holds the model near its beginning (KL); here what it forgets is
-measured instead. All tokens count alike, as in arXiv:2503.14476, since a mean for each answer would
-make the tokens of long mistakes cheap.
+measured instead. All tokens count alike (arXiv:2503.14476), or those of long mistakes were cheap.
 """
 
 from dataclasses import dataclass
