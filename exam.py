@@ -60,7 +60,7 @@ def examine(s, models: list[tuple[GPT, Tokenizer]], data: Dataset, file: Path) -
     tell_what_lacks()
     lines, pairs = [], []
     for exam in exams:
-        results = [ask(*model, exam.rows, exam.labels, s) for model in models]
+        results = [ask(*model, exam.rows, exam.labels, s, exam.elected) for model in models]
         lines += (found := list(grading.written_down(exam, results[0])))
         pairs += grading.pairs(exam, found)
         print("", exam.title(s.split), *grading.table(exam, results[0]), sep="\n")
@@ -185,8 +185,11 @@ def rows_of(split: Split, limit: int = 0, task: str = "") -> dict[str, list[Row]
 # --- asking
 
 
-def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s) -> Result:
-    """Lets a model answer `rows` with one of `labels`, if there are any, or in its own words.
+def ask(
+    model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s, elected=None
+) -> Result:
+    """Lets a model answer `rows` with one of `labels`, if there are any, or in its own words: of
+    `s.vote` answers to a row it gives the one that is `elected`.
 
     A prompt loses its front only where the context ends before the reference, or a label, would;
     what is written there ends with the context, too.
@@ -223,7 +226,12 @@ def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s)
         best = ln_p.softmax(dim=1).max(dim=1)
         said = [labels[i] for i in best.indices]
         return Result(said, best.values.tolist(), nats, tokens, exchanged)
-    found = written(model, tokenizer, prompts, most, s, s.temperature)
+    each = s.vote or 1
+    several = [prompt for prompt in prompts for _ in range(each)]
+    found = written(model, tokenizer, several, most, s, s.temperature)
+    if s.vote:
+        said = [tokenizer.decode(ids) for ids in found]
+        found = [found[i + elected(said[i : i + each])] for i in range(0, len(found), each)]
     limits = [min(most, room) for room in left]
     ended = [[with_end(ids)[:n]] for ids, n in zip(found, limits, strict=True)]
     likely = [math.exp(-cost) for [cost] in surprise(model, tokenizer, prompts, ended)]

@@ -390,6 +390,23 @@ def test_beam_search_answers_too(run, evaluated):
     assert len(lines) == 3
 
 
+def test_the_answer_that_is_given_is_the_one_that_agrees_most(run, evaluated, monkeypatch):
+    """Sums are right or wrong, stories more or less alike; other seeds draw other answers."""
+    drawn, written = [], exam.written
+    monkeypatch.setattr(exam, "written", lambda *args: drawn.append(written(*args)) or drawn[-1])
+    settings = ["--vote=9", "--temperature=1", "--max_tokens=1"]
+    tokenizer = load_model(str(run))[1]
+    for task, agreement in (("sums", scores.same), ("story", scores.overlap)):
+        drawn.clear()
+        _, lines = evaluated(f"--task={task}", *settings)
+        said = [tokenizer.decode(ids) for ids in drawn[0]]
+        each = [said[i : i + 9] for i in range(0, len(said), 9)]
+        expected = [some[scores.elected(some, agreement)] for some in each]
+        assert [line["answer"] for line in lines] == expected != [some[0] for some in each]
+        assert evaluated(f"--task={task}", *settings)[1] == lines
+        assert evaluated(f"--task={task}", *settings, "--seed=2")[1] != lines
+
+
 def test_labels_are_written_for_rows_without_answers(run, evaluated, tmp_path):
     file = tmp_path / "unlabelled.jsonl"
     asked = [dict(messages=turns("it purrs", "?")[:1], task="animal"), animals(1)[0]]
@@ -457,6 +474,10 @@ def test_what_lacks_is_named_and_left_out(monkeypatch, evaluated):
         (["--task=tale"], "task='tale' is not in the data: there is animal, story, sums"),
         (["--marker=animals"], "no task 'animals': did you mean animal"),
         (["--beam=2", "--temperature=1"], "beam=2 should be 1 with a temperature above 0"),
+        (["--vote=4", "--beam=2"], "beam=2 should be 1 with a temperature above 0, "),
+        (["--vote=4"], "temperature=0.0 should be above 0 with --vote"),
+        (["--vote=1", "--temperature=1"], "vote=1 should be at least 2"),
+        (["--vote=4", "--temperature=1", "--choices=auto"], "no use with --vote: leave it out"),
         (["--label=missing.jsonl"], "label='missing.jsonl' should be a file of rows"),
         (["--split=test"], "has no test split"),
         (["--generate=5"], "--generate is for running text"),
@@ -494,11 +515,13 @@ def test_a_line_that_is_no_row_is_named(run, tmp_path, line):
         evaluate.main([str(run), f"--label={file}", "--choices=cat,dog"])
 
 
-@pytest.mark.parametrize("setting", ["--limit=3", "--baseline=run", "--exchange"])
+@pytest.mark.parametrize(
+    "setting", ["--limit=3", "--baseline=run", "--exchange", "--vote=2 --temperature=1"]
+)
 def test_what_has_no_use_with_label_is_refused(run, tmp_path, setting):
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=f"{setting.split('=')[0]} has no use with --label"):
-        evaluate.main([str(run), f"--label={tmp_path / 'rows.jsonl'}", setting])
+        evaluate.main([str(run), f"--label={tmp_path / 'rows.jsonl'}", *setting.split()])
     with pytest.raises(ValueError, match=r"rows.jsonl is empty"):
         evaluate.main([str(run), f"--label={tmp_path / 'rows.jsonl'}"])
 
@@ -516,7 +539,9 @@ def test_rows_of_another_vocabulary_are_refused(run, folder):
         evaluate.main([str(run), f"--data={data}", "--split=train"])
 
 
-@pytest.mark.parametrize("setting", ["--choices=a,b", "--task=x", "--limit=3", "--exchange"])
+@pytest.mark.parametrize(
+    "setting", ["--choices=a,b", "--task=x", "--limit=3", "--exchange", "--vote=2 --temperature=1"]
+)
 def test_what_is_for_rows_is_refused_for_text(train, setting):
     with pytest.raises(ValueError, match=f"{setting.split('=')[0]} is for rows"):
-        evaluate.main([str(train("text")), setting])
+        evaluate.main([str(train("text")), *setting.split()])
