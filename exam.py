@@ -227,8 +227,7 @@ def ask(
         said = [labels[i] for i in best.indices]
         return Result(said, best.values.tolist(), nats, tokens, exchanged)
     each = s.vote or 1
-    several = [prompt for prompt in prompts for _ in range(each)]
-    found = written(model, tokenizer, several, most, s, s.temperature)
+    found = written(model, tokenizer, prompts, most, s, s.temperature, each)
     if s.vote:
         said = [tokenizer.decode(ids) for ids in found]
         found = [found[i + elected(said[i : i + each])] for i in range(0, len(found), each)]
@@ -263,16 +262,25 @@ def prompts_of(
 
 
 def written(
-    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], most: int, s, temperature: float
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    most: int,
+    s,
+    temperature: float,
+    each: int = 1,
 ) -> list[list[int]]:
-    """The ids of an answer to each prompt, many at a time; by beam search one by one."""
+    """The ids of `each` answers to each prompt, many at a time; by beam search one by one."""
+    count = len(prompts)
+    keys = [k * count + i for i in range(count) for k in range(each)]  # 16 are the first of 32
+    prompts = [prompt for prompt in prompts for _ in range(each)]
     found: list[list[int]] = [[] for _ in prompts]
-    options = dict(slots=s.slots, seed=s.seed, temperature=temperature)
+    options = dict(slots=s.slots, seed=s.seed, temperature=temperature, keys=keys)
     stream = answers(model, tokenizer, prompts, most, **options)
     if s.beam > 1:
-        each = enumerate(prompts)
+        numbered = enumerate(prompts)
         options = dict(width=s.beam, length_penalty=s.length_penalty)
-        stream = ((i, beam(model, tokenizer, prompt, most, **options)) for i, prompt in each)
+        stream = ((i, beam(model, tokenizer, prompt, most, **options)) for i, prompt in numbered)
     with Progress("answering", len(prompts), unit=1, name=" prompts") as progress:
         for done, (i, ids) in enumerate(stream, start=1):
             found[i] = ids

@@ -402,13 +402,15 @@ def test_a_vote_gives_one_of_the_answers_that_were_drawn_to_a_row(run, evaluated
     assert [line["answer"] for line in lines] == expected != [some[0] for some in each]
     assert evaluated(*settings)[1] == lines
     assert evaluated(*settings, "--seed=2")[1] != lines
+    evaluated(*settings, "--vote=4")
+    assert drawn[-1][:4] == drawn[0][:4] and drawn[-1][-4:] == drawn[0][-9:-5]
 
 
 def test_exact_answers_are_voted_for_by_equality_and_texts_by_overlap(evaluated, monkeypatch):
     texts = ["q", "a b c", "a b d", "b d"]
 
     def written(model, tokenizer, prompts, *rest):
-        return [tokenizer.encode(text) for text in texts] * (len(prompts) // 4)
+        return [tokenizer.encode(text) for text in texts] * len(prompts)
 
     monkeypatch.setattr(exam, "written", written)
     for task, answer in (("sums", "q"), ("story", "a b d")):
@@ -435,7 +437,7 @@ def test_answers_without_reference_may_fill_half_of_the_context(
     row = dict(messages=turns("a\u2028b", "?")[:1])
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
 
-    def written(model, tokenizer, prompts, most, s, temperature):
+    def written(model, tokenizer, prompts, most, *rest):
         asked.append((tokenizer.decode(prompts[0]), most))
         return [[65]]
 
