@@ -67,6 +67,7 @@ class Settings:
     exchange: bool = False  # also the perplexity of answers behind the prompt of another row
     max_tokens: Count = 0  # of an answer; 0 is a few more than the longest reference
     temperature: NotNegative = 0.0  # 0 takes the likeliest token; texts to compare are drawn at 1
+    vote: Count = 0  # answers drawn to each row, of which the one most like the others is given
     beam: Positive = 1  # likeliest beginnings that beam search follows; 1 is off
     length_penalty: NotNegative = 0.6  # of beam search: the higher, the longer
     slots: Positive = 32  # answers that are written side by side
@@ -97,15 +98,22 @@ def main(argv: list[str]) -> int:
     labels = s.choices.split(",") if s.choices else ["auto"]
     sound = all(labels) and len({*labels}) == len(labels)
     settings.require(sound, s, "choices", "labels joined by commas, each once")
-    drawn = s.temperature or s.generate
-    least = "1 with a temperature above 0, or texts to generate"
+    drawn = s.temperature or s.generate or s.vote
+    least = "1 with a temperature above 0, texts to generate, or a vote"
     settings.require(s.beam == 1 or not drawn, s, "beam", least)
-    settings.require(s.generate != 1, s, "generate", "at least 2, to be compared with each other")
+    several = "at least 2, to be compared with each other"
+    settings.require(s.generate != 1, s, "generate", several)
+    settings.require(s.vote != 1, s, "vote", several)
+    unequal = "above 0 with --vote: else all answers to a row are equal"
+    settings.require(not s.vote or s.temperature, s, "temperature", unequal)
     settings.require(not s.label or Path(s.label).is_file(), s, "label", "a file of rows")
     if s.pairs:
         refuse(s, ("marker", "noise"), "changes what is asked, and --pairs writes what was asked")
+    if s.vote:
+        refuse(s, ("choices",), "takes the likeliest label, and has no use with --vote")
     if s.label:
-        refuse(s, ("limit", "task", "baseline", "exchange", "pairs"), "has no use with --label")
+        of_references = ("limit", "task", "baseline", "exchange", "pairs", "vote")
+        refuse(s, of_references, "has no use with --label")
     locked.use(s.passphrase_file, *map(Path, filter(None, (s.out, s.baseline))))
     from engine.learner import opened_here
 
@@ -124,7 +132,7 @@ def main(argv: list[str]) -> int:
     data = None if s.label else run.data(s)
     if data and not objectives.find(run.objective).Objective.generates:
         of_writers = ("baseline", "generate", "task", "limit", "marker", "noise", "choices")
-        of_writers += ("exchange", "pairs", "quantize")
+        of_writers += ("exchange", "pairs", "vote", "quantize")
         refuse(s, of_writers, f"is for what writes, unlike objective={run.objective}")
         tell_loss(s, run, data, here)
         return 0
@@ -133,6 +141,7 @@ def main(argv: list[str]) -> int:
         refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")
         return evaluate_rows(s, run, data, here)
     of_rows = ("task", "limit", "marker", "noise", "choices", "normalise", "exchange", "pairs")
+    of_rows += ("vote",)
     held = "running text" if data.kind == "text" else data.kind
     refuse(s, of_rows, f"is for rows, and {data.folder} holds {held}")
     return evaluate_text(s, run, data, here)

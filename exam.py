@@ -60,7 +60,7 @@ def examine(s, models: list[tuple[GPT, Tokenizer]], data: Dataset, file: Path) -
     tell_what_lacks()
     lines, pairs = [], []
     for exam in exams:
-        results = [ask(*model, exam.rows, exam.labels, s) for model in models]
+        results = [ask(*model, exam.rows, exam.labels, s, exam.elected) for model in models]
         lines += (found := list(grading.written_down(exam, results[0])))
         pairs += grading.pairs(exam, found)
         print("", exam.title(s.split), *grading.table(exam, results[0]), sep="\n")
@@ -185,8 +185,11 @@ def rows_of(split: Split, limit: int = 0, task: str = "") -> dict[str, list[Row]
 # --- asking
 
 
-def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s) -> Result:
-    """Lets a model answer `rows` with one of `labels`, if there are any, or in its own words.
+def ask(
+    model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s, elected=None
+) -> Result:
+    """Lets a model answer `rows` with one of `labels`, if there are any, or in its own words: of
+    `s.vote` answers to a row it gives the one that is `elected`.
 
     A prompt loses its front only where the context ends before the reference, or a label, would;
     what is written there ends with the context, too.
@@ -223,7 +226,11 @@ def ask(model: GPT, tokenizer: Tokenizer, rows: list[Row], labels: list[str], s)
         best = ln_p.softmax(dim=1).max(dim=1)
         said = [labels[i] for i in best.indices]
         return Result(said, best.values.tolist(), nats, tokens, exchanged)
-    found = written(model, tokenizer, prompts, most, s, s.temperature)
+    each = s.vote or 1
+    found = written(model, tokenizer, prompts, most, s, s.temperature, each)
+    if s.vote:
+        said = [tokenizer.decode(ids) for ids in found]
+        found = [found[i + elected(said[i : i + each])] for i in range(0, len(found), each)]
     limits = [min(most, room) for room in left]
     ended = [[with_end(ids)[:n]] for ids, n in zip(found, limits, strict=True)]
     likely = [math.exp(-cost) for [cost] in surprise(model, tokenizer, prompts, ended)]
@@ -255,16 +262,25 @@ def prompts_of(
 
 
 def written(
-    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], most: int, s, temperature: float
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    most: int,
+    s,
+    temperature: float,
+    each: int = 1,
 ) -> list[list[int]]:
-    """The ids of an answer to each prompt, many at a time; by beam search one by one."""
+    """The ids of `each` answers to each prompt, many at a time; by beam search one by one."""
+    count = len(prompts)
+    keys = [k * count + i for i in range(count) for k in range(each)]  # 16 are the first of 32
+    prompts = [prompt for prompt in prompts for _ in range(each)]
     found: list[list[int]] = [[] for _ in prompts]
-    options = dict(slots=s.slots, seed=s.seed, temperature=temperature)
+    options = dict(slots=s.slots, seed=s.seed, temperature=temperature, keys=keys)
     stream = answers(model, tokenizer, prompts, most, **options)
     if s.beam > 1:
-        each = enumerate(prompts)
+        numbered = enumerate(prompts)
         options = dict(width=s.beam, length_penalty=s.length_penalty)
-        stream = ((i, beam(model, tokenizer, prompt, most, **options)) for i, prompt in each)
+        stream = ((i, beam(model, tokenizer, prompt, most, **options)) for i, prompt in numbered)
     with Progress("answering", len(prompts), unit=1, name=" prompts") as progress:
         for done, (i, ids) in enumerate(stream, start=1):
             found[i] = ids

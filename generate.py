@@ -215,16 +215,22 @@ class Slots:
         return self.count - len(self.writing)
 
     def admit(self, answers: list[Answer]) -> None:
-        """Reads prompts into free slots: those of about one length together, up to PASS tokens."""
-        answers = sorted(answers, key=lambda answer: len(answer.prompt))
-        while answers:
-            longest = len(answers[-1].prompt)
+        """Reads prompts into free slots, each once, however many answers it is to have: those of
+        about one length together, up to PASS tokens."""
+        alike: dict[tuple, list[Answer]] = {}
+        for answer in answers:
+            alike.setdefault((*answer.prompt,), []).append(answer)
+        prompts = sorted(alike, key=len)
+        while prompts:
+            longest = len(prompts[-1])
             count = 1 if self.exact else max(1, PASS // longest)
-            some = answers[-count:]
-            del answers[-count:]
+            some = prompts[-count:]
+            del prompts[-count:]
             fresh = self.model.new_cache(len(some), longest)
-            new = prefill(self.model, [answer.prompt for answer in some], fresh, self.markers)
-            self.place(some, fresh, new)
+            new = prefill(self.model, [*map(list, some)], fresh, self.markers)
+            rows = [row for row, prompt in enumerate(some) for _ in alike[prompt]]
+            fresh.take(rows)
+            self.place([answer for prompt in some for answer in alike[prompt]], fresh, new[rows])
 
     def place(self, answers: list[Answer], read: KVCache, logits: Tensor) -> None:
         """Puts prompts that have been `read`, one for each of `answers` or one for all, into free

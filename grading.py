@@ -101,6 +101,10 @@ class Exam:
             title += f"; NO ROW of {', '.join(sorted(lacks))}"
         return title
 
+    def elected(self, said: list[str]) -> int:
+        """The number of the answer that is most like the others, by what counts in the task."""
+        return scores.elected(said, scores.overlap if self.kind == "texts" else scores.same)
+
     def figures(self, said: list[str]) -> dict[str, Score]:
         """As `by_row`, with the rows of a group as one."""
         found = self.by_row(said).items()

@@ -102,8 +102,12 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
+def same(a: str, b: str) -> bool:
+    return plain(a) == plain(b)
+
+
 def exact(answers: list[str], references: list[str]) -> list[bool]:
-    return [plain(a) == plain(b) for a, b in zip(answers, references, strict=True)]
+    return [same(a, b) for a, b in zip(answers, references, strict=True)]
 
 
 def macro_f1(answers: list[str], references: list[str]) -> Score:
@@ -170,6 +174,36 @@ def rouge(answers: list[str], references: list[str]) -> dict[str, Score]:
     found = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
     names = {kind: f"ROUGE-{kind.removeprefix('rouge')}" for kind in kinds}
     return {names[kind]: mean([row[kind].fmeasure for row in found]) for kind in kinds}
+
+
+# --- a vote
+
+
+def elected(answers: list[str], agreement: Callable[[str, str], float]) -> int:
+    """The number of the answer with the highest mean `agreement` with the others: the first, if
+    there are several. Its range is from 0 to 1, and 1 is for equal texts.
+
+    Of `same` that is the most frequent (self-consistency, arXiv:2203.11171), of `overlap` the one
+    in the middle: if each answer is as good a guess of the reference as any other, it loses least
+    (minimum Bayes risk, Kumar and Byrne 2004).
+    """
+    votes = Counter(answers)  # equal ones are compared once; with itself each agrees alike
+    sums = {a: sum(n * agreement(a, b) for b, n in votes.items()) for a in votes}
+    return answers.index(max(sums, key=sums.get))
+
+
+def overlap(a: str, b: str) -> float:
+    """ROUGE-L of two texts, from 0 to 1: F1 of the longest sequence of words that both have in
+    this order, other words between them or not."""
+    one, other = (Words().tokenize(text) for text in (a, b))
+    lengths = [0] * (len(other) + 1)  # of the longest in what was read of `one`, and other[:j]
+    for word in one:
+        before = 0
+        for j, its in enumerate(other, start=1):
+            longer = before + 1 if word == its else max(lengths[j], lengths[j - 1])
+            before, lengths[j] = lengths[j], longer
+    words = len(one) + len(other)
+    return 2 * lengths[-1] / words if words else float(same(a, b))
 
 
 # --- texts without reference

@@ -390,6 +390,34 @@ def test_beam_search_answers_too(run, evaluated):
     assert len(lines) == 3
 
 
+def test_a_vote_gives_one_of_the_answers_that_were_drawn_to_a_row(run, evaluated, monkeypatch):
+    drawn, written = [], exam.written
+    monkeypatch.setattr(exam, "written", lambda *args: drawn.append(written(*args)) or drawn[-1])
+    settings = ["--task=sums", "--vote=9", "--temperature=1", "--max_tokens=1"]
+    _, lines = evaluated(*settings)
+    tokenizer = load_model(str(run))[1]
+    said = [tokenizer.decode(ids) for ids in drawn[0]]
+    each = [said[i : i + 9] for i in range(0, len(said), 9)]
+    expected = [some[scores.elected(some, scores.same)] for some in each]
+    assert [line["answer"] for line in lines] == expected != [some[0] for some in each]
+    assert evaluated(*settings)[1] == lines
+    assert evaluated(*settings, "--seed=2")[1] != lines
+    evaluated(*settings, "--vote=4")
+    assert drawn[-1][:4] == drawn[0][:4] and drawn[-1][-4:] == drawn[0][-9:-5]
+
+
+def test_exact_answers_are_voted_for_by_equality_and_texts_by_overlap(evaluated, monkeypatch):
+    texts = ["q", "a b c", "a b d", "b d"]
+
+    def written(model, tokenizer, prompts, *rest):
+        return [tokenizer.encode(text) for text in texts] * len(prompts)
+
+    monkeypatch.setattr(exam, "written", written)
+    for task, answer in (("sums", "q"), ("story", "a b d")):
+        _, lines = evaluated(f"--task={task}", "--vote=4", "--temperature=1")
+        assert {line["answer"] for line in lines} == {answer}
+
+
 def test_labels_are_written_for_rows_without_answers(run, evaluated, tmp_path):
     file = tmp_path / "unlabelled.jsonl"
     asked = [dict(messages=turns("it purrs", "?")[:1], task="animal"), animals(1)[0]]
@@ -409,7 +437,7 @@ def test_answers_without_reference_may_fill_half_of_the_context(
     row = dict(messages=turns("a\u2028b", "?")[:1])
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
 
-    def written(model, tokenizer, prompts, most, s, temperature):
+    def written(model, tokenizer, prompts, most, *rest):
         asked.append((tokenizer.decode(prompts[0]), most))
         return [[65]]
 
@@ -457,6 +485,10 @@ def test_what_lacks_is_named_and_left_out(monkeypatch, evaluated):
         (["--task=tale"], "task='tale' is not in the data: there is animal, story, sums"),
         (["--marker=animals"], "no task 'animals': did you mean animal"),
         (["--beam=2", "--temperature=1"], "beam=2 should be 1 with a temperature above 0"),
+        (["--vote=4", "--beam=2"], "beam=2 should be 1 with a temperature above 0, "),
+        (["--vote=4"], "temperature=0.0 should be above 0 with --vote"),
+        (["--vote=1", "--temperature=1"], "vote=1 should be at least 2"),
+        (["--vote=4", "--temperature=1", "--choices=auto"], "no use with --vote: leave it out"),
         (["--label=missing.jsonl"], "label='missing.jsonl' should be a file of rows"),
         (["--split=test"], "has no test split"),
         (["--generate=5"], "--generate is for running text"),
@@ -494,11 +526,13 @@ def test_a_line_that_is_no_row_is_named(run, tmp_path, line):
         evaluate.main([str(run), f"--label={file}", "--choices=cat,dog"])
 
 
-@pytest.mark.parametrize("setting", ["--limit=3", "--baseline=run", "--exchange"])
+@pytest.mark.parametrize(
+    "setting", ["--limit=3", "--baseline=run", "--exchange", "--vote=2 --temperature=1"]
+)
 def test_what_has_no_use_with_label_is_refused(run, tmp_path, setting):
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=f"{setting.split('=')[0]} has no use with --label"):
-        evaluate.main([str(run), f"--label={tmp_path / 'rows.jsonl'}", setting])
+        evaluate.main([str(run), f"--label={tmp_path / 'rows.jsonl'}", *setting.split()])
     with pytest.raises(ValueError, match=r"rows.jsonl is empty"):
         evaluate.main([str(run), f"--label={tmp_path / 'rows.jsonl'}"])
 
@@ -516,7 +550,9 @@ def test_rows_of_another_vocabulary_are_refused(run, folder):
         evaluate.main([str(run), f"--data={data}", "--split=train"])
 
 
-@pytest.mark.parametrize("setting", ["--choices=a,b", "--task=x", "--limit=3", "--exchange"])
+@pytest.mark.parametrize(
+    "setting", ["--choices=a,b", "--task=x", "--limit=3", "--exchange", "--vote=2 --temperature=1"]
+)
 def test_what_is_for_rows_is_refused_for_text(train, setting):
     with pytest.raises(ValueError, match=f"{setting.split('=')[0]} is for rows"):
-        evaluate.main([str(train("text")), setting])
+        evaluate.main([str(train("text")), *setting.split()])

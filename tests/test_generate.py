@@ -249,6 +249,21 @@ def test_answers_side_by_side_are_those_that_each_prompt_gets_alone(slots, fast)
     assert len({len(answer) for answer in expected.values()}) > 3  # they end at different times
 
 
+def test_a_prompt_is_read_once_for_all_of_its_answers(monkeypatch):
+    model, read, prefill = make_model(block_size=24), [], module.prefill
+    expected = [greedy_answer(model, prompt, 9) for prompt in ([1, 2], [3, 4, 5], [6])]
+
+    def noted(model, texts, *rest):
+        read.append(texts)
+        return prefill(model, texts, *rest)
+
+    monkeypatch.setattr(module, "prefill", noted)
+    prompts = [[1, 2], [3, 4, 5], [1, 2], [6], [3, 4, 5], [1, 2]]
+    found = dict(answers(model, reader(), prompts, 9, slots=6, temperature=0))
+    assert [found[i] for i in (0, 2, 5, 1, 4, 3)] == [expected[i] for i in (0, 0, 0, 1, 1, 2)]
+    assert read == [[[6], [1, 2], [3, 4, 5]]]
+
+
 def test_answer_i_draws_from_seed_and_i_whatever_the_number_of_slots():
     model, prompts = make_model(block_size=64), some_prompts()
 

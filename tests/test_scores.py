@@ -142,6 +142,30 @@ def test_rouge_finds_one_word_of_three_in_any_script(answer, reference):
     assert scores.rouge([answer], [reference])["ROUGE-1"].value == pytest.approx(100 / 3)
 
 
+@needs_rouge
+def test_overlap_is_rouge_l():
+    draw = random.Random(1)
+    for _ in range(50):
+        a, b = (" ".join(draw.choices("abcd", k=draw.randint(1, 9))) + "!" for _ in range(2))
+        assert 100 * scores.overlap(a, b) == pytest.approx(scores.rouge([a], [b])["ROUGE-L"].value)
+    assert scores.overlap("去上海", "去北京") == pytest.approx(1 / 3)
+    assert (scores.overlap("", ""), scores.overlap("", "a"), scores.overlap("?", "!")) == (1, 0, 0)
+
+
+def test_the_most_frequent_of_equal_answers_is_elected():
+    assert scores.elected(["7", "12", "8", "12 ", "12"], scores.same) == 1
+    assert scores.elected(["3", "4"], scores.same) == 0  # all are alone: the first
+
+
+def test_the_text_in_the_middle_is_elected():
+    """Of x = "a b c", y = "a b d", z = "b d" and "q": x has 2/3 with y and 2/5 with z, y 2/3 and
+    4/5, z 2/5 and 4/5. Two that are equal outweigh that, since they agree by 1."""
+    texts = ["q", "a b c", "a b d", "b d"]
+    assert scores.elected(texts, scores.overlap) == 2
+    assert scores.elected([*texts, "q", "q"], scores.overlap) == 0
+    assert scores.elected(texts, scores.same) == 0
+
+
 @pytest.mark.parametrize("package, score", [("sacrebleu", "bleu"), ("rouge_score", "rouge")])
 def test_a_package_that_lacks_is_named(package, score, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
