@@ -55,8 +55,9 @@ def rotate(x):
     about the origin by an angle that grows with the place, like the hand of a clock (rotary
     positions, arXiv:2104.09864). Some points turn fast, others slowly.
 
-    A query at place m is turned m times, a key at n n times. To turn both alike changes no product
-    of them, so turn them back m times: what is left is n - m, how far apart they stand.
+    A query at place m is turned m times, a key at place n is turned n times. To turn both alike
+    changes no product of them, so turn both back m times: what is left is n - m, how far apart they
+    stand.
     """
     T, D = x.shape[-2:]
     angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(D // 2) / (D // 2))  # (T, D/2)
@@ -163,7 +164,7 @@ def loss_of(model, x, y):
 
 @torch.no_grad()  # nothing is learned here
 def report(model, step, read, unread):
-    """Prints the loss on batches of text that it learns from, and of text that it never reads."""
+    """Prints the loss on batches of text that it learns from, and of text that it does not."""
     known, new = (sum(loss_of(model, x, y).item() for x, y in z) / len(z) for z in (read, unread))
     bits = f"{new / math.log(2):.2f} bits a byte, where the text itself has 8"
     print(f"step {step}: training loss {known:.2f}, validation loss {new:.2f} nats = {bits}")
@@ -212,8 +213,8 @@ def main(argv):
         # large steps first, smaller and smaller ones to settle
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         loss_of(model, *batch_of(train)).backward()  # p.grad: how the loss would change with p
-        # each parameter p by about the rate, against the running mean of its p.grad; by less where
-        # they disagree (Adam, arXiv:1412.6980)
+        # moves each parameter p by about the rate, against the running mean of its p.grad; by less
+        # where the p.grad of several steps disagree (Adam, arXiv:1412.6980)
         optimizer.step()
         optimizer.zero_grad()  # or the next gradient would be added to this one
     report(model, STEPS, *looked_at)

@@ -13,6 +13,9 @@ from rows that this command writes as well, of a text that goes on by itself or 
     python prepare.py raw.jsonl --out=data/raw --tokenizer=out/small
     python train.py --objective=classify --data=data/raw --init_from=out/small --out=out/judge
 
+A small one learns by --pool=mean, from thousands of rows, and not by the last state:
+docs/objectives.md.
+
 Is re-ranked text harder to tell? That is for a fresh judge to say, which learns from its rows.
 """
 
