@@ -229,7 +229,8 @@ class Slots:
             fresh = self.model.new_cache(len(some), longest)
             new = prefill(self.model, [*map(list, some)], fresh, self.markers)
             rows = [row for row, prompt in enumerate(some) for _ in alike[prompt]]
-            fresh.take(rows)
+            if len(rows) > len(some):
+                fresh.take(rows)
             self.place([answer for prompt in some for answer in alike[prompt]], fresh, new[rows])
 
     def place(self, answers: list[Answer], read: KVCache, logits: Tensor) -> None:
