@@ -57,7 +57,7 @@ class Batch(NamedTuple):
     targets: np.ndarray  # (B, T) int64: the token that comes next, IGNORE where it does not count
     positions: np.ndarray | None = None  # (B, T) int64
     mask: np.ndarray | None = None  # (B, 1, T, T) bool, True where a position (row) sees another
-    keys: list[tuple] | None = None  # (seed, number) of each: what is random in it is drawn from it
+    keys: list[tuple] | None = None  # of each (seed, number): seeds what is random in it
 
     @property
     def arrays(self) -> tuple:

@@ -1,8 +1,8 @@
 """A GPT on one page: python nutshell.py my_text.txt
 
 It reads a text, learns to guess each next byte of it, and writes; then it is gone. It needs torch
-and nothing else. Without a file it reads the modules at the top of Python's own library. It takes
-some two and a half minutes on two CPU cores; tiny Shakespeare ends at 1.75 nats a byte.
+and nothing else. Without a file it reads the modules at the top of Python's own library. It took
+two and a half minutes on two shared CPU cores; tiny Shakespeare ends at about 1.75 nats a byte.
 
     text      a row of bytes, numbers from 0 to 255: these are its tokens
     batch     some windows of it, cut out anywhere; at each place the next byte is the target
