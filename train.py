@@ -15,8 +15,16 @@ A model learns from text by predicting each next token, and being corrected. At 
 
 Read the settings later, when a line uses them. `update` is the inside of that loop, with a batch
 too large for memory, several machines and 16-bit numbers thought of; `train` is the loop, with all
-windows in random order, a rate that rises and falls (optim.py), and a log. It runs as one
-process, or as several under torchrun, here on the eight GPUs of one machine:
+windows in random order, a rate that rises and falls (optim.py), and a log. Both speak of
+
+    s           the settings below, as the command line has them
+    here        where it is computed: device, type of numbers, other processes   engine/machine.py
+    data        a folder of tokens; split.batch(n, ...) is batch number n        dataset.py
+    objective   what is learned: a batch becomes inputs, these become a loss     objectives/
+    learner     the model, and what the objective adds to it                     engine/learner.py
+    run         the folder of the run: its log, checkpoints, evaluations         engine/run.py
+
+It runs as one process, or as several under torchrun, here on the eight GPUs of one machine:
 
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 
@@ -129,12 +137,10 @@ def update(learner, optimizers, scale, exercise: tuple, step: int, s: Settings, 
             optimizer.step()
         model.zero_grad()
 
-    `learner` is the model, under the objective that says what its loss is; `exercise` is what it
-    has made of this process's share of the batch: arrays such as the two above, and how many
-    targets they hold (objectives/__init__.py). `here` is where it is computed: the device, its type
-    of numbers, and the other processes. `scale.value` is 1 but for float16, see optim.py. Raises
-    FloatingPointError, with no weight changed, if loss or gradient are not finite and a smaller
-    scale is no remedy.
+    `exercise` is what the objective has made of this process's share of the batch: arrays such as
+    the two above, and how many targets they hold. `scale.value` is 1 but for float16, see optim.py.
+    Raises FloatingPointError, with no weight changed, if loss or gradient are not finite and a
+    smaller scale is no remedy.
     """
     import torch  # takes a second to load, so bad settings are reported before it
 
