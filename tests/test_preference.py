@@ -237,6 +237,9 @@ def test_it_keeps_the_promises_of_all(train, folder, made, capsys, tmp_path):
 
     begin = f"--init_from={folder / 'run'}"
     run = promises.resumes(train, folder / "pairs", *ARGV, begin, "--sample_tokens=4")
+    data = Dataset(str(folder / "pairs"))
+    first = data.tokenizer.decode_row(next(data.split("val").rows()))[1][0]["content"]
+    assert f"have not seen:\n\n{first}\n> " in said()  # the question, not one of both answers
     assert "nats a pair, nats" in promises.evaluates(run, capsys)
     promises.is_exported(run, tmp_path / "exported")
     evaluate.main([str(run), "--split=test"])
