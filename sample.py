@@ -13,8 +13,8 @@ At its plainest, from Python, that is
     print("def " + tokenizer.decode(tokens))
 
 and what follows is the command around it. How a token is picked is told in pick.py, how text is
-made of them in generate.py. torch takes a second to load, so what needs it is imported where it is
-used: a mistake in the arguments is answered at once.
+made of them in generate.py, what a conversation is to a model in chat.py. torch takes a second to
+load, so what needs it is imported where it is used: a mistake in the arguments is answered at once.
 """
 
 from engine import console
@@ -24,10 +24,11 @@ if __name__ == "__main__":  # before all else: a Ctrl-C while Python loads thing
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Annotated, Literal
 
+import chat
 import objectives
 from engine import locked, settings
 from engine.settings import Bound, Count, NotNegative
@@ -37,10 +38,6 @@ Share = Annotated[float, Bound("above 0 and at most 1", lambda p: 0 < p <= 1)]
 Penalty = Annotated[float, Bound("above 0; 1 is off", lambda x: x > 0)]
 Samples = Annotated[int, Bound("from 1 to 1024", lambda n: 1 <= n <= 1024)]
 Stops = Annotated[tuple, Bound("text, not nothing", all)]
-
-# what can change in the middle of an interactive session
-CHANGEABLE = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-CHANGEABLE += ("num_samples", "beam", "stop", "seed", "system", "task")
 
 
 @dataclass
@@ -121,11 +118,17 @@ def main(argv: list[str]) -> None:
         draft = inference.ready(draft.eval().to(here.device, here.dtype), parts=s.fast)
     if s.grid:
         images.draw(model, tokenizer, s)
-    elif s.interactive or s.chat:
-        converse(model, tokenizer, s, draft)
-    else:
-        echo = "" if s.task else prompt
-        write_samples(model, tokenizer, [turn("user", prompt)], s, echo, draft)
+        return
+    write = partial(write_samples, model, tokenizer, draft=draft)
+    if not (s.interactive or s.chat):
+        write([chat.turn("user", prompt)], s, "" if s.task else prompt)
+        return
+
+    def answer(turns: list[dict], s: Settings) -> str:
+        require_clean(turns[-1]["content"], s)
+        return write(turns, s)
+
+    chat.converse(s, answer)
 
 
 def load_draft(path, tokenizer, s: Settings):
@@ -153,43 +156,14 @@ def require_clean(prompt: str, s: Settings) -> None:
         words.require_clean(prompt, "the prompt")
 
 
-def turn(role: str, content: str) -> dict:
-    return dict(role=role, content=content)
-
-
 def read(turns: list[dict], tokenizer, limit: int, s: Settings) -> list[int]:
-    """What a model of context `limit` goes on from: a conversation, or the last turn as plain text.
-
-    A conversation leaves a quarter of the context to the answer. So the oldest of `turns` are
-    removed, and of the last, if it is too long by itself, the front.
-    """
-    if not (s.chat or s.task):
-        tokens = tokenizer.encode_prompt(turns[-1]["content"])
-        if len(tokens) > limit:
-            note = f"the prompt has {len(tokens)} tokens; only its last {limit} fit the context"
-            print(note, file=sys.stderr)
-        return tokens
-    import numpy as np
-
-    from engine.packing import fit
-
-    before = [turn("system", s.system)] if s.system else []
-    room = limit - min(s.max_tokens, limit // 4)
-    there = len(turns)
-    tokens = tokenizer.encode_row(before + turns, s.task, open=True)
-    kept = sum(said["role"] == "system" for said in turns[:1])
-    while len(tokens) > room and len(turns) > kept + 1:
-        del turns[kept : kept + 2]  # a question and its answer
-        tokens = tokenizer.encode_row(before + turns, s.task, open=True)
-    if len(turns) < there:
-        gone = f"the first {there - len(turns)} turns are forgotten"
-        print(f"(the context of {limit} tokens is full: {gone})", file=sys.stderr)
-    if len(tokens) > room:
-        note = f"the prompt makes {len(tokens)} tokens; only the last {room} or so fit the context"
+    """What a model of context `limit` goes on from: a conversation, or a prompt, the last turn."""
+    if s.chat or s.task:
+        return chat.recalled(turns, tokenizer, limit, s)
+    tokens = tokenizer.encode_prompt(turns[-1]["content"])
+    if len(tokens) > limit:
+        note = f"the prompt has {len(tokens)} tokens; only its last {limit} fit the context"
         print(note, file=sys.stderr)
-        tokens = fit(np.array(tokens), room, tokenizer.markers).tolist()
-    if not tokens:
-        raise ValueError(f"a context of {limit} tokens has no room for the markers of a turn")
     return tokens
 
 
@@ -251,47 +225,6 @@ def write_samples(
         elif stream.stopped_by:
             print(f"({who}stopped before {stream.stopped_by!r})", file=sys.stderr)
     return texts[0]
-
-
-def converse(model, tokenizer, s: Settings, draft=None) -> None:
-    """Answers one line after another; a line that begins with / changes a setting.
-
-    With --chat what was said before counts, up to /reset. An answer that was stopped was not said.
-    """
-    print("Type a prompt, or /help. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
-    said: list[dict] = []
-    for line in console.lines():
-        try:
-            if line == "/reset":
-                said = []
-            elif line.startswith("/"):
-                s = changed(s, line)
-            else:
-                require_clean(line, s)
-                turns = [*said, turn("user", line)]
-                answer = write_samples(model, tokenizer, turns, s, draft=draft)
-                if s.chat:
-                    said = [*turns, turn("assistant", answer)]
-        except KeyboardInterrupt:
-            print()
-        except ValueError as e:
-            print(e, file=sys.stderr)
-
-
-def changed(s: Settings, line: str) -> Settings:
-    """The settings after `/name value`, or after `/name`, which brings the default back."""
-    name, _, value = line[1:].partition(" ")
-    if name in CHANGEABLE:
-        words = [f"--{name}={value}"] if value else []
-        given = settings.load(Settings, words, "", "run")
-        s = replace(s, **{name: getattr(given, name)})
-    elif name != "help":
-        raise ValueError(f"/{name} cannot be changed here: /help tells what can")
-    values = (f"{name}={getattr(s, name)!r}" for name in CHANGEABLE)
-    print("settings, as in /temperature 0.5:", *values, file=sys.stderr)
-    if s.chat and name == "help":
-        print("/reset forgets what was said", file=sys.stderr)
-    return s
 
 
 def check(s: Settings) -> None:

@@ -13,6 +13,7 @@ def show(model, data, s, run) -> None:
     """Prints how good the best checkpoint is, beside compressors, and what the model writes now."""
     import torch
 
+    import chat
     import sample
     from evaluate import compressors
 
@@ -27,7 +28,7 @@ def show(model, data, s, run) -> None:
     tokens = 0 if s.shard else s.sample_tokens  # no process has the whole model
     if tokens and data.kind == "text":
         print("\na sample, by the weights of the last step:\n")
-        begin = [sample.turn("user", s.sample_prompt)]
+        begin = [chat.turn("user", s.sample_prompt)]
         sample.write_samples(model.eval(), data.tokenizer, begin, picked, echo=s.sample_prompt)
     elif tokens:
         print("\nwhat the weights of the last step answer to rows that they have not seen:")

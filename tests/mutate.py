@@ -45,6 +45,7 @@ NEAR = {
     "optim.py": ("updates", "machine", "lora", "train"),
     "train.py": ("updates", "kept", "train"),
     "cache.py": ("model", "generate", "inference"),
+    "chat.py": ("sample",),
     "canon.py": ("model", "rows", "fast"),
     "dataset.py": ("parts", "rows", "splits", "evaluate", "train"),
     "tokenizer.py": ("rows", "prepare", "huggingface"),

@@ -20,6 +20,7 @@ from conftest import ROOT
 
 import generate
 import sample
+from chat import turn
 from sample import load_model
 
 
@@ -93,7 +94,7 @@ def test_ids_that_no_token_has_are_never_sampled(run, monkeypatch):
     tokenizer.unused = range(100, 200)
     seen = {}
     monkeypatch.setattr(generate, "generate", lambda *_, **how: seen.update(how) or iter(()))
-    sample.write_samples(model, tokenizer, [sample.turn("user", "x")], sample.Settings())
+    sample.write_samples(model, tokenizer, [turn("user", "x")], sample.Settings())
     assert list(seen["unused"]) == list(range(100, 200))
 
 
@@ -324,7 +325,7 @@ def test_a_prompt_without_task_is_continued_as_it_is(chat, monkeypatch):
 
 
 def test_beam_search_answers(chat, capsys, monkeypatch):
-    asked = chat.tokenizer.encode_row([sample.turn("user", "1 + 1")], "sum", open=True)
+    asked = chat.tokenizer.encode_row([turn("user", "1 + 1")], "sum", open=True)
     best = generate.beam(chat.model, chat.tokenizer, asked, 8, width=3, length_penalty=2.0)
     argv = ["run", "--task=sum", "--prompt=1 + 1", "--beam=3", "--length_penalty=2"]
     out = text_of(capsys, *argv, "--max_tokens=8")
