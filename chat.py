@@ -25,10 +25,11 @@ def turn(role: str, content: str) -> dict:
 
 
 def recalled(turns: list[dict], tokenizer, limit: int, s) -> list[int]:
-    """The row that a model of context `limit` goes on from, a quarter of which is for its answer.
+    """The row that a model of context `limit` goes on from, with room for an answer: a quarter of
+    the context, or `s.max_tokens`, if that is less.
 
-    The oldest of `turns` are removed until it fits, and of the last, if it is too long by itself,
-    the front. Raises ValueError for a context that has no room for markers.
+    The oldest of `turns` are removed from that list until it fits, and of the last, if it is too
+    long by itself, the front. Raises ValueError for a context that has no room for markers.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step), shared out to the ranks.
+"""Which windows of the text each step learns from: a pure function of (seed, step).
 
     data/<name>/   train_000000.bin ...  val_000000.bin ... meta.json  encoding.json  vocab.tiktoken
 

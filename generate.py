@@ -93,10 +93,11 @@ def generate(
 ) -> Iterator[list[int]]:
     """Yields `max_tokens` times the next token of each of `num_samples` continuations.
 
-    `options` go to `pick`: temperature, top_k and top_p, unless you bring a `pick` of your own. Ids
-    in `unused` are never picked; `markers` as in `prefill`. Of the prompt, which must have a token,
-    the last `block_size` count. Goes on after an end-of-text: to stop there is for the caller, see
-    `TextStream`. Raises ValueError for an empty prompt, at the first `next`.
+    The model is in eval mode. `options` go to `pick`: temperature, top_k and top_p of pick.py's, or
+    those of a function of your own that you bring as `pick`. Ids in `unused` are never picked;
+    `markers` as in `prefill`. Of the prompt, which must have a token, the last `block_size` count.
+    Goes on after an end-of-text: to stop there is for the caller, see `TextStream`. Raises
+    ValueError for an empty prompt, at the first `next`.
     """
     if not prompt:
         raise ValueError(NO_TOKEN)

@@ -22,8 +22,8 @@ Settings, in shape.py, choose the parts; these combinations are published:
     modern    rotary; RMSNorm, also after the embedding and on queries and keys; ReLU^2; no biases;
               a head of its own; capped logits (karpathy/nanochat): the default
     Llama     rotary, RMSNorm with weights, SwiGLU, no biases, a head of its own (arXiv:2302.13971);
-              grouped heads since Llama 2 (arXiv:2307.09288); Qwen3 with a norm of queries and keys
-              (arXiv:2505.09388)
+              grouped heads in the largest of Llama 2 (arXiv:2307.09288) and all since Llama 3;
+              Qwen3 with a norm of queries and keys (arXiv:2505.09388)
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary. In config/small.py B is
@@ -243,7 +243,7 @@ class Norm(nn.Module):
     """x / sqrt(mean(x^2) + eps) over the last dimension: RMSNorm (arXiv:1910.07467).
 
     LayerNorm (arXiv:1607.06450) takes away the mean first. Whatever the layers before have added
-    up to, the next one gets vectors of the same length, and learns at the same pace.
+    up to, the next one gets vectors of the same length.
     """
 
     def __init__(self, dim: int, config: GPTConfig):
@@ -314,7 +314,7 @@ class Attention(nn.Module):
             mask = causal_mask(T, k.size(2), x.device)
         # a sum of D independent products of mean 0 and variance 1 has variance D, so size sqrt(D).
         # Divided by it, softmax begins soft; undivided, one weight would be near 1 and all others
-        # near 0, where softmax is flat: almost no gradient would come through
+        # near 0, where moving a score changes hardly anything: almost no gradient comes through
         scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
         scores = scores.masked_fill(~mask, -math.inf)  # e^-inf = 0: no weight at all
         weights = self.drop(scores.softmax(dim=-1))  # each row sums to 1
@@ -418,7 +418,7 @@ class Head(nn.Module):
 #     wq, wk, wv, up, gate    inputs^-0.5, uniform         0.02, normal
 #     wo, down                0                            0.02 / sqrt(2 n_layer), normal
 #     a head of its own       0                            0.02, normal
-#     wte, wpe                1, normal; 0.02 if tied or   0.02, normal
+#     wte, wpe                1, normal; 0.02 if tied or   0.02, normal (OpenAI's wpe: 0.01)
 #                             not normed (embed_norm)
 
 

@@ -1,22 +1,24 @@
 """A GPT on one page: python nutshell.py my_text.txt
 
-It reads a text, learns to guess each next byte of it, and writes; then it is gone. It needs torch
-and nothing else. Without a file it reads the modules at the top of Python's own library. It took
-two and a half minutes on two shared CPU cores; tiny Shakespeare ends at about 1.75 nats a byte.
+It reads a text, learns to guess each next byte of it, and writes; the model is not saved. It needs
+torch and nothing else. Without a file it reads the modules at the top of Python's own library. It
+took two and a half minutes on two shared CPU cores, and on tiny Shakespeare (1.1 MB) comes to a
+validation loss of about 1.75 nats.
 
     text      a row of bytes, numbers from 0 to 255: these are its tokens
     batch     some windows of it, cut out anywhere; at each place the next byte is the target
     GPT       gives each of the 256 bytes a score for being the next one (logits); softmax makes
               probabilities p of them
     loss      how surprised it was by the byte that did come next: -ln p, in nats
-    step      each parameter is moved a little, so that the loss falls
-    writing   a byte is drawn by its probability and appended, and the GPT is asked again
+    step      each parameter is moved a little, to where the loss of this batch would be lower
+    writing   a byte is drawn by its probability (made a little sharper: `temperature`) and
+              appended, and the GPT is asked again
 
 Shapes in comments: B windows of T bytes; C numbers (channels) for each byte; H heads of D = C / H
 channels. The other files tell it again with what was left out here: better parts, and why; tokens
-that are pieces of words; runs that can be interrupted; speed. The network is theirs: model.py with
-embed_norm=false and logit_cap=0 gives the same logits for the same weights, up to rounding
-(tests/test_nutshell.py); the first weights are drawn otherwise.
+that are pieces of words; runs that can be interrupted; speed. The network is that of model.py less
+two parts: with embed_norm=false and logit_cap=0 it gives the same logits for the same weights, up
+to rounding (tests/test_nutshell.py); the first weights are drawn otherwise.
 """
 
 import argparse
@@ -52,13 +54,13 @@ def norm(x):
 
 
 def rotate(x):
-    """Tells where x (B, H, T, D) stands: channels i and i + D/2 are a point (a, b), which is turned
-    about the origin by an angle that grows with the place, like the hand of a clock (rotary
+    """Marks x (B, H, T, D) with its place: channels i and i + D/2 are a point (a, b), which is
+    turned about the origin by an angle that grows with the place, like the hand of a clock (rotary
     positions, arXiv:2104.09864). Some points turn fast, others slowly.
 
-    A query at place m is turned m times, a key at place n is turned n times. To turn both alike
-    changes no product of them, so turn both back m times: what is left is n - m, how far apart they
-    stand.
+    A query at place m is turned by m angles, a key at place n by n. Turning both by one angle more
+    leaves their dot product as it is, so turn both back by m: the query stands at 0, the key at
+    n - m. A score knows how far apart the two are, and not where.
     """
     T, D = x.shape[-2:]
     angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(D // 2) / (D // 2))  # (T, D/2)
@@ -85,9 +87,10 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, T, HEADS, -1).transpose(1, 2)  # (B, H, T, D)
         k = self.wk(x).view(B, T, HEADS, -1).transpose(1, 2)
         v = self.wv(x).view(B, T, HEADS, -1).transpose(1, 2)
-        q, k = rotate(norm(q)), rotate(norm(k))  # of one length: no score exceeds sqrt(D)
-        # a sum of D products is about sqrt(D) large. Undivided, most of the weight would lie on one
-        # place from the start; there softmax is nearly flat, and little gradient comes through
+        q, k = rotate(norm(q)), rotate(norm(k))  # of one length, sqrt(D)
+        # two such vectors, taken at random, have a dot product of about sqrt(D). Undivided, most of
+        # the weight would lie on one place from the start; moving a score would then hardly change
+        # the weights, and little gradient come through
         scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T): a row asks, a column is asked
         # the causal mask: what comes later gets no attention, or each place would read its answer
         later = torch.ones(T, T, dtype=torch.bool).triu(1)  # true where the column is later
@@ -163,13 +166,13 @@ def loss_of(model, x, y):
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
-@torch.no_grad()  # nothing is learned here
+@torch.no_grad()  # keeps nothing for a backward(): less memory, and faster
 def report(model, step, read, unread):
     """Prints the loss on batches of text that it learns from, and of text that it does not."""
     known, new = (sum(loss_of(model, x, y).item() for x, y in z) / len(z) for z in (read, unread))
-    bits = f"{new / math.log(2):.2f} bits a byte, where the text itself has 8"
-    print(f"step {step}: training loss {known:.2f}, validation loss {new:.2f} nats = {bits}")
-    sys.stdout.flush()
+    bits = f"{new / math.log(2):.2f} bits a byte (the file has 8)"
+    line = f"step {step}: training loss {known:.2f}, validation loss {new:.2f} nats = {bits}"
+    print(line, flush=True)
 
 
 @torch.no_grad()
@@ -201,7 +204,7 @@ def main(argv):
 
     torch.manual_seed(1)
     text = torch.tensor(list(text))
-    cut = len(text) * 9 // 10  # it never learns from the rest: what was read may be known by heart
+    cut = len(text) * 9 // 10  # it never learns from the end: what was read may be known by heart
     train, val = text[:cut], text[cut:]
     looked_at = [[batch_of(part) for _ in range(20)] for part in (train, val)]  # by `report`
 
@@ -214,8 +217,9 @@ def main(argv):
         # large steps first, smaller and smaller ones to settle
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         loss_of(model, *batch_of(train)).backward()  # p.grad: how the loss would change with p
-        # moves each parameter p by about the rate, against the running mean of its p.grad; by less
-        # where the p.grad of several steps disagree (Adam, arXiv:1412.6980)
+        # moves each parameter p by about the rate, against the mean of its last ten or so p.grad
+        # (beta 0.9); by less where they disagree, as a mean of squares tells (0.95, of the last
+        # twenty): Adam, arXiv:1412.6980
         optimizer.step()
         optimizer.zero_grad()  # or the next gradient would be added to this one
     report(model, STEPS, *looked_at)

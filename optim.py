@@ -36,9 +36,9 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float, final: flo
 
     Why rise: Adam's moments rest on a few gradients at first, and large steps along such guesses do
     harm that takes long to mend (arXiv:1908.03265). The small models of config/ bear it: by default
-    there is no rise. Why fall: at a constant rate the noise of the batches
-    keeps the weights bouncing between the walls of a valley; small steps reach its floor. Why hold
-    between: a long run is then a short one with more steps before the fall (arXiv:2405.18392).
+    there is no rise. Why fall: at a constant rate the noise of the batches keeps the weights
+    bouncing between the walls of a valley; small steps reach its floor. Why hold between: a long
+    run is then a short one with more steps before the fall (arXiv:2405.18392).
     """
     warmup = warmup if warmup >= 1 else warmup * steps
     if step < warmup:
@@ -142,10 +142,10 @@ def make_optimizers(learner: nn.Module, s, dtype: torch.dtype) -> list[torch.opt
 
     Why three rates: an update of Muon has about the size of lr, whatever the gradient's, and a
     fresh matrix, unless it begins at zero, about 2 to 3 (the largest of its singular values): 0.02
-    changes it by a hundredth.
-    AdamW changes each number by about its rate: much for embeddings, whose numbers begin near 1 (or
-    near 0.02, and then as much less), little for the head, which begins at zero. The rates are
-    those of kellerjordan.github.io/posts/muon and of nanochat, which uses it too.
+    changes it by a hundredth. AdamW changes each number by about its rate: much for embeddings,
+    whose numbers begin near 1 (or near 0.02, and then as much less), little for the head, which
+    begins at zero. The rates are those of kellerjordan.github.io/posts/muon and of nanochat, which
+    uses it too.
     """
     named = {n.removeprefix("gpt."): p for n, p in learner.named_parameters() if p.requires_grad}
     trunk = getattr(learner, "gpt", learner)

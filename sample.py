@@ -7,10 +7,12 @@
 
 At its plainest, from Python, that is
 
-    model, tokenizer = load_model("out/small")
+    from sample import generate, load_model
+
+    model, tokenizer = load_model("out/small")                      # on the CPU, without dropout
     prompt = tokenizer.encode_prompt("def ")
-    tokens = [token for [token] in generate(model, prompt, 200)]       # lists of one: one sample
-    print("def " + tokenizer.decode(tokens))
+    tokens = [token for [token] in generate(model, prompt, 200)]    # lists of one: one sample
+    print("def " + tokenizer.decode(tokens))                        # also beyond an end-of-text
 
 and what follows is the command around it. How a token is picked is told in pick.py, how text is
 made of them in generate.py, what a conversation is to a model in chat.py. torch takes a second to
@@ -25,14 +27,12 @@ if __name__ == "__main__":  # before all else: a Ctrl-C while Python loads thing
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Annotated, Literal
 
 import chat
-import objectives
-from engine import locked, settings
+from engine import opening, settings
 from engine.settings import Bound, Count, NotNegative
-from engine.wordfilter import Gate, WordFilter
 
 Share = Annotated[float, Bound("above 0 and at most 1", lambda p: 0 < p <= 1)]
 Penalty = Annotated[float, Bound("above 0; 1 is off", lambda x: x > 0)]
@@ -88,72 +88,30 @@ def __getattr__(name: str):
 
 def main(argv: list[str]) -> None:
     s = settings.load(Settings, argv, "Generate text from a checkpoint.", "run")
-    check(s)
+    opening.check(s)
     prompt = read_prompt(s)
-    require_clean(prompt, s)
-
-    from engine.checkpoint import find, load_weights
-
-    path = find(s.run, s.checkpoint)
-    smaller = find(s.speculate) if s.speculate not in ("", "lookup") else None
-    locked.use(s.passphrase_file, path, *([smaller] if smaller else []))
-    model, tokenizer, state = load_weights(path)
-    objectives.require_writer(state, s.run)
-    draft = load_draft(smaller, tokenizer, s) if smaller else None
-
-    from engine import inference, machine
-
-    if s.chat or s.task:
-        tokenizer.encode_row([], s.task)  # a model that has not learned from rows is refused
+    opening.require_clean(prompt, s)
+    model, tokenizer, draft = opening.load(s)
+    write = partial(write_samples, model, tokenizer, draft=draft)
     if s.grid:
         import images
 
-        s.num_samples = s.num_samples if s.num_samples > 1 else images.EACH
-    rows = max(s.num_samples, s.beam)
-    here = machine.pick(s.device, s.dtype, "false", rows, model.config.parameters())
-    model = model.eval().to(here.device, here.dtype)
-    machine.use_threads(s.threads, here, model, rows)
-    model = inference.ready(model, s.quantize, rows, parts=s.fast, several=bool(s.speculate))
-    if draft:
-        draft = inference.ready(draft.eval().to(here.device, here.dtype), parts=s.fast)
-    if s.grid:
         images.draw(model, tokenizer, s)
-        return
-    write = partial(write_samples, model, tokenizer, draft=draft)
-    if not (s.interactive or s.chat):
+    elif s.interactive or s.chat:
+        chat.converse(s, write)
+    else:
         write([chat.turn("user", prompt)], s, "" if s.task else prompt)
-        return
-
-    def answer(turns: list[dict], s: Settings) -> str:
-        require_clean(turns[-1]["content"], s)
-        return write(turns, s)
-
-    chat.converse(s, answer)
 
 
-def load_draft(path, tokenizer, s: Settings):
-    """The smaller model that --speculate names. Raises ValueError for another tokenizer."""
-    from engine.checkpoint import load_weights
-
-    small, theirs, state = load_weights(path)
-    objectives.require_writer(state, s.speculate)
-    same = "lookup, or a run with the very tokenizer of the large one (prepare.py --tokenizer=RUN)"
-    alike = tokenizer.extends(theirs) and theirs.extends(tokenizer)
-    settings.require(alike, s, "speculate", same)
-    return small
-
-
-@lru_cache
-def listed(filter: str) -> WordFilter | None:
-    """The words of the list that --filter names."""
-    return WordFilter(filter) if filter else None
-
-
-def require_clean(prompt: str, s: Settings) -> None:
-    """Raises ValueError if a word of --filter stands in what the model is to read."""
-    if words := listed(s.filter):
-        words.require_clean(s.system, "the system's message")
-        words.require_clean(prompt, "the prompt")
+def read_prompt(s: Settings) -> str:
+    """What is to be continued."""
+    prompt = s.prompt
+    if s.prompt_file:
+        file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")
+        prompt = file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    if s.task:
+        prompt = prompt.removesuffix("\n")  # of the file, and not of the question
+    return prompt
 
 
 def read(turns: list[dict], tokenizer, limit: int, s: Settings) -> list[int]:
@@ -197,65 +155,35 @@ def write_samples(
 
     Returns the first.
     """
-    from generate import TextStream
+    from engine.transcript import Transcript
 
+    opening.require_clean(turns[-1]["content"], s)
     tokens = read(turns, tokenizer, model.config.block_size, s)
     count = 1 if s.beam > 1 else s.num_samples
     before = "" if s.chat or s.task else turns[-1]["content"]  # of which a word may go on
-    words, texts = listed(s.filter), [""] * count
-    outputs = [(TextStream(tokenizer, s.stop), Gate(words, s.filtered, before)) for _ in texts]
+    how = (s.stop, opening.listed(s.filter), s.filtered, before)
+    outputs, texts = [Transcript(tokenizer, *how) for _ in range(count)], [""] * count
     live = count == 1
     if live:
         print(echo, end="", flush=True)
     for new in new_tokens(model, tokenizer, tokens, s, draft):
-        for i, (stream, gate) in enumerate(outputs):
-            text = gate.feed(stream.feed(new[i]))
+        for i, output in enumerate(outputs):
+            text = output.feed(new[i]).text  # what is certain by now: whole characters
             texts[i] += text
             if live:
                 print(text, end="", flush=True)
-        if all(stream.done or gate.done for stream, gate in outputs):
+        if all(output.finish for output in outputs):
             break
-    for i, (stream, gate) in enumerate(outputs):
-        rest = gate.feed(stream.end()) + gate.end()
+    for i, output in enumerate(outputs):
+        rest = output.end().text
         texts[i] += rest
         print(rest if live else f"--- sample {i + 1} of {count}\n{echo}{texts[i]}")
         who = "" if live else f"sample {i + 1} "
-        if gate.hit and s.filtered == "stop":
-            print(f"({who}stopped before {gate.hit!r}, of {s.filter})", file=sys.stderr)
-        elif stream.stopped_by:
-            print(f"({who}stopped before {stream.stopped_by!r})", file=sys.stderr)
+        if output.finish == "content_filter":
+            print(f"({who}stopped before {output.gate.hit!r}, of {s.filter})", file=sys.stderr)
+        elif output.stream.stopped_by:
+            print(f"({who}stopped before {output.stream.stopped_by!r})", file=sys.stderr)
     return texts[0]
-
-
-def check(s: Settings) -> None:
-    """Raises ValueError for settings that do not go together."""
-    talking = s.interactive or s.chat
-    alone = "left out in a conversation (--interactive, --chat)"
-    settings.require(not (s.prompt and s.prompt_file), s, "prompt", "left out beside prompt_file")
-    settings.require(not (s.prompt and talking), s, "prompt", alone)
-    settings.require(not (s.prompt_file and talking), s, "prompt_file", alone)
-    settings.require(not s.system or s.chat or s.task, s, "system", "given with --chat or --task")
-    settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
-    one = s.beam == 1 and not s.grid
-    settings.require(one or not s.speculate, s, "speculate", "left out with --beam or --grid")
-    asked = s.prompt or s.prompt_file or talking or s.grid or not s.task
-    settings.require(asked, s, "prompt", "a question for --task, or give --interactive")
-    texts = talking or s.prompt_file or s.beam > 1 or s.system or s.stop or s.filter
-    png = not s.grid or s.grid.endswith(".png")
-    settings.require(png, s, "grid", "a name that ends in .png")
-    settings.require(not (s.grid and texts), s, "grid", "left out but with a --prompt of labels")
-    settings.require(s.filter or s.filtered == "stop", s, "filtered", "given with --filter")
-
-
-def read_prompt(s: Settings) -> str:
-    """What is to be continued."""
-    prompt = s.prompt
-    if s.prompt_file:
-        file = sys.stdin.buffer if s.prompt_file == "-" else open(s.prompt_file, "rb")
-        prompt = file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
-    if s.task:
-        prompt = prompt.removesuffix("\n")  # of the file, and not of the question
-    return prompt
 
 
 if __name__ == "__main__":

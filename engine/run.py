@@ -37,10 +37,9 @@ class Run:
 
         with run:
             for step in run.steps():
-                ...                     # an update
-                run.log(...)
-                run.save(step)
-                run.evaluate(step)      # each of the three when it is due
+                ...                 # an update
+                run.count(step)     # the time it took; `stopping`, if a signal has come
+                run.log(step, ...)  # this, and run.save and run.evaluate, where they are due
 
     takes the steps that are left, and ends them early for a request to stop, for want of patience,
     or by FloatingPointError, which leaves the `with` quietly. `status` is then that of the process,
@@ -158,14 +157,16 @@ class Run:
     # --- the steps
 
     def due(self, step: int, every: int) -> bool:
+        """Every so many steps, and after the last."""
         return step % every == 0 or step == self.s.steps
 
     def evaluates(self, step: int) -> bool:
         return self.due(step, self.s.eval_every)
 
-    def saves(self, step: int) -> bool:
-        """What is evaluated is saved before: an evaluation that fails costs nothing else."""
-        return self.due(step, self.s.save_every) or self.evaluates(step) or step == self.pace.due
+    def urgent(self, step: int) -> bool:
+        """Whether a checkpoint is due whatever the settings say: a signal asks to stop, or the
+        number of steps was chosen."""
+        return self.stopping or step == self.pace.due
 
     def steps(self) -> Iterator[int]:
         """Yields the number of each update that is left: what it is called when it is made."""
@@ -203,27 +204,29 @@ class Run:
         if self.here.rank == 0:
             self.log_file.close()
 
-    def log(self, step: int, loss: float, lr: float, norm: float) -> None:
-        """Records the update that made `step`, and says how fast things go."""
+    def count(self, step: int) -> None:
+        """Takes the time of the update that made `step`, and asks whether it is to be the last."""
         taken = time.monotonic() - self.began  # of updates alone
         self.busy += taken
         self.fit(step, taken)
-        if not (self.due(step, self.s.log_every) or step == 1):  # whose loss should be ln V
-            return
-        known = norm if math.isfinite(norm) else None  # JSON has no infinity
+        self.stopping = self.here.any(self.stop.asked)
+
+    def log(self, step: int, *, loss: float, lr: float, grad_norm: float, **more: float) -> None:
+        """Records numbers of the update that made `step`, `more` by their names, and says how fast
+        things go."""
         tokens = step * self.s.batch_tokens
         speed = (step - self.shown) * self.s.batch_tokens / max(self.busy, 1e-9)
         self.shown, self.busy = step, 0.0
-        row = dict(step=step, loss=loss, lr=lr, grad_norm=known, tokens=tokens)
-        means = self.means_told()
-        self.record(**row, **means, tokens_per_second=round(speed, 1))
-        also = "".join(f"  {name} {value:.4f}" for name, value in means.items())
+        more |= self.means_told()
+        row = finite(dict(loss=loss, lr=lr, grad_norm=grad_norm)) | dict(tokens=tokens)
+        self.record(step=step, **row, **finite(more), tokens_per_second=round(speed, 1))
+        also = "".join(f"  {name} {value:.4f}" for name, value in more.items())
         left = int((self.s.steps - step) * self.s.batch_tokens / speed)
         if self.pace.open:  # fewer steps, if they take longer
             left = min(left, max(0, int(60 * self.s.minutes - self.elapsed())))
         self.here.say(
             f"step {step} of {self.s.steps}  loss {loss:.4f}{also}  lr {lr:.2e}"
-            f"  gradient {norm:.3f}  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
+            f"  gradient {grad_norm:.3f}  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
         )
 
     def fit(self, step: int, taken: float) -> None:
@@ -255,17 +258,13 @@ class Run:
 
         Without text that is not learned from, nobody could tell learning from learning by heart.
         """
-        if self.stopping or not self.evaluates(step):
-            return
         with self.stop.honoured(at_once=self.here.world == 1):
             result = self.validate()
         if result is None:
             self.stopping = True
             return
         self.here.say(f"step {step}: validation {told(result, self.learner.objective.unit)}")
-        # JSON has no infinity, and what is not finite is never the best
-        known = {k: v if v is not None and math.isfinite(v) else None for k, v in result.items()}
-        self.record(step=step, **known, tokens=step * self.s.batch_tokens)
+        self.record(step=step, **finite(result), tokens=step * self.s.batch_tokens)
         if self.here.rank == 0:
             self.log_file.mark()
         self.prune()
@@ -286,9 +285,6 @@ class Run:
 
     def save(self, step: int) -> None:
         """Writes the checkpoint after `step` updates, whole or not at all."""
-        self.stopping = self.here.any(self.stop.asked)
-        if not (self.stopping or self.saves(step)):
-            return
 
         def describe() -> dict:
             learner, settings_now = self.learner, settings.flat(self.s)
@@ -335,3 +331,8 @@ class Run:
     def tell_stopped(self, step: int) -> None:
         saved = f"stopped by a signal after step {step}, which is saved"
         self.here.say(f"{saved}; {self.stop.advice}")
+
+
+def finite(numbers: dict) -> dict:
+    """JSON has no infinity, and what is not finite is never the best: None instead."""
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}

@@ -83,6 +83,7 @@ NEAR = {
     "engine/machine.py": ("updates", "train"),
     "engine/metrics.py": ("kept", "train", "interruptions"),
     "engine/normal_form.py": ("wordfilter",),
+    "engine/opening.py": ("sample", "endings", "wordfilter"),
     "engine/outcome.py": ("rows", "preference", "train"),
     "engine/packing.py": ("rows", "dataset"),
     "engine/preflight.py": ("pace", "objectives", "lora", "mistakes", "train"),

@@ -17,7 +17,7 @@ from torch import nn
 import sample
 import speculate as module
 from cache import KVCache
-from engine import checkpoint, inference
+from engine import checkpoint, inference, opening
 from engine.inference import ready
 from engine.linear import OneOrSeveral, PackedLinear, PlainLinear, packable
 from engine.twin import twin
@@ -254,9 +254,9 @@ def test_the_command_writes_the_same_sooner(run, capsys, tmp_path):
 def test_a_draft_with_another_tokenizer_is_refused(run):
     here, other = checkpoint.load_model(str(run))[1], SimpleNamespace(extends=lambda other: False)
     s = sample.Settings(str(run), speculate=str(run.parent / "small"))
-    assert sample.load_draft(checkpoint.find(s.speculate), here, s)
+    assert opening.load_draft(checkpoint.find(s.speculate), here, s)
     with pytest.raises(ValueError, match="speculate=.*should be lookup, or a run with the very"):
-        sample.load_draft(checkpoint.find(s.speculate), other, s)
+        opening.load_draft(checkpoint.find(s.speculate), other, s)
 
 
 def test_generate_from_python_is_fast_and_leaves_the_model_as_it_is(run):
