@@ -5,15 +5,15 @@ writes, so the whole of it is read again with each question:
 
     <|user|> 1 + 1 <|end|> <|assistant|> 2 <|end|> <|user|> and 1 more? <|end|> <|assistant|>
 
-When that is longer than its context, the oldest question and its answer are left out, and it is as
-if they had never been said.
+When that leaves no room for an answer in its context, the oldest question and its answer are left
+out, and it is as if they had never been said.
 """
 
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from engine import console, settings
+from engine import console, opening, settings
 
 # what can change in the middle of a session
 CHANGEABLE = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -39,7 +39,7 @@ def recalled(turns: list[dict], tokenizer, limit: int, s) -> list[int]:
     room = limit - min(s.max_tokens, limit // 4)
     there = len(turns)
     tokens = tokenizer.encode_row(before + turns, s.task, open=True)
-    kept = sum(said["role"] == "system" for said in turns[:1])
+    kept = sum(said["role"] == "system" for said in turns[:1])  # of a row: in a chat it is `before`
     while len(tokens) > room and len(turns) > kept + 1:
         del turns[kept : kept + 2]  # a question and its answer
         tokens = tokenizer.encode_row(before + turns, s.task, open=True)
@@ -55,11 +55,14 @@ def recalled(turns: list[dict], tokenizer, limit: int, s) -> list[int]:
     return tokens
 
 
-def converse(s, answer: Callable[[list[dict], object], str]) -> None:
-    """Answers one line after another; a line that begins with / changes a setting.
+def converse(
+    s, go_on: Callable[[str, object], str], answer: Callable[[list[dict], object], str]
+) -> None:
+    """Takes one line after another; a line that begins with / changes a setting.
 
-    `answer(turns, s)` prints what follows these turns, and returns it. With `s.chat` what was said
-    before counts, up to /reset. An answer that was stopped was not said.
+    `go_on(line, s)` prints what follows it as text, `answer(turns, s)` what follows as a turn of a
+    model that has learned from rows; both return it. With `s.chat` what was said before counts, up
+    to /reset. An answer that was stopped was not said.
     """
     print("Type a prompt, or /help. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     said: list[dict] = []
@@ -70,6 +73,10 @@ def converse(s, answer: Callable[[list[dict], object], str]) -> None:
             elif line.startswith("/"):
                 s = changed(s, line)
             else:
+                opening.require_clean(line, s)
+                if not (s.chat or s.task):
+                    go_on(line, s)
+                    continue
                 turns = [*said, turn("user", line)]
                 text = answer(turns, s)
                 if s.chat:
@@ -87,6 +94,7 @@ def changed(s, line: str):
         words = [f"--{name}={value}"] if value else []
         given = settings.load(type(s), words, "", "run")
         s = replace(s, **{name: getattr(given, name)})
+        opening.check(s)
     elif name != "help":
         raise ValueError(f"/{name} cannot be changed here: /help tells what can")
     values = (f"{name}={getattr(s, name)!r}" for name in CHANGEABLE)

@@ -1,16 +1,17 @@
 """A GPT on one page: python nutshell.py my_text.txt
 
 It reads a text, learns to guess each next byte of it, and writes; the model is not saved. It needs
-torch and nothing else. Without a file it reads the modules at the top of Python's own library. It
-took two and a half minutes on two shared CPU cores, and on tiny Shakespeare (1.1 MB) comes to a
-validation loss of about 1.75 nats.
+torch and nothing else, and computes on the CPU. Without a file it reads the modules at the top of
+Python's own library. Of tiny Shakespeare (1.1 MB) it learned for two and a half minutes on two
+shared cores, to a validation loss of about 1.75 nats.
 
     text      a row of bytes, numbers from 0 to 255: these are its tokens
     batch     some windows of it, cut out anywhere; at each place the next byte is the target
     GPT       gives each of the 256 bytes a score for being the next one (logits); softmax makes
               probabilities p of them
     loss      how surprised it was by the byte that did come next: -ln p, in nats
-    step      each parameter is moved a little, to where the loss of this batch would be lower
+    step      each parameter is moved a little, to where the loss would be lower, as this batch and
+              the last few tell
     writing   a byte is drawn by its probability (made a little sharper: `temperature`) and
               appended, and the GPT is asked again
 
@@ -56,11 +57,12 @@ def norm(x):
 def rotate(x):
     """Marks x (B, H, T, D) with its place: channels i and i + D/2 are a point (a, b), which is
     turned about the origin by an angle that grows with the place, like the hand of a clock (rotary
-    positions, arXiv:2104.09864). Some points turn fast, others slowly.
+    positions, arXiv:2104.09864). Some points turn fast, which tells neighbours apart, others
+    slowly, which tells far places apart.
 
-    A query at place m is turned by m angles, a key at place n by n. Turning both by one angle more
-    leaves their dot product as it is, so turn both back by m: the query stands at 0, the key at
-    n - m. A score knows how far apart the two are, and not where.
+    A query at place m is turned by m times its angle, a key at place n by n times. If both are
+    turned back by m times, their dot product stays as it is, with the query at 0 and the key at
+    n - m. So a score knows how far apart the two are, and not where.
     """
     T, D = x.shape[-2:]
     angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(D // 2) / (D // 2))  # (T, D/2)
@@ -167,10 +169,11 @@ def loss_of(model, x, y):
 
 
 @torch.no_grad()  # keeps nothing for a backward(): less memory, and faster
-def report(model, step, read, unread):
+def report(model, step, train_batches, val_batches):
     """Prints the loss on batches of text that it learns from, and of text that it does not."""
-    known, new = (sum(loss_of(model, x, y).item() for x, y in z) / len(z) for z in (read, unread))
-    bits = f"{new / math.log(2):.2f} bits a byte (the file has 8)"
+    known = sum(loss_of(model, x, y).item() for x, y in train_batches) / len(train_batches)
+    new = sum(loss_of(model, x, y).item() for x, y in val_batches) / len(val_batches)
+    bits = f"{new / math.log(2):.2f} bits a byte (stored plainly: 8)"
     line = f"step {step}: training loss {known:.2f}, validation loss {new:.2f} nats = {bits}"
     print(line, flush=True)
 
@@ -180,7 +183,8 @@ def write(model, prompt, count, temperature=0.8):
     """The text of `prompt`, one byte at least, and of `count` bytes more.
 
     A `temperature` below 1, and above 0, makes what is likely likelier. For each byte the last
-    window is read anew; generate.py keeps what was read (a KV cache), and draws with more care.
+    window is read anew; generate.py keeps what was read (a KV cache), pick.py leaves out what is
+    unlikely.
     """
     tokens = torch.tensor([list(prompt)])  # (1, T)
     for _ in range(count):
@@ -199,14 +203,14 @@ def main(argv):
         text = b"".join(Path(file).read_bytes() for file in files)
     except OSError as error:
         parser.error(f"{error.filename} cannot be read ({error.strerror}): name a text file")
-    if len(text) < 20 * CONTEXT:
+    if len(text) < 20 * CONTEXT:  # of which the last tenth has to hold a window
         parser.error(f"{len(text)} bytes of text are too few: give it {20 * CONTEXT} at least")
 
     torch.manual_seed(1)
     text = torch.tensor(list(text))
     cut = len(text) * 9 // 10  # it never learns from the end: what was read may be known by heart
     train, val = text[:cut], text[cut:]
-    looked_at = [[batch_of(part) for _ in range(20)] for part in (train, val)]  # by `report`
+    looked_at = [[batch_of(part) for _ in range(20)] for part in (train, val)]  # 20 batches of each
 
     model = GPT()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.9, 0.95))

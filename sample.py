@@ -14,9 +14,10 @@ At its plainest, from Python, that is
     tokens = [token for [token] in generate(model, prompt, 200)]    # lists of one: one sample
     print("def " + tokenizer.decode(tokens))                        # also beyond an end-of-text
 
-and what follows is the command around it. How a token is picked is told in pick.py, how text is
-made of them in generate.py, what a conversation is to a model in chat.py. torch takes a second to
-load, so what needs it is imported where it is used: a mistake in the arguments is answered at once.
+(this `generate` is that of generate.py, with faster parts in its model), and what follows is the
+command around it. How a token is picked is told in pick.py, how text is made of them in
+generate.py, what a conversation is to a model in chat.py. torch takes a second to load, so what
+needs it is imported where it is used: a mistake in the arguments is answered at once.
 """
 
 from engine import console
@@ -92,15 +93,26 @@ def main(argv: list[str]) -> None:
     prompt = read_prompt(s)
     opening.require_clean(prompt, s)
     model, tokenizer, draft = opening.load(s)
-    write = partial(write_samples, model, tokenizer, draft=draft)
+    limit = model.config.block_size
+
+    def go_on(prompt: str, s: Settings, echo: str = "") -> str:
+        tokens = read(prompt, tokenizer, limit, s)
+        return write_samples(model, tokenizer, tokens, s, prompt, echo, draft)
+
+    def answer(turns: list[dict], s: Settings) -> str:
+        tokens = chat.recalled(turns, tokenizer, limit, s)
+        return write_samples(model, tokenizer, tokens, s, draft=draft)
+
     if s.grid:
         import images
 
         images.draw(model, tokenizer, s)
-    elif s.interactive or s.chat:
-        chat.converse(s, write)
+    elif s.chat or s.interactive:
+        chat.converse(s, go_on, answer)
+    elif s.task:
+        answer([chat.turn("user", prompt)], s)
     else:
-        write([chat.turn("user", prompt)], s, "" if s.task else prompt)
+        go_on(prompt, s, echo=prompt)
 
 
 def read_prompt(s: Settings) -> str:
@@ -114,15 +126,15 @@ def read_prompt(s: Settings) -> str:
     return prompt
 
 
-def read(turns: list[dict], tokenizer, limit: int, s: Settings) -> list[int]:
-    """What a model of context `limit` goes on from: a conversation, or a prompt, the last turn."""
-    if s.chat or s.task:
-        return chat.recalled(turns, tokenizer, limit, s)
-    tokens = tokenizer.encode_prompt(turns[-1]["content"])
-    if len(tokens) > limit:
-        note = f"the prompt has {len(tokens)} tokens; only its last {limit} fit the context"
+def read(prompt: str, tokenizer, limit: int, s: Settings) -> list[int]:
+    """What a model of context `limit` goes on from. A beam search ends with the context, which text
+    that is drawn does not: see generate. So it is left room."""
+    tokens = tokenizer.encode_prompt(prompt)
+    room = limit - min(s.max_tokens, limit // 4) if s.beam > 1 else limit
+    if len(tokens) > room:
+        note = f"the prompt has {len(tokens)} tokens; only its last {room} fit the context"
         print(note, file=sys.stderr)
-    return tokens
+    return tokens[-room:]
 
 
 def new_tokens(model, tokenizer, tokens: list[int], s: Settings, draft=None) -> Iterator[list[int]]:
@@ -131,7 +143,7 @@ def new_tokens(model, tokenizer, tokens: list[int], s: Settings, draft=None) -> 
     from speculate import Draft, lookup, speculate
 
     most = s.max_tokens
-    if s.chat or s.task:  # an answer ends with the context; free text goes on, see generate
+    if s.chat or s.task:  # an answer, too, ends with the context
         most = min(most, model.config.block_size + 1 - len(tokens))
     if s.beam > 1:
         best = beam(model, tokenizer, tokens, most, s.beam, s.length_penalty) if most else []
@@ -143,26 +155,31 @@ def new_tokens(model, tokenizer, tokens: list[int], s: Settings, draft=None) -> 
     elif s.speculate:
         guess = Draft(draft, model, s.seed, tokenizer.markers) if draft else lookup
         write = partial(speculate, guess=guess)
-    options = dict(unused=tokenizer.unused, markers=tokenizer.markers, seed=s.seed)
-    options |= dict(repetition_penalty=s.repetition_penalty, temperature=s.temperature)
-    return write(model, tokens, most, top_k=s.top_k, top_p=s.top_p, **options)
+    options = dict(
+        unused=tokenizer.unused,
+        markers=tokenizer.markers,
+        seed=s.seed,
+        repetition_penalty=s.repetition_penalty,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+    )
+    return write(model, tokens, most, **options)
 
 
 def write_samples(
-    model, tokenizer, turns: list[dict], s: Settings, echo: str = "", draft=None
+    model, tokenizer, tokens: list[int], s: Settings, before: str = "", echo: str = "", draft=None
 ) -> str:
-    """Prints, after `echo`, what follows `turns`: one sample as it comes, or several in turn.
+    """Prints, after `echo`, what follows `tokens`: one sample as it comes, or several in turn.
 
-    Returns the first.
+    Returns the first. A word of --filter may begin in the text `before` it.
     """
     from engine.transcript import Transcript
 
-    opening.require_clean(turns[-1]["content"], s)
-    tokens = read(turns, tokenizer, model.config.block_size, s)
     count = 1 if s.beam > 1 else s.num_samples
-    before = "" if s.chat or s.task else turns[-1]["content"]  # of which a word may go on
-    how = (s.stop, opening.listed(s.filter), s.filtered, before)
-    outputs, texts = [Transcript(tokenizer, *how) for _ in range(count)], [""] * count
+    words = opening.listed(s.filter)
+    outputs = [Transcript(tokenizer, s.stop, words, s.filtered, before) for _ in range(count)]
+    texts = [""] * count
     live = count == 1
     if live:
         print(echo, end="", flush=True)

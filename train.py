@@ -13,7 +13,7 @@ A model learns from text by predicting each next token, and being corrected. At 
                 p -= rate * p.grad                    # a small step downhill
                 p.grad = None
 
-`update` is the inside of that loop, with a batch too large for memory, several machines and 16-bit
+`update` is the inside of that loop, with a batch too large for memory, several processes and 16-bit
 numbers thought of; `train` is the loop, with all windows in random order, a rate that rises and
 falls (optim.py), and a log. Both speak of
 
@@ -29,11 +29,14 @@ It runs as one process, or as several under torchrun, here on the eight GPUs of 
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 
 Interrupted, it continues where its newest checkpoint stands, when the same command is given again.
+To train on a text of your own, prepare it first (prepare.py). To change something: the network is
+model.py, the loss objectives/next_token.py, the optimizer `make_optimizers` and the rate
+`learning_rate` in optim.py; README.md has the table, and which test shows that the change works.
 """
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -46,12 +49,8 @@ from shape import GPTConfig
 if TYPE_CHECKING:  # torch takes a second to load: mistakes in settings are told before that
     from torch.optim import Optimizer
 
-    from dataset import Dataset, Split
     from engine.learner import Learner
     from engine.machine import Machine
-    from engine.run import Run
-    from model import GPT
-    from objectives import Base
     from optim import LossScale
 
 START = time.monotonic()  # of the command: s.minutes counts from here
@@ -96,20 +95,21 @@ def update(
     from engine.learner import total
 
     # how many targets the batch has, in all processes. The loss is their mean: each pass below
-    # gives a sum, divided by this number. A mean of means would weigh some targets more
+    # gives a sum, divided by this number. (In running text each window has as many. Of rows the
+    # answers count alone, so a mean of the passes' means would weigh some targets more)
     inputs, counts = exercise
     counts = here.sum(counts)
     mean_loss = torch.zeros((), device=here.device)
     share = len(inputs[0])
-    per_pass = windows_in_a_pass(share, s)
+    per_pass = preflight.windows_in_a_pass(share, s)
     # 1. forward, and backward: by the chain rule, from the loss back to the first layer, how much
     # the loss would change with each weight: p.grad. A batch too large for memory is taken in
     # passes of some windows: backward() adds to the p.grad that is there (gradient accumulation)
     for i in range(0, share, per_pass):
-        machine.seed(s.seed, step, here.rank, i)  # of dropout: a run that is resumed drops the same
-        # processes hold equal weights and learn from different windows (DDP). While the last
-        # backward pass runs, their gradients are summed, since each loss is divided by all targets
-        # already: then all make the same update
+        machine.seed(s.seed, step, here.rank, i)  # of dropout: resumed alike, a run drops the same
+        # processes hold equal weights and learn from different windows (DDP). With the last pass
+        # their gradients are added up, not averaged, since each loss is divided by the targets of
+        # all already: then all make the same update. What is not compiled sends them meanwhile
         here.gradients.active = i + per_pass == share
         windows = [None if z is None else here.put(z[i : i + per_pass]) for z in inputs]
         # autocast: matrix products, forward and backward, are in 16 bits where the hardware is
@@ -127,10 +127,12 @@ def update(
     # 2. clipping: a gradient longer than grad_clip is shortened, its direction kept, so that one
     # odd batch does not outweigh all others in the optimizers' running means (arXiv:1211.5063)
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), s.grad_clip or math.inf).item()
-    # 3. the step itself, unless there is nothing sound to follow
+    # 3. the step itself. A gradient beyond the largest number of float16 is left out, and the scale
+    # lowered for the next; any other that is not finite ends the run
     (mean,) = here.sum([mean_loss.item()])  # of all processes
     finite = math.isfinite(mean) and math.isfinite(norm)
-    if not math.isfinite(mean) or (not finite and scale.value == 1):
+    overflow = math.isfinite(mean) and scale.value > 1
+    if not finite and not overflow:
         raise FloatingPointError(f"its loss is {mean} and its gradient norm {norm}")
     if finite:
         for optimizer in optimizers:
@@ -151,20 +153,20 @@ def train(s: "Settings", stop: Stop) -> int:
     from evaluate import evaluate
     from optim import LossScale, learning_rate, make_optimizers, set_rates
 
-    here, data, objective, run = set_up(s, stop)
+    here, data, objective, run = preflight.set_up(s, stop, START)
     split, held_out, T = data.split("train"), data.split("val"), s.model.block_size
     B = s.batch_tokens // T  # windows in a batch, of which each process has its share
     # all that learns, new or as the newest checkpoint of the run has it
-    model = run.load_model() if run.step else new_model(s, data, here)
+    model = run.load_model() if run.step else preflight.new_model(s, data, here)
     learner = Learner(model, objective)
-    make_ready(learner, split, s, here, run)
+    preflight.make_ready(learner, split, s, here, run)
     optimizers = make_optimizers(learner, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
     validate = partial(evaluate, learner, held_out, here, stop, s.device_batch, s.eval_tokens)
     run.begin(data, learner, optimizers, scale, validate)
     if run.finished():
         return 0
-    compile_kernels(learner, split, s, here)
+    preflight.compile_kernels(learner, split, s, here)
     with run:
         for step in run.steps():
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
@@ -176,100 +178,16 @@ def train(s: "Settings", stop: Stop) -> int:
             if run.due(step, s.log_every) or step == 1:  # due every so many steps, and at the end
                 run.log(step, loss=loss, lr=s.lr * factor, grad_norm=norm)  # into metrics.jsonl
             if run.due(step, s.save_every) or run.due(step, s.eval_every) or run.urgent(step):
-                run.save(step)
+                run.save(step)  # weights, optimizers' moments, settings; no state of chance
             if run.due(step, s.eval_every) and not run.stopping:
-                run.evaluate(step)  # validate(): without dropout and gradients
+                run.evaluate(step)  # validate(): the loss of held-out text, without dropout
     if run.completed and here.rank == 0:
         outcome.show(learner.gpt, data, s, run)
     return run.status
 
 
-# --- what the loop begins with: skip it on a first reading
-
-
-def set_up(s: "Settings", stop: Stop) -> "tuple[Machine, Dataset, Base, Run]":
-    """Where it is computed; what there is to learn from, and what is learned; the run's folder."""
-    from dataset import Dataset
-    from engine import machine
-    from engine.run import Run
-
-    Objective = objectives.find(s.objective).Objective
-    here = machine.pick(s.device, s.dtype, s.compile if Objective.compiles else "false")
-    machine.start(here, s.deterministic)
-    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix, Objective.lines)
-    objective = Objective(s, data.tokenizer)
-    objective.require(data)
-    run = Run(s, here, stop, START)
-    T = s.model.block_size
-    data.split("train").require(T)
-    if next(data.split("val").in_order(1, T), None) is None:
-        raise ValueError(f"no answer in the val split of {s.data} fits block_size={T}: use more")
-    return here, data, objective, run
-
-
-def make_ready(
-    learner: "Learner", split: "Split", s: "Settings", here: "Machine", run: "Run"
-) -> None:
-    """Takes the learner to the device, and finds how many windows a pass may have there."""
-    from engine import memory
-    from engine.adopt import adopt_heads
-
-    if s.init_from and not run.step:
-        adopt_heads(s.init_from, learner, here.say)
-    B = s.batch_tokens // s.model.block_size
-    share = B // here.world
-    windows = windows_in_a_pass(share, s)
-    if s.device_batch and s.device_batch != "auto" and 2 * windows <= min(s.device_batch, share):
-        why = f"the most up to {s.device_batch} that divides a share of {share} windows evenly"
-        here.say(f"a pass has {windows}: {why}")
-    run.make_ready(learner, windows)
-    if s.device_batch == "auto":
-        batch = split.batch(0, B, s.model.block_size, s.seed, here.rank, here.world)
-        s.device_batch = memory.device_batch(learner, batch, here, run.state["machine"])
-    if s.optimizer != "muon" and s.lr > 0.01:
-        here.say(f"lr={s.lr:g} is a rate for muon: {s.optimizer} wants about 0.001")
-
-
-def compile_kernels(learner: "Learner", split: "Split", s: "Settings", here: "Machine") -> None:
-    """Where the machine compiles: for the very shape that each pass will have."""
-    from engine import machine
-
-    if here.compile:
-        T = s.model.block_size
-        B = s.batch_tokens // T
-        some = split.batch(0, B, T, s.seed).windows(0, windows_in_a_pass(B // here.world, s))
-        machine.compile(learner, here, learner.objective.prepare(some, learner)[0])
-
-
-def new_model(s: "Settings", data: "Dataset", here: "Machine") -> "GPT":
-    """A model with random weights, or with those of the checkpoint `init_from` (fine-tuning)."""
-    import lora
-    from engine.adopt import adopt
-    from model import GPT
-
-    if s.init_from:
-        model, added = adopt(s.init_from, s.model, data, here.say)
-        if s.lora_rank:
-            lora.add(model, s.lora_rank, s.lora_alpha, s.lora_on, added, s.seed)
-        return model
-    shape = replace(s.model, vocab_size=data.tokenizer.vocab_size)
-    if s.shard:
-        from engine import sharding
-
-        return sharding.new_model(shape, s.seed, here)  # the same, of which each keeps its part
-    model = GPT(shape)
-    model.init_weights(s.seed)
-    return model
-
-
-def windows_in_a_pass(share: int, s: "Settings") -> int:
-    """The most windows that device_batch allows and that divide the share of a process evenly, so
-    that all passes have one shape, for which kernels may be compiled."""
-    most = share if s.device_batch in (0, "auto") else min(s.device_batch, share)
-    return next(n for n in range(most, 0, -1) if share % n == 0)
-
-
-# --- the settings: every --name=value of the command line, and what it does
+# --- the settings: every --name=value. A config file overrides what stands here, config/small.py
+# the sizes, steps and rates, and the command line overrides both
 
 Name = Annotated[str, Bound(f"one of {', '.join(objectives.names())}", objectives.find)]
 Rate = Annotated[float, Bound("from 0 to 1000", lambda x: 0 <= x <= 1000)]
@@ -292,14 +210,14 @@ class Settings:
 
     # the optimization; why these rates, and why three: make_optimizers in optim.py
     steps: Positive = 1000  # updates
-    minutes: NotNegative = 0.0  # as many as fit into that time, 60 updates at least; 0: all steps
+    minutes: NotNegative = 0.0  # of them, as many as fit into that time, 60 at least; 0: all steps
     batch_tokens: Positive = 8192  # tokens in one update, over all processes
-    device_batch: CountOrAuto = 0  # most windows in a pass, which bounds memory; 0 is no bound
+    device_batch: CountOrAuto = 0  # most windows in a pass; auto: as many as memory allows; 0: all
     optimizer: Literal["muon", "adamw", "nadamw"] = "muon"  # muon has AdamW for embeddings and head
     lr: Rate = 0.02  # of the matrices; with adamw of everything, and about 0.001 is right
     embed_lr: Rate = 0.3  # of the embeddings, with muon, relative to the size they begin with
     head_lr: Rate = 0.004  # of the head, biases and norm weights, with muon
-    warmup: NotNegative = 0.0  # steps of linear rise; below 1: a fraction of them, 1 is one step
+    warmup: NotNegative = 0.0  # steps in which the rate rises; below 1: this fraction of all steps
     decay: Fraction = 0.6  # last fraction of the steps, in which the rate falls
     schedule: Literal["linear", "cosine"] = "linear"  # the shape of the fall
     final_lr: Fraction = 0.0  # where it ends, as a fraction of lr

@@ -16,6 +16,9 @@ def check(s) -> None:
     settings.require(not (s.prompt_file and talking), s, "prompt_file", alone)
     settings.require(not s.system or s.chat or s.task, s, "system", "given with --chat or --task")
     settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
+    for name in ("top_k", "top_p", "repetition_penalty"):
+        off = getattr(s, name) == getattr(type(s), name)
+        settings.require(s.beam == 1 or off, s, name, "left out with --beam, which draws nothing")
     one = s.beam == 1 and not s.grid
     settings.require(one or not s.speculate, s, "speculate", "left out with --beam or --grid")
     asked = s.prompt or s.prompt_file or talking or s.grid or not s.task

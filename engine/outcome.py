@@ -28,8 +28,9 @@ def show(model, data, s, run) -> None:
     tokens = 0 if s.shard else s.sample_tokens  # no process has the whole model
     if tokens and data.kind == "text":
         print("\na sample, by the weights of the last step:\n")
-        begin = [chat.turn("user", s.sample_prompt)]
-        sample.write_samples(model.eval(), data.tokenizer, begin, picked, echo=s.sample_prompt)
+        prompt = s.sample_prompt
+        tokens = sample.read(prompt, data.tokenizer, model.config.block_size, picked)
+        sample.write_samples(model.eval(), data.tokenizer, tokens, picked, echo=prompt)
     elif tokens:
         print("\nwhat the weights of the last step answer to rows that they have not seen:")
         for ids in islice(data.split("val").rows(), SHOWN):
@@ -37,7 +38,9 @@ def show(model, data, s, run) -> None:
             turns = turns[:-1] if data.kind == "pairs" else turns  # of two answers leave one
             asked = replace(picked, task=task, chat=True, temperature=0)
             print(f"\n{turns[-2]['content']}\n> ", end="")
-            sample.write_samples(model.eval(), data.tokenizer, turns[:-1], asked)
+            limit = model.config.block_size
+            tokens = chat.recalled(turns[:-1], data.tokenizer, limit, asked)
+            sample.write_samples(model.eval(), data.tokenizer, tokens, asked)
     then = "--chat" if data.kind != "text" else f"--prompt={shlex.quote(s.sample_prompt)}"
     print(f"\nnext: python sample.py {s.out} {then}")
 

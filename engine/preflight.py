@@ -1,10 +1,22 @@
-"""Before a training run: its settings, whether they go together, and the built-in data."""
+"""Before a training run: its settings, whether they go together, the built-in data, and all that
+the loop begins with."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import objectives
 from engine import settings
+from engine.stop import Stop
+
+if TYPE_CHECKING:  # torch takes a second to load: mistakes in settings are told before that
+    from dataset import Dataset, Split
+    from engine.learner import Learner
+    from engine.machine import Machine
+    from engine.run import Run
+    from model import GPT
+    from objectives import Base
 
 
 def read(Settings, argv: list[str]):
@@ -72,3 +84,85 @@ def prepare_missing(data: str) -> None:
 
             # a small vocabulary: a small model has no weights to spare for rare tokens
             prepare(Settings(source=("python",), out=name, vocab_size=2048))
+
+
+def set_up(s, stop: Stop, start: float) -> "tuple[Machine, Dataset, Base, Run]":
+    """Where it is computed; what there is to learn from, and what is learned; the run's folder.
+    `start` is when the command began, of time.monotonic. Raises ValueError."""
+    from dataset import Dataset
+    from engine import machine
+    from engine.run import Run
+
+    Objective = objectives.find(s.objective).Objective
+    here = machine.pick(s.device, s.dtype, s.compile if Objective.compiles else "false")
+    machine.start(here, s.deterministic)
+    data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix, Objective.lines)
+    objective = Objective(s, data.tokenizer)
+    objective.require(data)
+    run = Run(s, here, stop, start)
+    T = s.model.block_size
+    data.split("train").require(T)
+    if next(data.split("val").in_order(1, T), None) is None:  # of rows, which may be too long
+        raise ValueError(f"no answer in the val split of {s.data} fits block_size={T}: use more")
+    return here, data, objective, run
+
+
+def make_ready(learner: "Learner", split: "Split", s, here: "Machine", run: "Run") -> None:
+    """Takes the learner to the device, and finds how many windows a pass may have there."""
+    from engine import memory
+    from engine.adopt import adopt_heads
+
+    if s.init_from and not run.step:
+        adopt_heads(s.init_from, learner, here.say)
+    B = s.batch_tokens // s.model.block_size
+    share = B // here.world
+    windows = windows_in_a_pass(share, s)
+    asked = s.device_batch if s.device_batch != "auto" else 0
+    if 2 * windows <= min(asked, share):  # told if passes are half as large, or smaller still
+        why = f"the most up to {s.device_batch} that divides a share of {share} windows evenly"
+        here.say(f"a pass has {windows}: {why}")
+    run.make_ready(learner, windows)
+    if s.device_batch == "auto":
+        batch = split.batch(0, B, s.model.block_size, s.seed, here.rank, here.world)
+        s.device_batch = memory.device_batch(learner, batch, here, run.state["machine"])
+    if s.optimizer != "muon" and s.lr > 0.01:
+        here.say(f"lr={s.lr:g} is a rate for muon: {s.optimizer} wants about 0.001")
+
+
+def compile_kernels(learner: "Learner", split: "Split", s, here: "Machine") -> None:
+    """Where the machine compiles: for the very shape that each pass will have."""
+    from engine import machine
+
+    if here.compile:
+        T = s.model.block_size
+        B = s.batch_tokens // T
+        some = split.batch(0, B, T, s.seed).windows(0, windows_in_a_pass(B // here.world, s))
+        machine.compile(learner, here, learner.objective.prepare(some, learner)[0])
+
+
+def new_model(s, data: "Dataset", here: "Machine") -> "GPT":
+    """A model with random weights, or with those of the checkpoint `init_from` (fine-tuning)."""
+    import lora
+    from engine.adopt import adopt
+    from model import GPT
+
+    if s.init_from:
+        model, added = adopt(s.init_from, s.model, data, here.say)
+        if s.lora_rank:
+            lora.add(model, s.lora_rank, s.lora_alpha, s.lora_on, added, s.seed)
+        return model
+    shape = replace(s.model, vocab_size=data.tokenizer.vocab_size)
+    if s.shard:
+        from engine import sharding
+
+        return sharding.new_model(shape, s.seed, here)  # the same, of which each keeps its part
+    model = GPT(shape)
+    model.init_weights(s.seed)
+    return model
+
+
+def windows_in_a_pass(share: int, s) -> int:
+    """The most windows that device_batch allows and that divide the share of a process evenly, so
+    that all passes have one shape, for which kernels may be compiled."""
+    most = share if s.device_batch in (0, "auto") else min(s.device_batch, share)
+    return next(n for n in range(most, 0, -1) if share % n == 0)

@@ -37,7 +37,7 @@ def make(data: Path, *argv: str):
     objective = Objective(s, dataset.tokenizer)
     objective.require(dataset)
     here = machine.pick("cpu", "float32", "false")
-    gpt = script.new_model(s, dataset, here)
+    gpt = preflight.new_model(s, dataset, here)
     learner = Learner(gpt, objective)
     rows = s.batch_tokens // s.model.block_size
     batch = dataset.split("train").batch(0, rows, s.model.block_size, s.seed)

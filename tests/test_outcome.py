@@ -15,13 +15,14 @@ def test_the_last_question_of_three_rows_is_answered_without_chance(
     rows = [data.tokenizer.decode_row(ids)[1] for ids in data.split("val").rows()][:3]
     asked, write = [], sample.write_samples
 
-    def noted(model, tokenizer, turns, s):
-        asked.append((turns, s.task, s.temperature, s.max_tokens))
-        write(model, tokenizer, turns, s)
+    def noted(model, tokenizer, tokens, s):
+        asked.append((tokens, s.temperature, s.max_tokens))
+        write(model, tokenizer, tokens, s)
 
     monkeypatch.setattr(sample, "write_samples", noted)
     run = train("run", "--sample_tokens=6", data=data.folder)
-    assert asked == [(turns[:3], "shout", 0, 6) for turns in rows]
+    prompts = [data.tokenizer.encode_row(turns[:3], "shout", open=True) for turns in rows]
+    assert asked == [(prompt, 0, 6) for prompt in prompts]
     said = capsys.readouterr().out.split("rows that they have not seen:\n")[1]
     assert re.findall(r"^(.+)\n> ", said, re.MULTILINE) == [turns[2]["content"] for turns in rows]
     assert f"next: python sample.py {run} --chat" in said

@@ -12,10 +12,10 @@ from test_model import BENDS, SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan
-from engine import arithmetic, fast
+from engine import arithmetic, fast, preflight
 from model import GPT, GPTConfig
 from optim import make_optimizers
-from train import Settings, windows_in_a_pass
+from train import Settings
 
 SMALL = dict(vocab_size=61, block_size=64, n_layer=2, n_head=4, n_embd=32)
 
@@ -143,7 +143,8 @@ def test_what_does_not_fit_is_said(capsys):
     said = dict(re.findall(r"--(\w+)=(\d+)", capsys.readouterr().out))
     share = int(said["batch_tokens"]) // 2048 // 8
     rows = int(said["device_batch"])
-    assert 1 < rows < share and windows_in_a_pass(share, Settings(device_batch=rows)) == rows
+    s = Settings(device_batch=rows)
+    assert 1 < rows < share and preflight.windows_in_a_pass(share, s) == rows
 
 
 def test_a_measured_speed_tells_the_time_and_no_card_counts(capsys):

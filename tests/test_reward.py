@@ -58,7 +58,7 @@ def make(data, *argv):
     objective = reward.Objective(s, dataset.tokenizer)
     objective.require(dataset)
     here = SimpleNamespace(say=print)
-    learner = Learner(script.new_model(s, dataset, here), objective)
+    learner = Learner(preflight.new_model(s, dataset, here), objective)
     B = s.batch_tokens // s.model.block_size
     batch = dataset.split("train").batch(0, B, s.model.block_size, s.seed)
     return learner, batch

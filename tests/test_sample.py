@@ -94,7 +94,7 @@ def test_ids_that_no_token_has_are_never_sampled(run, monkeypatch):
     tokenizer.unused = range(100, 200)
     seen = {}
     monkeypatch.setattr(generate, "generate", lambda *_, **how: seen.update(how) or iter(()))
-    sample.write_samples(model, tokenizer, [turn("user", "x")], sample.Settings())
+    sample.write_samples(model, tokenizer, [120], sample.Settings())
     assert list(seen["unused"]) == list(range(100, 200))
 
 
@@ -197,6 +197,7 @@ def test_a_mistake_in_a_conversation_costs_a_sentence_and_not_the_session(run, c
         ("/top_p 2", "top_p=2.0 should be above 0"),
         ("/run elsewhere", "/run cannot be changed here"),
         ("/temprature 1", "/temprature cannot be changed here"),
+        ("/num_samples 2\n/beam 3", "num_samples=2 should be 1 with --beam"),
     ]:
         out, err = talk(capsys, monkeypatch, run, f"{typed}\none\n")
         assert sentence in err and out.strip()
@@ -333,12 +334,22 @@ def test_beam_search_answers(chat, capsys, monkeypatch):
     assert text_of(capsys, *argv, "--max_tokens=0") == "\n"
 
 
+def test_beam_search_leaves_room_for_what_follows_a_long_text(run, capsys, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(generate, "beam", lambda *_: seen.update(tokens=_[2]) or [])
+    sample.main([str(run), "--prompt=" + "x" * 999, "--beam=2"])
+    limit = load_model(str(run))[0].config.block_size
+    assert len(seen["tokens"]) == limit - limit // 4
+    assert f"only its last {limit - limit // 4} fit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [
         (["--chat", "--prompt=x"], "prompt='x' should be left out in a conversation"),
         (["--system=x"], "system='x' should be given with --chat or --task"),
         (["--beam=2", "--num_samples=2"], "num_samples=2 should be 1 with --beam"),
+        (["--beam=2", "--top_k=9"], "top_k=9 should be left out with --beam, which draws nothing"),
         (["--task=sum"], "prompt='' should be a question for --task"),
         (["--chat", "--task=smu"], "the vocabulary has no task 'smu': did you mean sum?"),
     ],
