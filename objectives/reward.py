@@ -93,11 +93,14 @@ class Objective(Base):
         with learner.autocast():
             texts, rewards = self.answered(learner.gpt, rows, drawn, self.own.temperature)
         self.told = {"reward": (float(rewards.sum()), len(rewards))}
-        # 2. without the groups that teach nothing, but for one: there has to be something
-        better = advantages(rewards.reshape(-1, group))
-        teaches = better.any(axis=1)
+        # 2. answers that are alike are one, with the sum of their A; without those that teach
+        # nothing, but for one: there has to be something
+        alike = [str(text) for text in texts]
+        _, first, which = np.unique(alike, return_index=True, return_inverse=True)
+        better = np.bincount(which, advantages(rewards.reshape(-1, group)).ravel())
+        teaches = better != 0
         teaches[0] |= not teaches.any()
-        kept = np.flatnonzero(teaches.repeat(group))
+        kept, better = first[teaches], better[teaches].astype(np.float32)
         tokens, targets = padded([texts[i] for i in kept], self.tokenizer.end_of_text)
         positions = mask = None  # causal
         if config.mask != "causal":
@@ -109,7 +112,7 @@ class Objective(Base):
             old = log_p_old(learner, *asked, self.own.temperature, self.s.device_batch)
         count = sum(len(answer) for _, answer in texts)
         for _ in range(self.own.inner):
-            inputs = (tokens, rewards[kept], targets, better.ravel()[kept], old, positions, mask)
+            inputs = (tokens, rewards[kept], targets, better, old, positions, mask)
             yield inputs, [count, len(kept)]
 
     def answered(self, gpt, rows: list, keys: list, temperature: float) -> tuple[list, np.ndarray]:
