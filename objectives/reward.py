@@ -93,13 +93,10 @@ class Objective(Base):
         with learner.autocast():
             texts, rewards = self.answered(learner.gpt, rows, drawn, self.own.temperature)
         self.told = {"reward": (float(rewards.sum()), len(rewards))}
-        # 2. answers that are alike are one, with the sum of their A; without those that teach
-        # nothing, but for one: there has to be something
-        alike = [str(text) for text in texts]
-        _, first, which = np.unique(alike, return_index=True, return_inverse=True)
+        # 2. answers that are alike are one, with the sum of their A; without those of no weight
+        _, first, which = np.unique([*map(str, texts)], return_index=True, return_inverse=True)
         better = np.bincount(which, advantages(rewards.reshape(-1, group)).ravel())
-        teaches = better != 0
-        teaches[0] |= not teaches.any()
+        teaches = better != 0 if better.any() else [0]  # there has to be something
         kept, better = first[teaches], better[teaches].astype(np.float32)
         tokens, targets = padded([texts[i] for i in kept], self.tokenizer.end_of_text)
         positions = mask = None  # causal
