@@ -17,6 +17,7 @@ measured instead. All tokens count alike (arXiv:2503.14476), or those of long mi
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated
 
 import numpy as np
@@ -116,10 +117,11 @@ class Objective(Base):
         """The ids of prompt and answer for each row, and what the answer is worth."""
         most, slots = self.own.max_tokens, self.s.device_batch
         texts = written(gpt, self.tokenizer, rows, keys, most, temperature, slots)
-        worth = [self.worth(row, answer) for row, (_, answer) in zip(rows, texts, strict=True)]
-        return texts, np.array(worth, np.float32)
+        worth = cache(self.worth)  # answers that are alike are checked once
+        found = [worth((*row,), (*ids,)) for row, (_, ids) in zip(rows, texts, strict=True)]
+        return texts, np.array(found, np.float32)
 
-    def worth(self, row: list[int], ids: list[int]) -> float:
+    def worth(self, row: tuple[int], ids: tuple[int]) -> float:
         task, turns = self.tokenizer.decode_row(row)
         prompt = "\n".join(turn["content"] for turn in turns[:-1])
         answer = self.tokenizer.decode([i for i in ids if i not in self.tokenizer.ends])
