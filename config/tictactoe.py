@@ -11,7 +11,7 @@ block_size = 64
 n_layer = 3
 n_head = 4
 n_embd = 64
-canon = 4  # which is a move is learned without; which is sound, three times as well with it
+canon = 4  # what a move is, is learned without; of moves shown it finds 89% sound ones, not 70%
 
 steps = 400
 batch_tokens = 32 * 64
