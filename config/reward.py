@@ -5,8 +5,9 @@
 #     python train.py config/reward.py
 #     python evaluate.py out/reward --split=test
 #
-# Expected result: from 62.6% of the sums of the test to 95.9%, in six minutes and a half of a core.
-# An answer is checked, and never shown: see objectives/reward.py and docs/objectives.md.
+# Expected result: from 62.6% of the sums of the test to 95.9% (another seed: from 73.3 to 97.1%),
+# in four minutes of a core. An answer is checked, and never shown: see objectives/reward.py and
+# docs/objectives.md.
 
 data = "data/sums"
 init_from = "out/half"

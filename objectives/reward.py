@@ -17,6 +17,7 @@ measured instead. All tokens count alike (arXiv:2503.14476), or those of long mi
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated
 
 import numpy as np
@@ -93,11 +94,11 @@ class Objective(Base):
         with learner.autocast():
             texts, rewards = self.answered(learner.gpt, rows, drawn, self.own.temperature)
         self.told = {"reward": (float(rewards.sum()), len(rewards))}
-        # 2. without the groups that teach nothing, but for one: there has to be something
-        better = advantages(rewards.reshape(-1, group))
-        teaches = better.any(axis=1)
-        teaches[0] |= not teaches.any()
-        kept = np.flatnonzero(teaches.repeat(group))
+        # 2. answers that are alike are one, with the sum of their A; without those of no weight
+        _, first, which = np.unique([*map(str, texts)], return_index=True, return_inverse=True)
+        better = np.bincount(which, advantages(rewards.reshape(-1, group)).ravel())
+        teaches = better != 0 if better.any() else [0]  # there has to be something
+        kept, better = first[teaches], better[teaches].astype(np.float32)
         tokens, targets = padded([texts[i] for i in kept], self.tokenizer.end_of_text)
         positions = mask = None  # causal
         if config.mask != "causal":
@@ -109,17 +110,18 @@ class Objective(Base):
             old = log_p_old(learner, *asked, self.own.temperature, self.s.device_batch)
         count = sum(len(answer) for _, answer in texts)
         for _ in range(self.own.inner):
-            inputs = (tokens, rewards[kept], targets, better.ravel()[kept], old, positions, mask)
+            inputs = (tokens, rewards[kept], targets, better, old, positions, mask)
             yield inputs, [count, len(kept)]
 
     def answered(self, gpt, rows: list, keys: list, temperature: float) -> tuple[list, np.ndarray]:
         """The ids of prompt and answer for each row, and what the answer is worth."""
         most, slots = self.own.max_tokens, self.s.device_batch
         texts = written(gpt, self.tokenizer, rows, keys, most, temperature, slots)
-        worth = [self.worth(row, answer) for row, (_, answer) in zip(rows, texts, strict=True)]
-        return texts, np.array(worth, np.float32)
+        worth = cache(self.worth)  # answers that are alike are checked once
+        found = [worth((*row,), (*ids,)) for row, (_, ids) in zip(rows, texts, strict=True)]
+        return texts, np.array(found, np.float32)
 
-    def worth(self, row: list[int], ids: list[int]) -> float:
+    def worth(self, row: tuple[int], ids: tuple[int]) -> float:
         task, turns = self.tokenizer.decode_row(row)
         prompt = "\n".join(turn["content"] for turn in turns[:-1])
         answer = self.tokenizer.decode([i for i in ids if i not in self.tokenizer.ends])

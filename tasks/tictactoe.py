@@ -10,8 +10,7 @@ How to win is another lesson: with `sound` as its reward a model learns it from 
 
     python prepare.py tictactoe --tokenizer=bytes
     python train.py config/tictactoe.py
-    python train.py config/reward.py --data=data/tictactoe --init_from=out/tictactoe \
-        --reward=tasks.tictactoe:sound --temperature=1 --steps=100 --out=out/player
+    python train.py config/player.py
     python -m tasks.tictactoe out/player        against one who moves at random
 """
 
