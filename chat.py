@@ -39,7 +39,7 @@ def recalled(turns: list[dict], tokenizer, limit: int, s) -> list[int]:
     room = limit - min(s.max_tokens, limit // 4)
     there = len(turns)
     tokens = tokenizer.encode_row(before + turns, s.task, open=True)
-    kept = sum(said["role"] == "system" for said in turns[:1])  # of a row: in a chat it is `before`
+    kept = sum(said["role"] == "system" for said in turns[:1])  # that of a row stays
     while len(tokens) > room and len(turns) > kept + 1:
         del turns[kept : kept + 2]  # a question and its answer
         tokens = tokenizer.encode_row(before + turns, s.task, open=True)
@@ -94,7 +94,10 @@ def changed(s, line: str):
         words = [f"--{name}={value}"] if value else []
         given = settings.load(type(s), words, "", "run")
         s = replace(s, **{name: getattr(given, name)})
-        opening.check(s)
+        try:
+            opening.check(s)
+        except ValueError as e:
+            raise ValueError(f"{e} (here: /name alone brings a default back)") from e
     elif name != "help":
         raise ValueError(f"/{name} cannot be changed here: /help tells what can")
     values = (f"{name}={getattr(s, name)!r}" for name in CHANGEABLE)

@@ -128,13 +128,16 @@ def read_prompt(s: Settings) -> str:
 
 def read(prompt: str, tokenizer, limit: int, s: Settings) -> list[int]:
     """What a model of context `limit` goes on from. A beam search ends with the context, which text
-    that is drawn does not: see generate. So it is left room."""
+    that is drawn does not (see generate): so there it leaves room."""
     tokens = tokenizer.encode_prompt(prompt)
-    room = limit - min(s.max_tokens, limit // 4) if s.beam > 1 else limit
+    room, fit = limit, "fit the context"
+    if s.beam > 1:
+        room, fit = limit - min(s.max_tokens, limit // 4), f"leave room in the context of {limit}"
     if len(tokens) > room:
-        note = f"the prompt has {len(tokens)} tokens; only its last {room} fit the context"
-        print(note, file=sys.stderr)
-    return tokens[-room:]
+        print(f"the prompt has {len(tokens)} tokens; only its last {room} {fit}", file=sys.stderr)
+    return (
+        tokens if s.beam == 1 else tokens[-room:]
+    )  # generate cuts, too; guesses look further back
 
 
 def new_tokens(model, tokenizer, tokens: list[int], s: Settings, draft=None) -> Iterator[list[int]]:
@@ -185,6 +188,8 @@ def write_samples(
         print(echo, end="", flush=True)
     for new in new_tokens(model, tokenizer, tokens, s, draft):
         for i, output in enumerate(outputs):
+            if output.finish:
+                continue
             text = output.feed(new[i]).text  # what is certain by now: whole characters
             texts[i] += text
             if live:

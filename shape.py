@@ -54,7 +54,7 @@ class GPTConfig:
     qkv_bias: bool = False  # biases of queries, keys and values alone (Qwen2)
     tied: bool = False  # the head is the embedding
     logit_cap: NotNegative = 15.0  # logits = cap * tanh(logits / cap); 0 is none
-    mask: Mask = "causal"  # a token sees itself and those before; prefix: a prompt is seen whole
+    mask: Mask = "causal"  # a token sees what is before; prefix: a prompt sees itself; full: all
     dropout: BelowOne = 0.0  # fraction of activations set to zero in training
     zero_init: bool = True  # residual layers, and a head of its own, begin at zero; false: as GPT-2
 

@@ -109,7 +109,8 @@ def update(
         machine.seed(s.seed, step, here.rank, i)  # of dropout: resumed alike, a run drops the same
         # processes hold equal weights and learn from different windows (DDP). With the last pass
         # their gradients are added up, not averaged, since each loss is divided by the targets of
-        # all already: then all make the same update. What is not compiled sends them meanwhile
+        # all already: then all make the same update. They travel while that pass goes on, unless
+        # the model is compiled
         here.gradients.active = i + per_pass == share
         windows = [None if z is None else here.put(z[i : i + per_pass]) for z in inputs]
         # autocast: matrix products, forward and backward, are in 16 bits where the hardware is
@@ -177,10 +178,10 @@ def train(s: "Settings", stop: Stop) -> int:
             run.count(step)  # the time it took, and whether a signal asks to stop
             if run.due(step, s.log_every) or step == 1:  # due every so many steps, and at the end
                 run.log(step, loss=loss, lr=s.lr * factor, grad_norm=norm)  # into metrics.jsonl
-            if run.due(step, s.save_every) or run.due(step, s.eval_every) or run.urgent(step):
-                run.save(step)  # weights, optimizers' moments, settings; no state of chance
+            if run.due(step, s.save_every) or run.urgent(step):
+                run.save(step)  # weights, optimizers' moments, settings; (seed, step) is all chance
             if run.due(step, s.eval_every) and not run.stopping:
-                run.evaluate(step)  # validate(): the loss of held-out text, without dropout
+                run.evaluate(step)  # saves, and says the loss of held-out text: validate()
     if run.completed and here.rank == 0:
         outcome.show(learner.gpt, data, s, run)
     return run.status
@@ -210,7 +211,7 @@ class Settings:
 
     # the optimization; why these rates, and why three: make_optimizers in optim.py
     steps: Positive = 1000  # updates
-    minutes: NotNegative = 0.0  # of them, as many as fit into that time, 60 at least; 0: all steps
+    minutes: NotNegative = 0.0  # as many steps as fit into that time, 60 at least; 0: all of them
     batch_tokens: Positive = 8192  # tokens in one update, over all processes
     device_batch: CountOrAuto = 0  # most windows in a pass; auto: as many as memory allows; 0: all
     optimizer: Literal["muon", "adamw", "nadamw"] = "muon"  # muon has AdamW for embeddings and head

@@ -16,8 +16,8 @@ def check(s) -> None:
     settings.require(not (s.prompt_file and talking), s, "prompt_file", alone)
     settings.require(not s.system or s.chat or s.task, s, "system", "given with --chat or --task")
     settings.require(s.beam == 1 or s.num_samples == 1, s, "num_samples", "1 with --beam")
-    for name in ("top_k", "top_p", "repetition_penalty"):
-        off = getattr(s, name) == getattr(type(s), name)
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        off = getattr(s, name) in (getattr(type(s), name), 0)
         settings.require(s.beam == 1 or off, s, name, "left out with --beam, which draws nothing")
     one = s.beam == 1 and not s.grid
     settings.require(one or not s.speculate, s, "speculate", "left out with --beam or --grid")
@@ -45,7 +45,8 @@ def require_clean(prompt: str, s) -> None:
 
 def load(s) -> tuple:
     """The model of `s.run`, ready for as many samples as are asked for, its tokenizer, and the
-    smaller model that guesses for it, if --speculate names one. Raises ValueError."""
+    smaller model that guesses for it, if --speculate names one. Of pictures that nobody has counted
+    `s.num_samples` becomes images.EACH. Raises ValueError."""
     from engine import inference, machine
     from engine.checkpoint import find, load_weights
 

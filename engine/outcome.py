@@ -26,11 +26,11 @@ def show(model, data, s, run) -> None:
         print(f"\nnext: {objective.instead.replace('RUN', s.out)}")
         return
     tokens = 0 if s.shard else s.sample_tokens  # no process has the whole model
+    limit = model.config.block_size
     if tokens and data.kind == "text":
         print("\na sample, by the weights of the last step:\n")
-        prompt = s.sample_prompt
-        tokens = sample.read(prompt, data.tokenizer, model.config.block_size, picked)
-        sample.write_samples(model.eval(), data.tokenizer, tokens, picked, echo=prompt)
+        ids = sample.read(s.sample_prompt, data.tokenizer, limit, picked)
+        sample.write_samples(model.eval(), data.tokenizer, ids, picked, echo=s.sample_prompt)
     elif tokens:
         print("\nwhat the weights of the last step answer to rows that they have not seen:")
         for ids in islice(data.split("val").rows(), SHOWN):
@@ -38,9 +38,8 @@ def show(model, data, s, run) -> None:
             turns = turns[:-1] if data.kind == "pairs" else turns  # of two answers leave one
             asked = replace(picked, task=task, chat=True, temperature=0)
             print(f"\n{turns[-2]['content']}\n> ", end="")
-            limit = model.config.block_size
-            tokens = chat.recalled(turns[:-1], data.tokenizer, limit, asked)
-            sample.write_samples(model.eval(), data.tokenizer, tokens, asked)
+            ids = chat.recalled(turns[:-1], data.tokenizer, limit, asked)
+            sample.write_samples(model.eval(), data.tokenizer, ids, asked)
     then = "--chat" if data.kind != "text" else f"--prompt={shlex.quote(s.sample_prompt)}"
     print(f"\nnext: python sample.py {s.out} {then}")
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import objectives
 from engine import settings
-from engine.stop import Stop
 
 if TYPE_CHECKING:  # torch takes a second to load: mistakes in settings are told before that
     from dataset import Dataset, Split
     from engine.learner import Learner
     from engine.machine import Machine
     from engine.run import Run
+    from engine.stop import Stop
     from model import GPT
     from objectives import Base
 
@@ -86,7 +86,7 @@ def prepare_missing(data: str) -> None:
             prepare(Settings(source=("python",), out=name, vocab_size=2048))
 
 
-def set_up(s, stop: Stop, start: float) -> "tuple[Machine, Dataset, Base, Run]":
+def set_up(s, stop: "Stop", start: float) -> "tuple[Machine, Dataset, Base, Run]":
     """Where it is computed; what there is to learn from, and what is learned; the run's folder.
     `start` is when the command began, of time.monotonic. Raises ValueError."""
     from dataset import Dataset
@@ -119,8 +119,8 @@ def make_ready(learner: "Learner", split: "Split", s, here: "Machine", run: "Run
     windows = windows_in_a_pass(share, s)
     asked = s.device_batch if s.device_batch != "auto" else 0
     if 2 * windows <= min(asked, share):  # told if passes are half as large, or smaller still
-        why = f"the most up to {s.device_batch} that divides a share of {share} windows evenly"
-        here.say(f"a pass has {windows}: {why}")
+        why = f"the most up to {s.device_batch} that divides {share} evenly"
+        here.say(f"a pass has {windows} of {share} windows, {why}: choose another batch_tokens")
     run.make_ready(learner, windows)
     if s.device_batch == "auto":
         batch = split.batch(0, B, s.model.block_size, s.seed, here.rank, here.world)

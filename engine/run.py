@@ -212,8 +212,8 @@ class Run:
         self.stopping = self.here.any(self.stop.asked)
 
     def log(self, step: int, *, loss: float, lr: float, grad_norm: float, **more: float) -> None:
-        """Records numbers of the update that made `step`, `more` by their names, and says how fast
-        things go."""
+        """Records numbers of the update that made `step`, and says how fast things go. `more` are
+        of the first process, under names that the row does not have yet."""
         tokens = step * self.s.batch_tokens
         speed = (step - self.shown) * self.s.batch_tokens / max(self.busy, 1e-9)
         self.shown, self.busy = step, 0.0
@@ -254,10 +254,13 @@ class Run:
             self.log_file.write(row | dict(seconds=round(self.elapsed(), 3)))
 
     def evaluate(self, step: int) -> None:
-        """Says and records how good the weights after `step` updates are, which are saved.
+        """Says and records how good the weights after `step` updates are. They are saved before:
+        the best must be a checkpoint, and an evaluation that fails costs nothing else.
 
         Without text that is not learned from, nobody could tell learning from learning by heart.
         """
+        if self.saved != step:
+            self.save(step)
         with self.stop.honoured(at_once=self.here.world == 1):
             result = self.validate()
         if result is None:
@@ -334,5 +337,6 @@ class Run:
 
 
 def finite(numbers: dict) -> dict:
-    """JSON has no infinity, and what is not finite is never the best: None instead."""
-    return {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
+    """As JSON has them. It has no infinity, and what is not finite is never the best: None."""
+    known = {name: None if value is None else float(value) for name, value in numbers.items()}
+    return {name: x if x is not None and math.isfinite(x) else None for name, x in known.items()}

@@ -104,10 +104,8 @@ class Objective(Base):
         if config.mask != "causal":
             positions, mask = layout(tokens, self.tokenizer.markers, config.mask)
         # 3. the same for each of the updates. Tokens that teach nothing count all the same
-        asked = (tokens, targets, positions, mask)
-        old = None  # the only update is by the weights that wrote the answers
-        if self.own.inner > 1:
-            old = log_p_old(learner, *asked, self.own.temperature, self.s.device_batch)
+        asked = (tokens, targets, positions, mask, self.own.temperature, self.s.device_batch)
+        old = log_p_old(learner, *asked) if self.own.inner > 1 else None  # None: as it is now
         count = sum(len(answer) for _, answer in texts)
         for _ in range(self.own.inner):
             inputs = (tokens, rewards[kept], targets, better, old, positions, mask)
@@ -118,8 +116,8 @@ class Objective(Base):
         most, slots = self.own.max_tokens, self.s.device_batch
         texts = written(gpt, self.tokenizer, rows, keys, most, temperature, slots)
         worth = cache(self.worth)  # answers that are alike are checked once
-        found = [worth((*row,), (*ids,)) for row, (_, ids) in zip(rows, texts, strict=True)]
-        return texts, np.array(found, np.float32)
+        found = (worth((*row,), (*ids,)) for row, (_, ids) in zip(rows, texts, strict=True))
+        return texts, np.fromiter(found, np.float32)
 
     def worth(self, row: tuple[int], ids: tuple[int]) -> float:
         task, turns = self.tokenizer.decode_row(row)

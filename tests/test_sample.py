@@ -340,7 +340,7 @@ def test_beam_search_leaves_room_for_what_follows_a_long_text(run, capsys, monke
     sample.main([str(run), "--prompt=" + "x" * 999, "--beam=2"])
     limit = load_model(str(run))[0].config.block_size
     assert len(seen["tokens"]) == limit - limit // 4
-    assert f"only its last {limit - limit // 4} fit" in capsys.readouterr().err
+    assert f"only its last {limit - limit // 4} leave room" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
