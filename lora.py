@@ -18,6 +18,7 @@ r terms, grows with r; divided by r it does not, and another rank needs no other
 
 Which matrices: the paper adapts queries and values, to show how little is enough. Later work finds
 that all matrices with a smaller rank are the better use of as many numbers (arXiv:2305.14314).
+Where the new text has other words than the base has read, its head has to change, too: all+head.
 
 To merge is to add (alpha / r) B A to W, once: then the model is as it always was, and as fast.
 """
@@ -35,6 +36,7 @@ MATRICES = {
     "qv": ("wq", "wv"),
     "attention": ("wq", "wk", "wv", "wo"),
     "all": ("wq", "wk", "wv", "wo", "gate", "up", "down"),
+    "all+head": ("wq", "wk", "wv", "wo", "gate", "up", "down", "head"),
 }
 
 
@@ -54,7 +56,8 @@ class NewRows:
     @property
     def weight(self) -> Tensor:
         """(V, C), as embedding and head look it up; hides the parameter of this name."""
-        return torch.cat((self._parameters["weight"][: -len(self.new)], self.new))
+        table = self._parameters["weight"]
+        return torch.cat((table[: len(table) - len(self.new)], self.new))
 
 
 class EmbeddingWithNewRows(NewRows, nn.Embedding): ...
@@ -63,7 +66,16 @@ class EmbeddingWithNewRows(NewRows, nn.Embedding): ...
 class HeadWithNewRows(NewRows, Head): ...
 
 
-PLAIN = {LoRALinear: nn.Linear, EmbeddingWithNewRows: nn.Embedding, HeadWithNewRows: Head}
+class LoRAHead(NewRows, Head):
+    """The same, and B A beside it: made as a whole, since a head looks its weight up."""
+
+    @property
+    def weight(self) -> Tensor:
+        return super().weight + self.scale * self.B @ self.A
+
+
+PLAIN = {LoRALinear: nn.Linear, EmbeddingWithNewRows: nn.Embedding}
+PLAIN |= {HeadWithNewRows: Head, LoRAHead: Head}
 
 
 def add(model: GPT, rank: int, alpha: float, on: str, rows: int, seed: int) -> None:
@@ -81,17 +93,25 @@ def add(model: GPT, rank: int, alpha: float, on: str, rows: int, seed: int) -> N
     for block in model.blocks:
         for name, layer in chain(block.attn.named_children(), block.mlp.named_children()):
             if name in MATRICES[on]:
-                bound = 1 / math.sqrt(layer.in_features)  # as torch draws any linear layer
-                a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=g)
-                layer.A = nn.Parameter(a)  # (r, in)
-                layer.B = nn.Parameter(torch.zeros(layer.out_features, rank))
-                layer.scale = alpha / rank
+                add_beside(layer, rank, alpha, g)
                 layer.__class__ = LoRALinear
-    for table, kind in ((model.wte, EmbeddingWithNewRows), (model.head, HeadWithNewRows)):
-        if rows and table.weight is not None:  # a tied head has none of its own
-            table.new = nn.Parameter(table.weight[-rows:].clone())
+    head = LoRAHead if "head" in MATRICES[on] else HeadWithNewRows
+    for table, kind in ((model.wte, EmbeddingWithNewRows), (model.head, head)):
+        if table.weight is not None and (rows or kind is LoRAHead):  # a tied head has none
+            table.new = nn.Parameter(table.weight[len(table.weight) - rows :].clone())
+            if kind is LoRAHead:
+                add_beside(table, rank, alpha, g)
             table.__class__ = kind
     model.lora = dict(rank=rank, alpha=alpha, on=on, rows=rows)
+
+
+def add_beside(layer: nn.Module, rank: int, alpha: float, g: torch.Generator) -> None:
+    """Gives a layer A and B, of the shape of its matrix W (out, in)."""
+    rows, columns = layer.weight.shape
+    bound = 1 / math.sqrt(columns)  # as torch draws any linear layer
+    layer.A = nn.Parameter(torch.empty(rank, columns).uniform_(-bound, bound, generator=g))
+    layer.B = nn.Parameter(torch.zeros(rows, rank))
+    layer.scale = alpha / rank
 
 
 def facts(model: GPT) -> dict | None:
@@ -129,8 +149,10 @@ def merge(model: GPT) -> None:
             module.weight += module.scale * module.B @ module.A
             del module.A, module.B
         elif kind in PLAIN:
-            module._parameters["weight"][-len(module.new) :] = module.new
+            module._parameters["weight"].copy_(module.weight)
             del module.new
+            if kind is LoRAHead:
+                del module.A, module.B
         module.__class__ = PLAIN.get(kind, kind)
     model.requires_grad_(True)
     del model.lora

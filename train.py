@@ -254,7 +254,7 @@ class Settings:
     mix: str = ""  # how often each task: by size, temperature=2, or sums=0.5,text=0.2
     lora_rank: Count = 0  # with init_from: learn matrices of this rank beside frozen ones; 0 is off
     lora_alpha: NotNegative = 16.0  # they count lora_alpha / lora_rank: see lora.py
-    lora_on: Literal["qv", "attention", "all"] = "all"  # which matrices have some beside them
+    lora_on: Literal["qv", "attention", "all", "all+head"] = "all"  # which have some beside them
 
     # another beginning, or something else than training
     fresh: bool = False  # move what is in out aside and begin anew

@@ -41,8 +41,9 @@ def test_at_first_the_model_is_the_base(name, on):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_merged_is_the_same_and_a_plain_model(name):
-    model, base = adapted(name, rows=3)
+@pytest.mark.parametrize("on, rows", [("all", 3), ("all+head", 3), ("all+head", 0)])
+def test_merged_is_the_same_and_a_plain_model(name, on, rows):
+    model, base = adapted(name, on, rows)
     learn_something(model)
     before = model(tokens())
     assert not torch.allclose(before, base(tokens()), atol=0.01)
@@ -53,8 +54,9 @@ def test_merged_is_the_same_and_a_plain_model(name):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_only_what_is_learned_gets_gradients_and_new_rows_are_the_last():
-    model, base = adapted(rows=2)
+@pytest.mark.parametrize("on", ["all", "all+head"])
+def test_only_what_is_learned_gets_gradients_and_new_rows_are_the_last(on):
+    model, base = adapted(on=on, rows=2)
     model(tokens(), tokens()).backward()
     names = {n for n, p in model.named_parameters() if p.grad is not None}
     assert names == set(lora.learned(model))
@@ -70,8 +72,9 @@ def test_only_what_is_learned_gets_gradients_and_new_rows_are_the_last():
         torch.testing.assert_close(ours[-2:], theirs[-2:] + 1)
 
 
-def test_fast_parts_compute_the_same_with_it():
-    model, _ = adapted(rows=2)
+@pytest.mark.parametrize("on", ["all", "all+head"])
+def test_fast_parts_compute_the_same_with_it(on):
+    model, _ = adapted(on=on, rows=2)
     learn_something(model)
     with torch.no_grad():
         before = model(tokens())
@@ -130,9 +133,9 @@ def test_a_checkpoint_is_small_and_the_base_is_stored_once(train, base):
     assert "base.safetensors" in names and not any("partial" in name for name in names)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_interrupted_and_resumed_it_ends_in_the_same_bits(train, base, monkeypatch, optimizer):
-    argv = [f"--init_from={base}", *LORA, f"--optimizer={optimizer}"]
+@pytest.mark.parametrize("optimizer, on", [("adamw", "all"), ("muon", "all"), ("muon", "all+head")])
+def test_interrupted_and_resumed_it_ends_in_the_same_bits(train, base, monkeypatch, optimizer, on):
+    argv = [f"--init_from={base}", *LORA, f"--optimizer={optimizer}", f"--lora_on={on}"]
     whole = train("whole", *argv)
 
     class Killed(BaseException):
