@@ -175,3 +175,8 @@ def test_rows_and_the_answers_of_a_teacher_are_learned_from(train, tmp_path):
         next(Dataset(str(tmp_path / "back")).split("train").rows())
     )
     assert turns[1]["content"] in [row["de"] for row in back]  # what is sound is the answer
+    joined = Dataset(f"{tmp_path / 'rows'},{tmp_path / 'back'}")
+    assert joined.split("train").tokens > theirs.split("train").tokens
+    for name in ("val", "test"):  # of these nothing is machine-made
+        both = zip(joined.split(name).rows(), theirs.split(name).rows(), strict=True)
+        assert all(list(a) == list(b) for a, b in both)
