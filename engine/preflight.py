@@ -149,6 +149,8 @@ def new_model(s, data: "Dataset", here: "Machine") -> "GPT":
     if s.init_from:
         model, added = adopt(s.init_from, s.model, data, here.say)
         if s.lora_rank:
+            own = not model.config.tied or s.lora_on != "all+head"
+            settings.require(own, s, "lora_on", "all: the head of this model is its embedding")
             lora.add(model, s.lora_rank, s.lora_alpha, s.lora_on, added, s.seed)
         return model
     shape = replace(s.model, vocab_size=data.tokenizer.vocab_size)

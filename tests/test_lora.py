@@ -96,6 +96,12 @@ def test_a_rank_that_saves_nothing_is_refused():
 # --- runs
 
 
+def test_a_head_that_is_the_embedding_has_no_pair_beside_it(train):
+    tied = train("tied", "--tied=true", "--steps=1")
+    with pytest.raises(ValueError, match="lora_on='all[+]head' should be all: the head of this"):
+        train("run", f"--init_from={tied}", "--lora_rank=4", "--lora_on=all+head")
+
+
 @pytest.fixture
 def base(train):
     return train("base", "--steps=4")
