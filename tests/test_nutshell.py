@@ -54,6 +54,23 @@ def test_it_learns_and_writes(small, tmp_path, capsys):
     assert "abcdefghij\nabcdefghij\n" in out
 
 
+def test_each_step_follows_the_gradient_of_its_own_batch(small, tmp_path, monkeypatch):
+    (tmp_path / "abc.txt").write_text("abcdefghij\n" * 200)
+    x, y = nutshell.batch_of(torch.randint(256, (1000,)))
+    monkeypatch.setattr(nutshell, "RATE", 0.0)  # no weight changes, and so no gradient
+    monkeypatch.setattr(nutshell, "batch_of", lambda _: (x, y))
+    seen, step = [], torch.optim.Adam.step
+
+    def noted(optimizer):
+        seen.append(optimizer.param_groups[0]["params"][-1].grad.clone())
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    nutshell.main([str(tmp_path / "abc.txt")])
+    assert len(seen) == 40 and seen[0].any()
+    assert all(torch.allclose(grad, seen[0]) for grad in seen)
+
+
 @pytest.mark.parametrize("size", [None, 100])
 def test_a_file_that_is_missing_or_too_short_gets_a_sentence(tmp_path, size):
     path = tmp_path / "short.txt"
