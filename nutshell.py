@@ -183,8 +183,8 @@ def write(model, prompt, count, temperature=0.8):
     """The text of `prompt`, one byte at least, and of `count` bytes more.
 
     A `temperature` below 1, and above 0, makes what is likely likelier. For each byte the last
-    window is read anew; generate.py keeps what was read (a KV cache), pick.py leaves out what is
-    unlikely.
+    window is read anew; generate.py keeps what was read (a KV cache), and pick.py can leave out
+    what is unlikely.
     """
     tokens = torch.tensor([list(prompt)])  # (1, T)
     for _ in range(count):

@@ -57,7 +57,7 @@ def test_it_learns_and_writes(small, tmp_path, capsys):
 def test_each_step_follows_the_gradient_of_its_own_batch(small, tmp_path, monkeypatch):
     (tmp_path / "abc.txt").write_text("abcdefghij\n" * 200)
     x, y = nutshell.batch_of(torch.randint(256, (1000,)))
-    monkeypatch.setattr(nutshell, "RATE", 0.0)  # no weight changes, and so no gradient
+    monkeypatch.setattr(nutshell, "RATE", 0.0)  # no weight changes, so the gradient does not either
     monkeypatch.setattr(nutshell, "batch_of", lambda _: (x, y))
     seen, step = [], torch.optim.Adam.step
 
