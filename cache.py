@@ -41,8 +41,8 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_kv_head, size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        # for canon.py alone, else empty: what `behind` hands on, behind zeros for what stands
-        # before a text
+        # for canon.py alone, else empty: what each module has read, see `behind`; a text begins
+        # after `reach` zeros
         self.reach = max(0, config.canon - 1)
         past = (2 * config.n_layer, batch, self.reach + size, config.n_embd)
         past = past if self.reach else (0, batch, 0, 0)

@@ -30,7 +30,7 @@ from cache import KVCache
 from model import GPT
 from pick import penalise, pick, require_finite
 
-PASS = 512  # tokens of prompts that are read in one pass: for fewer, starting it takes as long
+PASS = 512  # tokens of prompts that are read in one pass: one of fewer costs as much
 NO_TOKEN = "the prompt has no token: a new document begins with end-of-text"
 
 

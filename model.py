@@ -29,10 +29,10 @@ Shapes in comments: B batch, T time (positions in this call), S positions attend
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary. In config/small.py B is
 12, T 128, C 128, H and K 4, D 32, V 2048.
 
-Unless --fast=false is given, faster forms of most modules (engine/fast.py) take their places, each
-only if it gives the same numbers, and gradients, for random weights when a run starts. So change
-this file, and your lines run; the log names the form that was left out. To see whether it still
-is a GPT:
+What stands here is what is computed. Faster forms of most modules (engine/fast.py) may take their
+places, each only if, when a run starts, it gives the same numbers and gradients for random weights;
+with --fast=false none does. So change this file, and your lines run. To see whether it still is a
+GPT:
 
     python -m pytest tests/test_model.py -k "later or cached"
 
@@ -313,8 +313,8 @@ class Attention(nn.Module):
         if mask is None:  # causal
             mask = causal_mask(T, k.size(2), x.device)
         # a sum of D independent products of mean 0 and variance 1 has variance D, so size sqrt(D).
-        # Divided by it, softmax begins soft; undivided, one weight would be near 1 and all others
-        # near 0, where moving a score changes hardly anything: almost no gradient comes through
+        # Divided by it, softmax begins soft; undivided, most of the weight would lie on one place,
+        # where moving a score changes hardly anything: almost no gradient comes through
         scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
         scores = scores.masked_fill(~mask, -math.inf)  # e^-inf = 0: no weight at all
         weights = self.drop(scores.softmax(dim=-1))  # each row sums to 1
@@ -426,7 +426,8 @@ def embedding(c: GPTConfig, rows: int) -> nn.Embedding:
     """A table of vectors (rows, C), one for each id. `std` is the size of its first numbers.
 
     Where a norm follows, the size of a vector says only how fast it learns: 1 is as good as any.
-    But a tied table is the head as well, and would make logits of size sqrt(C): it has 0.02.
+    But a tied table is the head as well, and would make logits of size sqrt(C): it has 0.02, as in
+    GPT-2; so has one that no norm follows, since GPT-2's parts come together.
     """
     table = nn.Embedding(rows, c.n_embd)
     table.std = 1.0 if c.embed_norm and c.zero_init and not c.tied else 0.02

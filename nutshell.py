@@ -7,19 +7,20 @@ shared cores, to a validation loss of about 1.75 nats.
 
     text      a row of bytes, numbers from 0 to 255: these are its tokens
     batch     some windows of it, cut out anywhere; at each place the next byte is the target
-    GPT       gives each of the 256 bytes a score for being the next one (logits); softmax makes
-              probabilities p of them
-    loss      how surprised it was by the byte that did come next: -ln p, in nats
-    step      each parameter is moved a little, to where the loss would be lower, as this batch and
-              the last few tell
+    GPT       generative pretrained Transformer: gives each of the 256 bytes a score for being the
+              next one (logits); softmax makes probabilities p of them
+    loss      how surprised it was by the byte that did come next: -ln p, in nats. 1.75 nats is as
+              unsure as among e^1.75 = 6 bytes equally likely; it begins at 256
+    step      every parameter is moved a little, in the direction that lowers the loss on this batch
+              and the last few
     writing   a byte is drawn by its probability (made a little sharper: `temperature`) and
               appended, and the GPT is asked again
 
-Shapes in comments: B windows of T bytes; C numbers (channels) for each byte; H heads of D = C / H
-channels. The other files tell it again with what was left out here: better parts, and why; tokens
-that are pieces of words; runs that can be interrupted; speed. The network is that of model.py less
-two parts: with embed_norm=false and logit_cap=0 it gives the same logits for the same weights, up
-to rounding (tests/test_nutshell.py); the first weights are drawn otherwise.
+Shapes in comments: B = 16 windows of T = 64 bytes; C = 128 numbers (channels) for each byte; H = 4
+heads of D = C / H = 32 channels. The other files say more: better parts, and why; tokens that are
+pieces of words; runs that can be interrupted; speed. model.py has this network, too: with
+embed_norm=false, logit_cap=0 and the same weights its logits are equal, up to rounding
+(tests/test_nutshell.py). Only the first weights are drawn differently.
 """
 
 import argparse
@@ -32,17 +33,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-BATCH, CONTEXT = 16, 64  # windows in a batch; bytes in a window, as far as it can look back
+BATCH, CONTEXT = 16, 64  # B, windows in a batch; T, bytes in one: as far as it can look back
 WIDTH, HEADS, LAYERS = 128, 4, 4  # C, a multiple of 2 H; H; how many blocks
-STEPS, RATE = 1000, 4e-3  # how often it is corrected; the first learning rate, found by trying
+STEPS = 1000  # how often it is corrected
+RATE = 4e-3  # the first learning rate, found by trying: large, as the model is small (else 1e-3)
 
 
 # --- the network
 
 
 def matrix(inputs, outputs, zero=False):
-    """A layer y = W x. Its first weights are zero, or random, and then of such a size that a number
-    of y, which is a sum of `inputs` products, is about as large as one of x."""
+    """A layer y = W x. Each number in y is a sum of `inputs` products, so random first weights of
+    size inputs^-0.5 make y about as large as x."""
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=0 if zero else inputs**-0.5)
     return layer
@@ -50,19 +52,21 @@ def matrix(inputs, outputs, zero=False):
 
 def norm(x):
     """x with a mean square of 1 in its last dimension (RMSNorm): so each layer reads numbers of one
-    size, however much the ones before have added up."""
+    size, however large x has become."""
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()  # 1e-6: never divide by 0
 
 
 def rotate(x):
-    """Marks x (B, H, T, D) with its place: channels i and i + D/2 are a point (a, b), which is
-    turned about the origin by an angle that grows with the place, like the hand of a clock (rotary
-    positions, arXiv:2104.09864). Some points turn fast, which tells neighbours apart, others
-    slowly, which tells far places apart.
+    """Marks x (B, H, T, D), queries or keys, with its place; without that, attention would know
+    which bytes there are, and not in which order (rotary positions, arXiv:2104.09864).
 
-    A query at place m is turned by m times its angle, a key at place n by n times. If both are
-    turned back by m times, their dot product stays as it is, with the query at 0 and the key at
-    n - m. So a score knows how far apart the two are, and not where.
+    Channels i and i + D/2 are a point (a, b), which is turned about the origin by the angle f for
+    each place, f = 10000^(-i / (D/2)): like the hands of a clock. The fast ones tell neighbours
+    apart, the slow ones far places.
+
+    A query at place m is turned by m f, a key at place n by n f. To turn both by the same angle
+    changes nothing in their dot product; so turn both back by m f: the query stands as it was, the
+    key is turned by (n - m) f. A score depends on q, k and how far apart they are, not on where.
     """
     T, D = x.shape[-2:]
     angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(D // 2) / (D // 2))  # (T, D/2)
@@ -73,8 +77,9 @@ def rotate(x):
 class Attention(nn.Module):
     """Looks back: each place takes from itself and earlier ones what it needs.
 
-    It asks by a query q. Each place offers a key k and tells a value v: the better a key fits the
-    query, the more of its value is taken. H heads do so side by side, and can look for H things.
+    Each place has a query q (what it looks for), a key k (what it offers) and a value v (what it
+    gives). The better a key fits a query, the more of its value is taken. H heads do so side by
+    side, and can look for H things.
     """
 
     def __init__(self):
@@ -82,17 +87,19 @@ class Attention(nn.Module):
         self.wq = matrix(WIDTH, WIDTH)
         self.wk = matrix(WIDTH, WIDTH)
         self.wv = matrix(WIDTH, WIDTH)
-        self.wo = matrix(WIDTH, WIDTH, zero=True)
+        self.wo = matrix(WIDTH, WIDTH, zero=True)  # mixes what the heads found; zero: see Block
 
     def forward(self, x):
         B, T, C = x.shape
         q = self.wq(x).view(B, T, HEADS, -1).transpose(1, 2)  # (B, H, T, D)
         k = self.wk(x).view(B, T, HEADS, -1).transpose(1, 2)
         v = self.wv(x).view(B, T, HEADS, -1).transpose(1, 2)
-        q, k = rotate(norm(q)), rotate(norm(k))  # of one length, sqrt(D)
-        # two such vectors, taken at random, have a dot product of about sqrt(D). Undivided, most of
-        # the weight would lie on one place from the start; moving a score would then hardly change
-        # the weights, and little gradient come through
+        # normed: all are of length sqrt(D), so no score can run away while they grow
+        q, k = rotate(norm(q)), rotate(norm(k))
+        # two such vectors, taken at random, have a dot product of about sqrt(D) or -sqrt(D), as a
+        # sum of D products of about 1 or -1. Undivided, most of the weight would lie on one place
+        # from the start; moving a score would then hardly change the weights, and little gradient
+        # come through
         scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T): a row asks, a column is asked
         # the causal mask: what comes later gets no attention, or each place would read its answer
         later = torch.ones(T, T, dtype=torch.bool).triu(1)  # true where the column is later
@@ -106,11 +113,12 @@ class MLP(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up = matrix(WIDTH, 4 * WIDTH)
+        self.up = matrix(WIDTH, 4 * WIDTH)  # four times as wide, as in the first Transformer
         self.down = matrix(4 * WIDTH, WIDTH, zero=True)
 
     def forward(self, x):
-        # ReLU^2, the non-linearity: without one, both matrices would be no more than a single one
+        # the non-linearity: without one, both matrices would be no more than a single one. ReLU^2
+        # learns a little faster than ReLU (arXiv:2109.08668)
         return self.down(F.relu(self.up(x)).square())
 
 
@@ -154,7 +162,10 @@ class GPT(nn.Module):
 
 
 def batch_of(text):
-    """Random windows x of a text, and their targets y: the same moved by one. Both (B, T)."""
+    """Random windows x of a text, and their targets y: the same moved by one. Both (B, T).
+
+    Some of the text comes twice and some never; dataset.py deals all of it out, in random order.
+    """
     starts = torch.randint(len(text) - CONTEXT, (BATCH,)).tolist()
     x = torch.stack([text[i : i + CONTEXT] for i in starts])
     y = torch.stack([text[i + 1 : i + CONTEXT + 1] for i in starts])
@@ -171,20 +182,20 @@ def loss_of(model, x, y):
 @torch.no_grad()  # keeps nothing for a backward(): less memory, and faster
 def report(model, step, train_batches, val_batches):
     """Prints the loss on batches of text that it learns from, and of text that it does not."""
-    known = sum(loss_of(model, x, y).item() for x, y in train_batches) / len(train_batches)
-    new = sum(loss_of(model, x, y).item() for x, y in val_batches) / len(val_batches)
-    bits = f"{new / math.log(2):.2f} bits a byte (stored plainly: 8)"
-    line = f"step {step}: training loss {known:.2f}, validation loss {new:.2f} nats = {bits}"
-    print(line, flush=True)
+    train_loss = sum(loss_of(model, x, y).item() for x, y in train_batches) / len(train_batches)
+    val_loss = sum(loss_of(model, x, y).item() for x, y in val_batches) / len(val_batches)
+    bits = f"{val_loss / math.log(2):.2f} bits a byte (stored plainly: 8)"
+    line = f"step {step}: training loss {train_loss:.2f}, validation loss {val_loss:.2f} nats"
+    print(f"{line} = {bits}", flush=True)
 
 
 @torch.no_grad()
 def write(model, prompt, count, temperature=0.8):
-    """The text of `prompt`, one byte at least, and of `count` bytes more.
+    """`prompt`, which has a byte at least, and `count` bytes written after it, as text.
 
     A `temperature` below 1, and above 0, makes what is likely likelier. For each byte the last
-    window is read anew; generate.py keeps what was read (a KV cache), and pick.py can leave out
-    what is unlikely.
+    window is read anew, its places counted from 0 again: only distances matter, see `rotate`.
+    generate.py keeps what was read (a KV cache), and pick.py can leave out what is unlikely.
     """
     tokens = torch.tensor([list(prompt)])  # (1, T)
     for _ in range(count):
@@ -203,30 +214,32 @@ def main(argv):
         text = b"".join(Path(file).read_bytes() for file in files)
     except OSError as error:
         parser.error(f"{error.filename} cannot be read ({error.strerror}): name a text file")
-    if len(text) < 20 * CONTEXT:  # of which the last tenth has to hold a window
+    if len(text) < 20 * CONTEXT:  # the last tenth of it has to hold a window and its targets
         parser.error(f"{len(text)} bytes of text are too few: give it {20 * CONTEXT} at least")
 
     torch.manual_seed(1)
-    text = torch.tensor(list(text))
-    cut = len(text) * 9 // 10  # it never learns from the end: what was read may be known by heart
-    train, val = text[:cut], text[cut:]
-    looked_at = [[batch_of(part) for _ in range(20)] for part in (train, val)]  # 20 batches of each
+    tokens = torch.tensor(list(text))
+    cut = len(tokens) * 9 // 10
+    train, val = tokens[:cut], tokens[cut:]  # what a model learned from, it may know by heart
+    train_batches = [batch_of(train) for _ in range(20)]  # the same for each report
+    val_batches = [batch_of(val) for _ in range(20)]
 
     model = GPT()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.9, 0.95))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes of text")
+    numbers = sum(p.numel() for p in model.parameters())
+    print(f"{numbers:,} parameters, {len(tokens):,} bytes of text")
     for step in range(STEPS):
         if step % 100 == 0:
-            report(model, step, *looked_at)
+            report(model, step, train_batches, val_batches)
         # large steps first, smaller and smaller ones to settle
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         loss_of(model, *batch_of(train)).backward()  # p.grad: how the loss would change with p
-        # moves each parameter p by about the rate, against the mean of its last ten or so p.grad
-        # (beta 0.9); by less where they disagree, as a mean of squares tells (0.95, of the last
-        # twenty): Adam, arXiv:1412.6980
+        # Adam (arXiv:1412.6980): m is the mean of the last ten or so p.grad (beta 0.9), v that of
+        # the last twenty or so squares (0.95), and p moves by -lr * m / sqrt(v): by the rate where
+        # these gradients agree, by less where they do not
         optimizer.step()
         optimizer.zero_grad()  # or the next gradient would be added to this one
-    report(model, STEPS, *looked_at)
+    report(model, STEPS, train_batches, val_batches)
     print(write(model, b"\n", 500))
 
 

@@ -35,10 +35,10 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float, final: flo
     `steps`) to `final`, in a line or as half a cosine. `warmup` below 1 is a fraction of `steps`.
 
     Why rise: Adam's moments rest on a few gradients at first, and large steps along such guesses do
-    harm that takes long to mend (arXiv:1908.03265). The small models of config/ bear it: by default
-    there is no rise. Why fall: at a constant rate the noise of the batches keeps the weights
-    bouncing between the walls of a valley; small steps reach its floor. Why hold between: a long
-    run is then a short one with more steps before the fall (arXiv:2405.18392).
+    harm that takes long to mend (arXiv:1908.03265). The small models of config/ do without it, as
+    is the default. Why fall: at a constant rate the noise of the batches keeps the weights bouncing
+    between the walls of a valley; small steps reach its floor. Why hold between: a long run is then
+    a short one with more steps before the fall (arXiv:2405.18392).
     """
     warmup = warmup if warmup >= 1 else warmup * steps
     if step < warmup:

@@ -13,8 +13,8 @@ COLDEST = 1e-6  # a temperature below this counts as 0, which nothing can be div
 def running_sums(
     logits: Tensor, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Of the k tokens that may be chosen: probabilities, each added to those before it, (B, k), and
-    ids (B, k), or None if those are 0, 1, 2, ..."""
+    """Cumulative probabilities (B, k) of the k tokens that may be chosen, and their ids (B, k), or
+    None if these are all V in order."""
     # 1. top-k: only the k likeliest, likeliest first (top-p needs that order too)
     ids = None
     if top_k or top_p < 1:
@@ -23,7 +23,7 @@ def running_sums(
 
     # 2. temperature: probabilities of 0.50 0.30 0.15 0.05 become 0.68 0.25 0.06 0.01 at 0.5, which
     #    is safer and duller, and 0.38 0.29 0.21 0.12 at 2, bolder and less coherent. (The maximum
-    #    goes first, which changes nothing: a small divisor makes numbers too large for e^x)
+    #    goes first: divided by a small number, large logits lose the digits they differ in)
     logits = logits - logits.amax(dim=-1, keepdim=True)
     probabilities = (logits / temperature).softmax(dim=-1)  # (B, k or V)
     # their sums, in float64 since there may be 200,000 small ones, and on the CPU, since not every
@@ -64,7 +64,9 @@ def pick(
 
     # 4. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
     #    between the second and the third, so the third token it is. A uniform number falls into an
-    #    interval as often as the interval is long, and that is the token's probability
+    #    interval as often as the interval is long, and that is the token's probability. (As
+    #    torch.multinomial, but that the number comes from outside: so a sample is the same on every
+    #    device, and whatever is drawn beside it)
     index = invert(cumulative, uniform).to(logits.device)  # (B, 1)
     return (index if ids is None else ids.gather(-1, index))[:, 0]
 

@@ -135,9 +135,9 @@ def read(prompt: str, tokenizer, limit: int, s: Settings) -> list[int]:
         room, fit = limit - min(s.max_tokens, limit // 4), f"leave room in the context of {limit}"
     if len(tokens) > room:
         print(f"the prompt has {len(tokens)} tokens; only its last {room} {fit}", file=sys.stderr)
-    return (
-        tokens if s.beam == 1 else tokens[-room:]
-    )  # generate cuts, too; guesses look further back
+    if s.beam == 1:  # `generate` cuts by itself, and guesses look further back
+        return tokens
+    return tokens[-room:]
 
 
 def new_tokens(model, tokenizer, tokens: list[int], s: Settings, draft=None) -> Iterator[list[int]]:

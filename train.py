@@ -7,7 +7,7 @@ A model learns from text by predicting each next token, and being corrected. At 
         x = tokens[None, start : start + T]           # (1, T)
         y = tokens[None, start + 1 : start + T + 1]   # (1, T): after each, the one that comes next
         loss = model(x, y)                            # how surprised the model is
-        loss.backward()                               # how each weight would change that: p.grad
+        loss.backward()                               # how it would change with each p: p.grad
         with torch.no_grad():
             for p in model.parameters():
                 p -= rate * p.grad                    # a small step downhill
@@ -83,6 +83,8 @@ def update(
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
+
+    and the rest is for several passes, several processes, and 16 bits.
 
     `exercise` is what the objective has made of this process's share of the batch: arrays such as
     the two above, and how many targets they hold. `scale.value` is 1 but for float16, see optim.py.
@@ -179,7 +181,7 @@ def train(s: "Settings", stop: Stop) -> int:
             if run.due(step, s.log_every) or step == 1:  # due every so many steps, and at the end
                 run.log(step, loss=loss, lr=s.lr * factor, grad_norm=norm)  # into metrics.jsonl
             if run.due(step, s.save_every) or run.urgent(step):
-                run.save(step)  # weights, optimizers' moments, settings; (seed, step) is all chance
+                run.save(step)  # weights and moments; all that is random follows from (seed, step)
             if run.due(step, s.eval_every) and not run.stopping:
                 run.evaluate(step)  # saves, and says the loss of held-out text: validate()
     if run.completed and here.rank == 0:
