@@ -237,6 +237,7 @@ class RecordedCache(KVCache):
             return
         if not hooked:
             forward = few_kernels(forward.__self__, self) or forward
+        self.forward = forward  # holds the memory that the graph knows
         with torch.cuda.device(device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

@@ -31,9 +31,8 @@ from shape import GPTConfig
 OURS = {"model", "engine.fast", "engine.inference", "engine.linear"}
 ROWS = 8  # texts at once up to which these kernels are used; more have tensor cores to fill
 BENDS = {gelu: "gelu", relu2: "relu2", F.silu: "silu"}
-ACROSS = 1024  # columns of a matrix that are read at once
-TILE = 8192  # and numbers, by the 128 threads of a program
-WARPS = 4
+WIDEST = 1 << 14  # numbers in a row of a matrix
+TILE = 8192  # numbers of a matrix that a program reads, all at once
 SPLIT = 128  # positions that a program of attention looks at
 
 
@@ -82,48 +81,31 @@ def product_kernel(
 ):  # fmt: skip
     """BN columns of Y (rows, N): the bend of norm(X) W^T + BIAS, times that of a gate, + REST."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    at = n.to(tl.int64)[:, None] * C
+    c = tl.arange(0, BC)
+    there = (n < N)[:, None] & (c < C)[None, :]
+    at = n.to(tl.int64)[:, None] * C + c[None, :]
+    w = tl.load(W + at, mask=there, other=0.0)  # before anything is waited for
+    if GATE is not None:
+        g = tl.load(GATE + at, mask=there, other=0.0)
     row = 0
     while row < rows:
-        mean = 0.0
-        scale = 1.0
+        x = values(X, LEFT, M, L, PLACE, row, c, C, D, SPLITS, SPAN)
         if NORM == "layer":
-            total = tl.zeros((BC,), tl.float32)
-            for start in range(0, C, BC):
-                c = start + tl.arange(0, BC)
-                total += values(X, LEFT, M, L, PLACE, row, c, C, D, SPLITS, SPAN)
-            mean = tl.sum(total, 0) / C
+            x = tl.where(c < C, x - tl.sum(x, 0) / C, 0.0)
         if NORM != "":
-            total = tl.zeros((BC,), tl.float32)
-            for start in range(0, C, BC):
-                c = start + tl.arange(0, BC)
-                x = values(X, LEFT, M, L, PLACE, row, c, C, D, SPLITS, SPAN)
-                x = tl.where(c < C, x - mean, 0.0)
-                total += x * x
-            scale = tl.rsqrt(tl.sum(total, 0) / C + eps)
-        y = tl.zeros((BN, BC), tl.float32)
-        g = tl.zeros((BN, BC), tl.float32)
-        for start in tl.static_range(0, C, BC):
-            c = start + tl.arange(0, BC)
-            there = (n < N)[:, None] & (c < C)[None, :]
-            w = tl.load(W + at + c[None, :], mask=there, other=0.0).to(tl.float32)
-            x = (values(X, LEFT, M, L, PLACE, row, c, C, D, SPLITS, SPAN) - mean) * scale
-            if SCALE is not None:
-                x *= tl.load(SCALE + c, mask=c < C, other=0.0).to(tl.float32)
-            if SHIFT is not None:
-                x += tl.load(SHIFT + c, mask=c < C, other=0.0).to(tl.float32)
-            x = x.to(W.dtype.element_ty).to(tl.float32)  # rounded as the book's
-            y += w * x[None, :]
-            if GATE is not None:
-                w = tl.load(GATE + at + c[None, :], mask=there, other=0.0).to(tl.float32)
-                g += w * x[None, :]
-        z = tl.sum(y, 1)
+            x *= tl.rsqrt(tl.sum(x * x, 0) / C + eps)
+        if SCALE is not None:
+            x *= tl.load(SCALE + c, mask=c < C, other=0.0).to(tl.float32)
+        if SHIFT is not None:
+            x += tl.load(SHIFT + c, mask=c < C, other=0.0).to(tl.float32)
+        x = x.to(W.dtype.element_ty).to(tl.float32)[None, :]  # rounded as the book's
+        z = tl.sum(w.to(tl.float32) * x, 1)
         if BIAS is not None:
             z += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)
         if GATE is None:
             z = bent(z, BEND)
         else:
-            b = tl.sum(g, 1)
+            b = tl.sum(g.to(tl.float32) * x, 1)
             if GATE_BIAS is not None:
                 b += tl.load(GATE_BIAS + n, mask=n < N, other=0.0).to(tl.float32)
             z *= bent(b, BEND)
@@ -244,7 +226,7 @@ class OneToken:
             or model.blocks[0].mlp.activation not in BENDS
         ):
             raise ValueError("no kernels for that shape")
-        self.model, self.config, self.cache = model, c, cache
+        self.model, self.config, self.place = model, c, None
         device, dtype, size = cache.k.device, cache.k.dtype, cache.k.size(3)
         self.span = max(SPLIT, triton.next_power_of_2(size) // 64)
         splits = triton.cdiv(size, self.span)
@@ -258,7 +240,7 @@ class OneToken:
         self.joined = [qkv(block.attn) for block in model.blocks]
 
     def __call__(self, tokens: Tensor, cache) -> Tensor:
-        model = self.model
+        model, self.place = self.model, cache.place
         x = model.wte(tokens)  # (rows, 1, C)
         if self.cos is None:
             x = x + model.wpe(cache.place)
@@ -279,7 +261,7 @@ class OneToken:
         _, k_scale, k_shift, _ = of(attn.k_norm)
         grid = len(k) * c.n_kv_head, self.top.size(2)
         attention_kernel[grid](
-            new, self.cos, self.sin, k, v, cache.place, self.values, self.top, self.whole,
+            new, self.cos, self.sin, k, v, self.place, self.values, self.top, self.whole,
             q_scale, q_shift, k_scale, k_shift, eps, c.head_dim**-0.5, k.stride(0), k.stride(1),
             self.top.size(2), H=c.n_head, K=c.n_kv_head, D=c.head_dim,
             HALF=triton.next_power_of_2(c.head_dim // 2), NORM=kind, SPAN=self.span,
@@ -291,23 +273,31 @@ def product(
     x, layer: nn.Module, norm: tuple = ("", None, None, 0.0), bend: str = "", gate=None,
     rest: Tensor | None = None, cap: float | None = None, out: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """The bend of norm(x) W^T + b, + rest, for x (rows, C) or what `attend` left: (rows, N)."""
+    """The bend of norm(x) W^T + b, + rest, for x (rows, C) or, of OneToken, what `attend` left:
+    (rows, N)."""
     weight, bias = matrix(layer)
     (N, C), (kind, scale, shift, eps) = weight.shape, norm
     left, D, splits, span = (None,) * 4, 1, 1, 1
-    rows = len(x) if isinstance(x, Tensor) else len(x.cache.lengths)
-    if not isinstance(x, Tensor):
-        left = x.values, x.top, x.whole, x.cache.place
-        x, D, splits, span = None, x.config.head_dim, x.top.size(2), x.span
+    if isinstance(x, Tensor):
+        rows = len(x)
+    else:
+        left = x.values, x.top, x.whole, x.place
+        rows, _, splits, D = x.values.shape
+        x, span = None, x.span
     y = torch.empty(rows, N, device=weight.device, dtype=out or weight.dtype)
-    across = min(ACROSS, triton.next_power_of_2(C))
-    down = max(4, min(TILE // across, triton.next_power_of_2(N) // 256))
+    across = triton.next_power_of_2(C)
+    down, warps = tiles(N, across)
     product_kernel[(triton.cdiv(N, down),)](
         x, *left, scale, shift, weight, bias, *(matrix(gate) if gate else (None, None)), rest, y,
         rows, N, eps, cap, splits, C=C, D=D, SPAN=span, NORM=kind, BEND=bend, BN=down, BC=across,
-        num_warps=WARPS,
+        num_warps=warps,
     )  # fmt: skip
     return y
+
+
+def tiles(N: int, across: int) -> tuple[int, int]:
+    """How many rows of a matrix a program reads, and with how many warps."""
+    return max(1, min(TILE // across, triton.next_power_of_2(N) // 256)), 4
 
 
 def matrix(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
