@@ -151,15 +151,20 @@ def records(device: torch.device, batch: int = 1) -> bool:
     return device.type == "cpu" and batch == 1
 
 
+WORTH_KERNELS = 512  # positions of a cache: kernels take a second, and on a new machine some six
+
+
 def few_kernels(model: GPT, cache: KVCache) -> Callable | None:
-    """What computes a step in fewer kernels, if there is any that agrees with the book."""
+    """What computes a step in fewer kernels, if there is any, and it agrees with the book."""
+    if cache.k.size(3) < WORTH_KERNELS:
+        return None
     try:
         from engine.one_token import OneToken, agrees
 
         return OneToken(model, cache) if agrees(model, cache) else None
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # no Triton here, a model that was changed, a shape that has none
+    except Exception:  # no Triton, a model that was changed, a shape that has none
         return None
 
 

@@ -1,17 +1,18 @@
 """The pass of one token through a model on a GPU, in five kernels a block, written in Triton.
 
-One token at a time, a product is a reading of its matrix, 1.2 MB in a microsecond or less; so what
-counts is how many kernels there are, and that each begins to read at once. Each of these does what
-stands around its product as well:
+For one token a product is a reading of its matrix, some MB in a microsecond or two, which is less
+than the time between two kernels; so what counts is how many there are, and that each begins to
+read at once. Each of these does also what stands around its product:
 
-    norm, wq wk wv           one kernel
-    norms and rotation of q and k, the cache, scores, softmax, values
-    the values put together, wo, + x
-    norm, up (and gate), the bend
-    down, + x
+    1. norm, queries, keys and values
+    2. norms and rotation of queries and keys, the cache, scores, softmax, values
+    3. what the programs of 2 have found, put together; wo; + x
+    4. norm, up, and the gate; the bend
+    5. down; + x
 
-Each of the many programs of a kernel computes the norm of the whole vector for itself, since it is
-small and near. All are recorded as one CUDA graph (`RecordedCache`, engine/inference.py).
+Each of the many programs of a kernel computes the norm of the whole vector for itself, since that
+is small and near. The kernels of a step are replayed as one CUDA graph (`RecordedCache` in
+engine/inference.py). docs/speed.md has the figures.
 """
 
 from dataclasses import replace
@@ -32,8 +33,9 @@ OURS = {"model", "engine.fast", "engine.inference", "engine.linear"}
 ROWS = 8  # texts at once up to which these kernels are used; more have tensor cores to fill
 BENDS = {gelu: "gelu", relu2: "relu2", F.silu: "silu"}
 WIDEST = 1 << 14  # numbers in a row of a matrix
-TILE = 8192  # numbers of a matrix that a program reads, all at once
-SPLIT = 128  # positions that a program of attention looks at
+TILE = 4096  # numbers of a matrix that a program reads, all at once; of a vocabulary's twice
+MANY = 1 << 14  # rows, as only a vocabulary has
+SPLIT = 128  # positions that a program of attention looks at, at least
 
 
 @triton.jit
@@ -151,11 +153,11 @@ def ready_head(
 def attention_kernel(
     QKV, COS, SIN, KEYS, VALUES, PLACE, LEFT, M, L, QS, QB, KS, KB, eps, scale, row_step, head_step,
     SPLITS, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    NORM: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr,
+    NORM: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The H / K heads of a row that share keys, over SPAN positions: values O (rows, H, SPLITS, D),
-    weighted by e^(score - M), and the sum L of these weights. The new key and value are stored by
-    the program whose positions hold their place."""
+    """The H / K heads of a row that share keys, over SPAN positions: LEFT (rows, H, SPLITS, D), the
+    values weighted by e^(score - M), and the sum L of these weights. The new key and value are
+    stored by the program whose positions hold their place."""
     row, kv, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
     place = tl.load(PLACE + row).to(tl.int32)
     first = split * SPAN
@@ -186,7 +188,7 @@ def attention_kernel(
         yb = tl.zeros((HALF,), tl.float32)
         start = first
         while start < tl.minimum(first + SPAN, place + 1):
-            s = start + tl.arange(0, TILE)
+            s = start + tl.arange(0, STEP)
             old = (s < place)[:, None] & here[None, :]
             new = (s == place)[:, None]
             tile = s[:, None] * D + i[None, :]
@@ -203,7 +205,7 @@ def attention_kernel(
             yb = yb * less + tl.sum(b.to(tl.float32) * p[:, None], 0)
             whole = whole * less + tl.sum(p, 0)
             top = larger
-            start += TILE
+            start += STEP
         at = (row * H + head) * SPLITS + split
         tl.store(M + at, top)
         tl.store(L + at, whole)
@@ -220,15 +222,12 @@ class OneToken:
         kinds = {type(m).__module__ for m in model.modules()}
         if not all(name in OURS or name.startswith("torch.nn.") for name in kinds):
             raise ValueError(f"a model of {kinds}")
-        if (
-            len(cache.lengths) > ROWS
-            or c.head_dim % 2
-            or model.blocks[0].mlp.activation not in BENDS
-        ):
+        known = model.blocks[0].mlp.activation in BENDS and c.head_dim % 2 == 0
+        if not known or len(cache.lengths) > ROWS or max(c.n_embd, c.mlp_dim) > WIDEST:
             raise ValueError("no kernels for that shape")
         self.model, self.config, self.place = model, c, None
         device, dtype, size = cache.k.device, cache.k.dtype, cache.k.size(3)
-        self.span = max(SPLIT, triton.next_power_of_2(size) // 64)
+        self.span = span(size)
         splits = triton.cdiv(size, self.span)
         shape = len(cache.lengths), c.n_head, splits
         self.values = torch.empty(*shape, c.head_dim, device=device)
@@ -265,7 +264,7 @@ class OneToken:
             q_scale, q_shift, k_scale, k_shift, eps, c.head_dim**-0.5, k.stride(0), k.stride(1),
             self.top.size(2), H=c.n_head, K=c.n_kv_head, D=c.head_dim,
             HALF=triton.next_power_of_2(c.head_dim // 2), NORM=kind, SPAN=self.span,
-            TILE=min(64, self.span),
+            STEP=min(64, self.span),
         )  # fmt: skip
 
 
@@ -277,27 +276,32 @@ def product(
     (rows, N)."""
     weight, bias = matrix(layer)
     (N, C), (kind, scale, shift, eps) = weight.shape, norm
-    left, D, splits, span = (None,) * 4, 1, 1, 1
+    left, D, splits, look = (None,) * 4, 1, 1, 1
     if isinstance(x, Tensor):
         rows = len(x)
     else:
         left = x.values, x.top, x.whole, x.place
         rows, _, splits, D = x.values.shape
-        x, span = None, x.span
+        x, look = None, x.span
     y = torch.empty(rows, N, device=weight.device, dtype=out or weight.dtype)
     across = triton.next_power_of_2(C)
     down, warps = tiles(N, across)
     product_kernel[(triton.cdiv(N, down),)](
         x, *left, scale, shift, weight, bias, *(matrix(gate) if gate else (None, None)), rest, y,
-        rows, N, eps, cap, splits, C=C, D=D, SPAN=span, NORM=kind, BEND=bend, BN=down, BC=across,
+        rows, N, eps, cap, splits, C=C, D=D, SPAN=look, NORM=kind, BEND=bend, BN=down, BC=across,
         num_warps=warps,
     )  # fmt: skip
     return y
 
 
 def tiles(N: int, across: int) -> tuple[int, int]:
-    """How many rows of a matrix a program reads, and with how many warps."""
-    return max(1, min(TILE // across, triton.next_power_of_2(N) // 256)), 4
+    """How many rows of a matrix of N a program reads, and with how many warps (of 32 threads)."""
+    return max(1, (2 * TILE if N >= MANY else TILE) // across), 8
+
+
+def span(size: int) -> int:
+    """How many positions a program of attention looks at, of a cache of `size`."""
+    return max(SPLIT, triton.next_power_of_2(size) // 64)
 
 
 def matrix(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -331,40 +335,40 @@ KNOWN: dict[str, bool] = {}  # what `agrees` has found
 
 def agrees(model: GPT, cache) -> bool:
     """Whether the kernels compute what the book does: with two blocks of this shape, made anew, for
-    tokens at the beginning and behind a border of `SPLIT` positions. As the parts of
-    engine/fast.py, they may be twice as far from float32 as the book in the model's type."""
-    device, dtype, size, rows = cache.k.device, cache.k.dtype, cache.k.size(3), len(cache.lengths)
-    key = f"{model.config} {device} {dtype} {size} {rows}"
+    a token at the beginning and one that a second program of attention has to look for. As the
+    parts of engine/fast.py, they may be twice as far from float32 as the book in that type is."""
+    device, dtype, rows = cache.k.device, cache.k.dtype, len(cache.lengths)
+    look = span(cache.k.size(3))
+    key = f"{model.config} {device} {dtype} {rows} {look}"
     if key not in KNOWN:
         with torch.inference_mode():
-            KNOWN[key] = error(model.config, device, dtype, size, rows) <= 1
+            KNOWN[key] = error(model.config, device, dtype, rows, look) <= 1
     return KNOWN[key]
 
 
 def error(
-    config: GPTConfig, device: torch.device, dtype: torch.dtype, size: int, rows: int
+    config: GPTConfig, device: torch.device, dtype: torch.dtype, rows: int, look: int
 ) -> float:
+    """How far the logits are from those of float32, in units of what is allowed."""
     c = replace(config, n_layer=2, vocab_size=min(config.vocab_size, 509), dropout=0.0)
     g = torch.Generator(device).manual_seed(0)
     book = GPT(c).to(device).eval()
     for p in book.parameters():
         mean, std = (0.0, 2 * p.size(-1) ** -0.5) if p.ndim > 1 else (1.0, 0.3)
         p.copy_(torch.empty(p.shape, device=device).normal_(mean, std, generator=g))
+    size = min(c.block_size, look + 10)
+    places = torch.tensor([(size - 1, min(3, size - 1))[row % 2] for row in range(rows)])
     tokens = torch.arange(rows, device=device)[:, None] * 7 % c.vocab_size  # (rows, 1)
-    places = torch.tensor([min(size - 1, (3, SPLIT + 9)[i % 2]) for i in range(rows)])
     found = []
-    for kind, fast in ((torch.float32, False), (dtype, False), (dtype, True)):
+    for kind, quick in ((torch.float32, False), (dtype, False), (dtype, True)):
         book.to(kind)
-        own = KVCache(c, rows, device, kind, size)
-        for z in (own.k, own.v):
+        cache = KVCache(c, rows, device, kind, size)
+        for z in (cache.k, cache.v):
             z.normal_(generator=g.manual_seed(1))
-        own.lengths.copy_(places)
-        if fast:
-            own.place = places[:, None].to(device)
-            logits = OneToken(book, own)(tokens, cache=own)
-        else:
-            logits = book(tokens, cache=own)
-        found.append(logits.float())
-    true, slow, fast = found
+        cache.lengths.copy_(places)
+        cache.place = places[:, None].to(device)
+        step = OneToken(book, cache) if quick else book
+        found.append(step(tokens, cache=cache).float())
+    true, slow, quick = found
     rounding = max(1e-4, 2 * torch.finfo(dtype).eps) * rms(true)
-    return rms(fast - true) / (2 * rms(slow - true) + rounding)
+    return rms(quick - true) / (2 * rms(slow - true) + rounding)

@@ -129,7 +129,7 @@ def test_the_head_is_that_of_the_book(dtype, reduction, smoothing, compiled, dev
 def test_one_token_in_few_kernels_has_the_logits_of_the_book(shape, rows, device, monkeypatch):
     from engine import one_token
 
-    monkeypatch.setattr(one_token, "SPLIT", 8)  # the tokens of a row in three programs
+    monkeypatch.setattr(one_token, "SPLIT", 8)  # so that two programs look at the last place
     monkeypatch.setattr(one_token, "tiles", lambda N, across: (16, 4))
     book = make(shape)
     cache = KVCache(book.config, rows, device)
