@@ -116,6 +116,7 @@ def test_blocks_that_compute_again_take_less_memory_and_give_the_same_bits(train
 
 def on(shape: str, recorded: bool, monkeypatch, dtype=torch.float32, rows: int = 1):
     monkeypatch.setattr(inference, "records", lambda device, batch=1: recorded)
+    monkeypatch.setattr(inference, "WORTH_KERNELS", 0)
     return ready(make(shape).to(CUDA, dtype), rows=rows)
 
 

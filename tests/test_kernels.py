@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, on_gpu
 from test_model import make
+from torch import nn
 
+from cache import KVCache
 from engine import fast, gradients
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
@@ -121,3 +123,33 @@ def test_the_head_is_that_of_the_book(dtype, reduction, smoothing, compiled, dev
     error = 1e-4 if dtype == torch.float32 else 0.02
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() <= error * a.norm()
+
+
+@pytest.mark.parametrize("shape, rows", [("modern", 1), ("grouped", 3), ("gpt2", 3), ("qwen2", 3)])
+def test_one_token_in_few_kernels_has_the_logits_of_the_book(shape, rows, device, monkeypatch):
+    from engine import one_token
+
+    monkeypatch.setattr(one_token, "SPLIT", 8)  # so that two programs look at the last place
+    monkeypatch.setattr(one_token, "tiles", lambda N, across: (16, 4))
+    book = make(shape)
+    cache = KVCache(book.config, rows, device)
+    assert one_token.agrees(book, cache)
+    monkeypatch.setattr(one_token, "KNOWN", {})
+    monkeypatch.setitem(one_token.BENDS, book.blocks[0].mlp.activation, "")  # a bend that is none
+    assert not one_token.agrees(book, cache)
+
+
+def test_a_model_that_was_changed_has_no_such_kernels(device):
+    from engine.one_token import OneToken
+
+    class Mine(nn.Linear):
+        pass
+
+    model = make("modern")
+    cache = KVCache(model.config, 1, device)
+    assert OneToken(model, cache)
+    for name, change in (("canon", make("canon")), ("layer", make("modern"))):
+        if name == "layer":
+            change.blocks[1].mlp.up = Mine(32, 128)
+        with pytest.raises(ValueError, match="a model of"):
+            OneToken(change, cache)
