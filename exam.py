@@ -296,10 +296,15 @@ def surprise(
     found: list[list[float]] = [[] for _ in prompts]
     each, T = len(choices[0]), max(len(ids) for some in choices for ids in some)
     most = LOGITS // (each * T * model.config.vocab_size)
-    for some in by_length(prompts, lambda n: min(most, EVAL_TOKENS // (each * (n + T)))):
-        both = [prompts[i] for i in some], [choices[i] for i in some]
-        for i, nats in zip(some, one_pass(model, tokenizer, *both).tolist(), strict=True):
-            found[i] = nats
+    whole = [ids + max(some, key=len) for ids, some in zip(prompts, choices, strict=True)]
+    done = 0
+    with Progress("scoring", len(prompts), unit=1, name=" prompts") as progress:
+        for some in by_length(whole, lambda n: min(most, EVAL_TOKENS // (each * n))):
+            both = [prompts[i] for i in some], [choices[i] for i in some]
+            for i, nats in zip(some, one_pass(model, tokenizer, *both).tolist(), strict=True):
+                found[i] = nats
+            done += len(some)
+            progress(done)
     return found
 
 
