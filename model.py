@@ -22,8 +22,8 @@ Settings, in shape.py, choose the parts; these combinations are published:
     modern    rotary; RMSNorm, also after the embedding and on queries and keys; ReLU^2; no biases;
               a head of its own; capped logits (karpathy/nanochat): the default
     Llama     rotary, RMSNorm with weights, SwiGLU, no biases, a head of its own (arXiv:2302.13971);
-              grouped heads in the largest of Llama 2 (arXiv:2307.09288) and all since Llama 3;
-              Qwen3 with a norm of queries and keys (arXiv:2505.09388)
+              grouped heads in the largest of Llama 2 (arXiv:2307.09288) and all since Llama 3
+    Qwen3     Llama's, with a norm of queries and keys (arXiv:2505.09388)
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary. In config/small.py B is
@@ -124,6 +124,8 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        embedded: Tensor | None = None,
+        smoothing: float = 0.0,
     ) -> Tensor:
         """Logits (B, T, V), or with `targets` (B, T) the cross-entropy in nats, mean or sum.
 
@@ -131,14 +133,14 @@ class GPT(nn.Module):
         pass over T tokens is T exercises in prediction. Targets of -100 do not count. With a
         `cache`, only the last position's logits: (B, 1, V), for they choose the next token.
         """
-        x = self.trunk(tokens, mask, positions, cache)
+        x = self.trunk(tokens, mask, positions, cache, embedded)
         if targets is None:
             return self.logits(x if cache is None else x[:, -1:])
-        return self.cross_entropy(x, targets, reduction)
+        return self.cross_entropy(x, targets, reduction, smoothing)
 
     def init_weights(self, seed: int) -> None:
-        """Draws all matrices on the CPU; they depend on `seed` alone. The `std` of each module
-        sets the size of its numbers: see the end of the file."""
+        """Draws the matrices of all modules that have a `std`, the size of their numbers: see the
+        end of the file. On the CPU; they depend on `seed` alone."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if hasattr(module, "std"):

@@ -1,16 +1,16 @@
 """A GPT on one page: python nutshell.py my_text.txt
 
 It reads a text, learns to guess each next byte of it, and writes; the model is not saved. It needs
-torch and nothing else, and computes on the CPU. Without a file it reads the modules at the top of
-Python's own library. Of tiny Shakespeare (1.1 MB) it learned for two and a half minutes on two
-shared cores, to a validation loss of about 1.75 nats.
+torch and nothing else, and computes on the CPU. Without a file it reads Python's own library, the
+modules of its main folder. Tiny Shakespeare (1.1 MB) took two and a half minutes of two shared
+cores, to a validation loss of about 1.75 nats.
 
     text      a row of bytes, numbers from 0 to 255: these are its tokens
     batch     some windows of it, cut out anywhere; at each place the next byte is the target
     GPT       generative pretrained Transformer: gives each of the 256 bytes a score for being the
               next one (logits); softmax makes probabilities p of them
     loss      how surprised it was by the byte that did come next: -ln p, in nats. 1.75 nats is as
-              unsure as among e^1.75 = 6 bytes equally likely; it begins at 256
+              unsure as among about six bytes (e^1.75) equally likely; it begins at 256
     step      every parameter is moved a little, in the direction that lowers the loss on this batch
               and the last few
     writing   a byte is drawn by its probability (made a little sharper: `temperature`) and
@@ -20,7 +20,8 @@ Shapes in comments: B = 16 windows of T = 64 bytes; C = 128 numbers (channels) f
 heads of D = C / H = 32 channels. The other files say more: better parts, and why; tokens that are
 pieces of words; runs that can be interrupted; speed. model.py has this network, too: with
 embed_norm=false, logit_cap=0 and the same weights its logits are equal, up to rounding
-(tests/test_nutshell.py). Only the first weights are drawn differently.
+(tests/test_nutshell.py). Only the first weights are drawn differently. train.py learns with Muon
+for the matrices (optim.py says why), a rate that holds before it falls, and on a GPU.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from torch import nn
 BATCH, CONTEXT = 16, 64  # B, windows in a batch; T, bytes in one: as far as it can look back
 WIDTH, HEADS, LAYERS = 128, 4, 4  # C, a multiple of 2 H; H; how many blocks
 STEPS = 1000  # how often it is corrected
-RATE = 4e-3  # the first learning rate, found by trying: large, as the model is small (else 1e-3)
+RATE = 4e-3  # the first learning rate, found by trying; a wider model wants less, 1e-3 or so
 
 
 # --- the network
@@ -60,13 +61,14 @@ def rotate(x):
     """Marks x (B, H, T, D), queries or keys, with its place; without that, attention would know
     which bytes there are, and not in which order (rotary positions, arXiv:2104.09864).
 
-    Channels i and i + D/2 are a point (a, b), which is turned about the origin by the angle f for
-    each place, f = 10000^(-i / (D/2)): like the hands of a clock. The fast ones tell neighbours
-    apart, the slow ones far places.
+    Channels i and i + D/2 are a point (a, b), which is turned about the origin, from each place to
+    the next by the angle f = 10000^(-i / (D/2)): like the hands of a clock. The fast ones tell
+    neighbours apart, the slow ones far places.
 
     A query at place m is turned by m f, a key at place n by n f. To turn both by the same angle
-    changes nothing in their dot product; so turn both back by m f: the query stands as it was, the
-    key is turned by (n - m) f. A score depends on q, k and how far apart they are, not on where.
+    changes nothing in their dot product. If both were turned back by m f, the query would stand as
+    it was and the key be turned by (n - m) f: so a score depends on q, k and how far apart they
+    are, not on where.
     """
     T, D = x.shape[-2:]
     angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(D // 2) / (D // 2))  # (T, D/2)
@@ -94,7 +96,7 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, T, HEADS, -1).transpose(1, 2)  # (B, H, T, D)
         k = self.wk(x).view(B, T, HEADS, -1).transpose(1, 2)
         v = self.wv(x).view(B, T, HEADS, -1).transpose(1, 2)
-        # normed: all are of length sqrt(D), so no score can run away while they grow
+        # normed to length sqrt(D): no score exceeds sqrt(D), however large wq and wk become
         q, k = rotate(norm(q)), rotate(norm(k))
         # two such vectors, taken at random, have a dot product of about sqrt(D) or -sqrt(D), as a
         # sum of D products of about 1 or -1. Undivided, most of the weight would lie on one place
@@ -147,7 +149,7 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.wte = nn.Embedding(256, WIDTH)  # for each byte C numbers, at first random, of size 1
+        self.wte = nn.Embedding(256, WIDTH)  # for each byte C numbers, at first random: about 1, -1
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.head = matrix(WIDTH, 256, zero=True)  # at first all logits are equal: ln 256 nats
 
@@ -161,14 +163,14 @@ class GPT(nn.Module):
 # --- learning and writing
 
 
-def batch_of(text):
+def batch_of(tokens):
     """Random windows x of a text, and their targets y: the same moved by one. Both (B, T).
 
-    Some of the text comes twice and some never; dataset.py deals all of it out, in random order.
+    Some of the text comes twice and some never; dataset.py deals windows out like cards.
     """
-    starts = torch.randint(len(text) - CONTEXT, (BATCH,)).tolist()
-    x = torch.stack([text[i : i + CONTEXT] for i in starts])
-    y = torch.stack([text[i + 1 : i + CONTEXT + 1] for i in starts])
+    starts = torch.randint(len(tokens) - CONTEXT, (BATCH,)).tolist()
+    x = torch.stack([tokens[i : i + CONTEXT] for i in starts])
+    y = torch.stack([tokens[i + 1 : i + CONTEXT + 1] for i in starts])
     return x, y
 
 
@@ -181,7 +183,8 @@ def loss_of(model, x, y):
 
 @torch.no_grad()  # keeps nothing for a backward(): less memory, and faster
 def report(model, step, train_batches, val_batches):
-    """Prints the loss on batches of text that it learns from, and of text that it does not."""
+    """Prints the loss on batches of text that it learns from, and of text that it does not: always
+    the same ones, so that two runs can be compared; of one, the second decimal is chance."""
     train_loss = sum(loss_of(model, x, y).item() for x, y in train_batches) / len(train_batches)
     val_loss = sum(loss_of(model, x, y).item() for x, y in val_batches) / len(val_batches)
     bits = f"{val_loss / math.log(2):.2f} bits a byte (stored plainly: 8)"
@@ -214,7 +217,7 @@ def main(argv):
         text = b"".join(Path(file).read_bytes() for file in files)
     except OSError as error:
         parser.error(f"{error.filename} cannot be read ({error.strerror}): name a text file")
-    if len(text) < 20 * CONTEXT:  # the last tenth of it has to hold a window and its targets
+    if len(text) < 20 * CONTEXT:  # the last tenth of it holds about two windows then
         parser.error(f"{len(text)} bytes of text are too few: give it {20 * CONTEXT} at least")
 
     torch.manual_seed(1)
@@ -235,8 +238,8 @@ def main(argv):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         loss_of(model, *batch_of(train)).backward()  # p.grad: how the loss would change with p
         # Adam (arXiv:1412.6980): m is the mean of the last ten or so p.grad (beta 0.9), v that of
-        # the last twenty or so squares (0.95), and p moves by -lr * m / sqrt(v): by the rate where
-        # these gradients agree, by less where they do not
+        # the last twenty or so squares (0.95), both corrected for beginning at 0; p moves by
+        # -lr * m / sqrt(v): by the rate where these gradients agree, by less where they do not
         optimizer.step()
         optimizer.zero_grad()  # or the next gradient would be added to this one
     report(model, STEPS, train_batches, val_batches)

@@ -11,7 +11,8 @@ At its plainest, from Python, that is
 
     model, tokenizer = load_model("out/small")                      # on the CPU, without dropout
     prompt = tokenizer.encode_prompt("def ")
-    tokens = [token for [token] in generate(model, prompt, 200)]    # lists of one: one sample
+    new = generate(model, prompt, 200, temperature=0.8)             # a list for each token,
+    tokens = [token[0] for token in new]                            # one entry for each sample
     print("def " + tokenizer.decode(tokens))                        # also beyond an end-of-text
 
 (this `generate` is that of generate.py, with faster parts in its model), and what follows is the

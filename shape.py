@@ -28,7 +28,7 @@ class GPTConfig:
         Qwen3 0.6B          28    1024      16          8     3072       40960      151936
 
     (Qwen3's head_dim is 128; Llama's and Qwen's mlp is swiglu.) Raises ValueError for a shape that
-    cannot be. What is 0 for "derived" is filled in.
+    cannot be. n_kv_head, head_dim and mlp_dim are computed where they are 0.
     """
 
     vocab_size: int  # that of the tokenizer; without a default it is no setting of the command line
@@ -49,7 +49,7 @@ class GPTConfig:
     norm_eps: NotNegative = 1e-6  # keeps norms from dividing by zero
     embed_norm: bool = True  # a norm after the embedding
     qk_norm: bool = True  # a norm of each query and key
-    mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # the bend in the MLP
+    mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # the non-linearity in the MLP
     bias: bool = False  # biases in linear layers and LayerNorm
     qkv_bias: bool = False  # biases of queries, keys and values alone (Qwen2)
     tied: bool = False  # the head is the embedding

@@ -13,8 +13,8 @@ A model learns from text by predicting each next token, and being corrected. At 
                 p -= rate * p.grad                    # a small step downhill
                 p.grad = None
 
-`update` is the inside of that loop, with a batch too large for memory, several processes and 16-bit
-numbers thought of; `train` is the loop, with all windows in random order, a rate that rises and
+`update` is the inside of that loop, also for batches too large for memory, for several processes
+and for 16-bit numbers; `train` is the loop, with all windows in random order, a rate that rises and
 falls (optim.py), and a log. Both speak of
 
     s           the settings below, as the command line has them
@@ -28,10 +28,11 @@ It runs as one process, or as several under torchrun, here on the eight GPUs of 
 
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 
-Interrupted, it continues where its newest checkpoint stands, when the same command is given again.
-To train on a text of your own, prepare it first (prepare.py). To change something: the network is
-model.py, the loss objectives/next_token.py, the optimizer `make_optimizers` and the rate
-`learning_rate` in optim.py; README.md has the table, and which test shows that the change works.
+Interrupted, it continues where its newest checkpoint stands, when the same command is given again:
+so after a change give --fresh, or another --out, or the old run goes on. To train on a text of your
+own, prepare it first (prepare.py). To change something: the network is model.py, the loss
+objectives/next_token.py, the optimizer `make_optimizers` and the rate `learning_rate` in optim.py;
+README.md has the table, and which test shows that the change works.
 """
 
 import math
@@ -109,7 +110,7 @@ def update(
     # passes of some windows: backward() adds to the p.grad that is there (gradient accumulation)
     for i in range(0, share, per_pass):
         machine.seed(s.seed, step, here.rank, i)  # of dropout: resumed alike, a run drops the same
-        # processes hold equal weights and learn from different windows (DDP). With the last pass
+        # processes hold equal weights and learn from different windows. With the last pass
         # their gradients are added up, not averaged, since each loss is divided by the targets of
         # all already: then all make the same update. They travel while that pass goes on, unless
         # the model is compiled
@@ -148,7 +149,8 @@ def update(
 def train(s: "Settings", stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status.
 
-    Steps are counted from 1, their batches from 0. Batch 999 is a function of the number and the
+    Steps are counted from 1, so that a step's number is that of updates done, and batches from 0,
+    as are arrays. Batch 999 is a function of the number and the
     seed, and needs no memory of those before: so a run that is resumed takes the same batches. A
     loss that is not finite ends the run with a message.
     """

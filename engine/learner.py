@@ -26,13 +26,14 @@ class Learner(nn.Module):
         self.gpt = gpt
         self.heads = nn.ModuleDict(objective.heads(gpt))
         self.objective = objective
-        self.autocast = nullcontext  # in which the loop calls it: Run.make_ready
+        self.autocast = nullcontext  # for objectives that write in between: see Run.make_ready
 
     def forward(self, *inputs) -> list[Tensor]:
         return self.objective.loss(self.gpt, self.heads, *inputs)
 
     def sums(self, *inputs) -> list[float]:
-        """The same of an evaluation, whose shapes are its own: without compiled kernels."""
+        """The same as numbers, for an evaluation: without what torch.compile has made, whose shapes
+        are those of training."""
         return [float(x) for x in self.forward(*inputs)]
 
     def by_name(self) -> dict[str, nn.Parameter]:

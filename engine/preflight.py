@@ -37,15 +37,15 @@ def read(Settings, argv: list[str]):
 def check(s) -> None:
     """Raises ValueError for settings that do not go together, before anything is loaded."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    rows = s.model.block_size * world
+    least = s.model.block_size * world  # tokens: a window for each process
     processes = f" and {world} processes" if world > 1 else ""
-    near = max(rows, s.batch_tokens // rows * rows)
+    near = max(least, s.batch_tokens // least * least)
     whole = f"a multiple of block_size={s.model.block_size}{processes}, such as {near}"
     begin = Path(s.init_from).resolve()
     itself = bool(s.init_from) and Path(s.out).resolve() in (begin, begin.parent)
     public = not all((Path(name) / "meta.json").exists() for name in s.data.split(","))
     another = f"another run than out={s.out!r}: choose another --out"
-    settings.require(s.batch_tokens % rows == 0, s, "batch_tokens", whole)
+    settings.require(s.batch_tokens % least == 0, s, "batch_tokens", whole)
     settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
     settings.require(s.show_batch <= s.steps, s, "show_batch", f"at most steps={s.steps}")
     settings.require(not itself, s, "init_from", another)
@@ -142,6 +142,8 @@ def compile_kernels(learner: "Learner", split: "Split", s, here: "Machine") -> N
 
 def new_model(s, data: "Dataset", here: "Machine") -> "GPT":
     """A model with random weights, or with those of the checkpoint `init_from` (fine-tuning)."""
+    import torch
+
     import lora
     from engine.adopt import adopt
     from model import GPT
@@ -158,6 +160,7 @@ def new_model(s, data: "Dataset", here: "Machine") -> "GPT":
         from engine import sharding
 
         return sharding.new_model(shape, s.seed, here)  # the same, of which each keeps its part
+    torch.manual_seed(s.seed)  # of layers that somebody adds, which draw their weights themselves
     model = GPT(shape)
     model.init_weights(s.seed)
     return model

@@ -326,7 +326,8 @@ class Run:
         if self.stopping:  # while the missing evaluation was made
             self.tell_stopped(self.step)
         elif done:
-            self.here.say(f"nothing to do: {self.s.out} has reached step {self.step}")
+            done = f"{self.s.out} has reached step {self.step}"
+            self.here.say(f"nothing to do: {done}; --fresh begins anew")
         if done:
             self.close()
         return done

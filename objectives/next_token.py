@@ -51,17 +51,12 @@ class Objective(Base):
 
     def loss(self, gpt, heads, tokens, targets, positions, mask):
         smoothing = self.own.label_smoothing if gpt.training else 0.0
-        # of rows about half is asked for, and the head is the largest product. Where kernels are
-        # compiled the shapes must not depend on the data
-        part_of_it = positions is not None and not gpt.wte.weight.is_cuda
-
-        def nats(embedded=None):
-            x = gpt.trunk(tokens, mask, positions, embedded=embedded)
-            asked = targets != IGNORE if part_of_it else ...
-            return gpt.cross_entropy(x[asked], targets[asked], "sum", smoothing)
-
+        more = dict(mask=mask, positions=positions, smoothing=smoothing)
         if self.own.adversarial and gpt.training:
             from robust import adversarial
 
+            def nats(embedded):
+                return gpt(tokens, targets, "sum", embedded=embedded, **more)
+
             return [adversarial(nats, gpt.wte(tokens), self.own.adversarial)]
-        return [nats()]
+        return [gpt(tokens, targets, "sum", **more)]

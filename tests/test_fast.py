@@ -130,7 +130,10 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         self.size = max(
-            [self.size, *(z.numel() for z in pytree.tree_leaves(found) if z is not None)]
+            [
+                self.size,
+                *(z.numel() for z in pytree.tree_leaves(found) if isinstance(z, torch.Tensor)),
+            ]
         )
         return found
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from engine.metrics import read_metrics
+from model import GPT, Block
 from objectives.next_token import Objective
 from optim import Muon
 
@@ -222,3 +223,28 @@ def test_weights_begin_with_the_published_spread(train, zero_init):
         else:
             expected = 1.0 if name == "wte.weight" else 1 / math.sqrt(w.size(1))
         assert w.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_what_is_learned_is_what_the_model_says_of_its_targets(train, monkeypatch):
+    """Whoever edits GPT.forward learns from what it returns then."""
+    first = column(train("as it is", *STILL, "--steps=1", "--warmup=0"), "loss")[0]
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *args, **more: 2 * forward(*args, **more))
+    twice = column(train("twice", *STILL, "--steps=1", "--warmup=0"), "loss")[0]
+    assert twice == pytest.approx(2 * first)
+
+
+def test_layers_of_your_own_are_drawn_by_the_seed(train, monkeypatch):
+    class Mine(Block):
+        def __init__(self, config, layer):
+            super().__init__(config, layer)
+            self.mine = torch.nn.Linear(config.n_embd, 3)
+
+    monkeypatch.setattr("model.Block", Mine)
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(len(found) + 1)
+        run = train(name, *STILL, "--steps=1", "--warmup=0", "--weight_decay=0", f"--seed={seed}")
+        weights = load_file(run / "step-00000001" / "model.safetensors")
+        found.append(weights["blocks.0.mine.weight"])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
