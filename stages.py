@@ -136,8 +136,10 @@ def train(
 def decode(s, dtype: str, samples: int = 1, context: int = 1, quantize: str = "") -> dict:
     import torch
 
+    from engine import inference
     from generate import generate
 
+    inference.WORTH_KERNELS = 0  # those of a GPU, as after many tokens
     # one row at a time waits for memory and not for products, whatever their type
     here = machine_for(dtype, products=samples > 1)
     model = writer(s, here, our_model(s), samples, quantize)

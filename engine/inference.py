@@ -151,23 +151,7 @@ def records(device: torch.device, batch: int = 1) -> bool:
     return device.type == "cpu" and batch == 1
 
 
-WORTH_KERNELS = 512  # positions of a cache: kernels take a second, and on a new machine some six
-
-
-def few_kernels(model: GPT, cache: KVCache) -> Callable | None:
-    """What computes a step in fewer kernels, if there is any, and it agrees with the book."""
-    if cache.k.size(3) < WORTH_KERNELS:
-        return None
-    try:
-        from engine.one_token import OneToken, agrees
-
-        return OneToken(model, cache) if agrees(model, cache) else None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # no Triton, a model that was changed, a shape that has none
-        return None
-
-
+WORTH_KERNELS = 512  # tokens of a process after which these pay: to find them takes 0.2 to 7 s
 SPAN = 128  # positions by which attention grows on a CPU, where a step is then recorded anew
 PATIENCE = 16  # tokens without, on a CPU: recording takes as long as it saves in some twenty
 
@@ -188,6 +172,7 @@ class RecordedCache(KVCache):
     span = 0  # positions that a step attends to
     waited = 0  # tokens since a recording became possible
     fit = True  # whether Python decides nothing in a step
+    written = 0  # tokens on a GPU, by all caches of this process
 
     def ready(self) -> bool:
         """Whether the next token is worth, and can be, a recorded step."""
@@ -210,7 +195,7 @@ class RecordedCache(KVCache):
         if longest == size:
             raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
         span = size if self.k.is_cuda or self.whole else min(size, longest // SPAN * SPAN + SPAN)
-        how = span, torch.get_num_threads()
+        how = span, torch.get_num_threads(), RecordedCache.written >= WORTH_KERNELS
         if self.recorded is not self.k or self.how != how:  # or before `take` had other rows
             self.how, self.span = how, span
             self.record(forward, tokens)
@@ -221,6 +206,7 @@ class RecordedCache(KVCache):
         else:
             self.logits = self.run(forward)
         self.lengths += 1
+        RecordedCache.written += self.k.is_cuda
         return self.logits
 
     def record(self, forward, tokens: Tensor) -> None:
@@ -240,10 +226,10 @@ class RecordedCache(KVCache):
                 self.fit = False
         if device.type != "cuda":
             return
-        if not hooked:
-            forward = few_kernels(forward.__self__, self) or forward
-        self.forward = forward  # holds the memory that the graph knows
         with torch.cuda.device(device):
+            if self.how[-1] and not hooked:
+                forward = self.few_kernels(forward) or forward
+            self.forward = forward  # holds the memory that the graph knows
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -254,6 +240,22 @@ class RecordedCache(KVCache):
             with torch.cuda.graph(graph, stream=side):
                 self.logits = self.run(forward)
             self.replay = graph.replay
+
+    def few_kernels(self, forward) -> Callable | None:
+        """What computes a step in fewer kernels (engine/one_token.py), if it agrees with the book
+        for this shape, and, roughly, with `forward` for this very token."""
+        model = forward.__self__
+        if not all(isinstance(block.attn, fast.FastAttention) for block in model.blocks):
+            return None  # attention was changed
+        try:
+            from engine.one_token import OneToken, agrees
+
+            step = OneToken(model, self)
+            if agrees(model.config, self):
+                true, found = self.run(forward), self.run(step)
+                return step if (found - true).norm() <= 0.1 * true.norm() else None
+        except Exception:  # no Triton, a model or a shape that has no such kernels, no memory
+            return None
 
     def run(self, forward) -> Tensor:
         lengths, self.running = self.lengths.clone(), True

@@ -1,8 +1,8 @@
 """The pass of one token through a model on a GPU, in five kernels a block, written in Triton.
 
-For one token a product is a reading of its matrix, some MB in a microsecond or two, which is less
-than the time between two kernels; so what counts is how many there are, and that each begins to
-read at once. Each of these does also what stands around its product:
+For one token a product is a reading of its matrix, a few MB in a few microseconds, and what stands
+around it takes a kernel or several of about as long each; so what counts is how many there are, and
+that each begins to read at once. Each of these does also what stands around its product:
 
     1. norm, queries, keys and values
     2. norms and rotation of queries and keys, the cache, scores, softmax, values
@@ -15,6 +15,7 @@ is small and near. The kernels of a step are replayed as one CUDA graph (`Record
 engine/inference.py). docs/speed.md has the figures.
 """
 
+import re
 from dataclasses import replace
 
 import torch
@@ -167,8 +168,9 @@ def attention_kernel(
     here = i < D // 2
     QKV += row * (H + 2 * K) * D
     kind = KEYS.dtype.element_ty
-    KEYS += row.to(tl.int64) * row_step + kv * head_step
-    VALUES += row.to(tl.int64) * row_step + kv * head_step
+    begin = row.to(tl.int64) * row_step + kv.to(tl.int64) * head_step
+    KEYS += begin
+    VALUES += begin
     ka, kb = ready_head(QKV + (H + kv) * D, COS, SIN, place, KS, KB, eps, i, D, NORM)
     ka, kb = ka.to(kind), kb.to(kind)
     va = tl.load(QKV + (H + K + kv) * D + i, mask=here, other=0.0).to(kind)
@@ -178,7 +180,7 @@ def attention_kernel(
         tl.store(KEYS + place * D + D // 2 + i, kb, mask=here)
         tl.store(VALUES + place * D + i, va, mask=here)
         tl.store(VALUES + place * D + D // 2 + i, vb, mask=here)
-    for g in tl.static_range(H // K):
+    for g in range(H // K):  # not unrolled: to compile 32 copies takes minutes
         head = kv * (H // K) + g
         qa, qb = ready_head(QKV + head * D, COS, SIN, place, QS, QB, eps, i, D, NORM)
         qa, qb = qa.to(kind).to(tl.float32) * scale, qb.to(kind).to(tl.float32) * scale
@@ -220,10 +222,11 @@ class OneToken:
     def __init__(self, model: GPT, cache):
         c = model.config
         kinds = {type(m).__module__ for m in model.modules()}
-        if not all(name in OURS or name.startswith("torch.nn.") for name in kinds):
-            raise ValueError(f"a model of {kinds}")
-        known = model.blocks[0].mlp.activation in BENDS and c.head_dim % 2 == 0
-        if not known or len(cache.lengths) > ROWS or max(c.n_embd, c.mlp_dim) > WIDEST:
+        ours = all(name in OURS or name.startswith("torch.nn.") for name in kinds)
+        if not ours or any("forward" in vars(m) for m in model.modules()):
+            raise ValueError(f"a model of {kinds}, or one that was changed")
+        widest = max(c.n_embd, c.mlp_dim, c.n_head * c.head_dim)
+        if len(cache.lengths) > ROWS or c.head_dim % 2 or widest > WIDEST:
             raise ValueError("no kernels for that shape")
         self.model, self.config, self.place = model, c, None
         device, dtype, size = cache.k.device, cache.k.dtype, cache.k.size(3)
@@ -250,7 +253,7 @@ class OneToken:
             x = product(self, attn.wo, rest=x)
             y = product(x, mlp.up, of(block.mlp_norm), BENDS[mlp.activation], mlp.gate)
             x = product(y, mlp.down, rest=x)
-        cap = model.config.logit_cap or None
+        cap = model.head.cap or None
         return product(x, head(model), of(model.norm), cap=cap, out=torch.float32)[:, None]
 
     def attend(self, attn: Attention, new: Tensor, cache) -> None:
@@ -272,8 +275,8 @@ def product(
     x, layer: nn.Module, norm: tuple = ("", None, None, 0.0), bend: str = "", gate=None,
     rest: Tensor | None = None, cap: float | None = None, out: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """The bend of norm(x) W^T + b, + rest, for x (rows, C) or, of OneToken, what `attend` left:
-    (rows, N)."""
+    """The bend of norm(x) W^T + b, + rest, (rows, N), for x (rows, C), or for OneToken, of which it
+    takes what `attend` left."""
     weight, bias = matrix(layer)
     (N, C), (kind, scale, shift, eps) = weight.shape, norm
     left, D, splits, look = (None,) * 4, 1, 1, 1
@@ -286,8 +289,9 @@ def product(
     y = torch.empty(rows, N, device=weight.device, dtype=out or weight.dtype)
     across = triton.next_power_of_2(C)
     down, warps = tiles(N, across)
+    second = (None, None) if gate is None else matrix(gate)
     product_kernel[(triton.cdiv(N, down),)](
-        x, *left, scale, shift, weight, bias, *(matrix(gate) if gate else (None, None)), rest, y,
+        x, *left, scale, shift, weight, bias, *second, rest, y,
         rows, N, eps, cap, splits, C=C, D=D, SPAN=look, NORM=kind, BEND=bend, BN=down, BC=across,
         num_warps=warps,
     )  # fmt: skip
@@ -318,9 +322,10 @@ def qkv(attn: Attention) -> PlainLinear:
 
 
 def head(model: GPT) -> PlainLinear:
-    ready = getattr(model.head, "layer", None)
+    if hasattr(model.head, "layer"):
+        return model.head.layer
     own = model.wte.weight if model.head.weight is None else model.head.weight
-    return ready or PlainLinear(own, None)
+    return PlainLinear(own, None)
 
 
 def of(norm: nn.Module) -> tuple:
@@ -333,42 +338,54 @@ def of(norm: nn.Module) -> tuple:
 KNOWN: dict[str, bool] = {}  # what `agrees` has found
 
 
-def agrees(model: GPT, cache) -> bool:
-    """Whether the kernels compute what the book does: with two blocks of this shape, made anew, for
-    a token at the beginning and one that a second program of attention has to look for. As the
-    parts of engine/fast.py, they may be twice as far from float32 as the book in that type is."""
+def agrees(config: GPTConfig, cache) -> bool:
+    """Whether the kernels compute what the book does for a model of this shape and a cache like
+    this one. As the parts of engine/fast.py, they may be twice as far from float32 as the book is
+    in the type of the model."""
     device, dtype, rows = cache.k.device, cache.k.dtype, len(cache.lengths)
     look = span(cache.k.size(3))
-    key = f"{model.config} {device} {dtype} {rows} {look}"
+    key = f"{config} {device} {dtype} {rows} {look}"
     if key not in KNOWN:
+        KNOWN[key] = False  # also if it fails
         with torch.inference_mode():
-            KNOWN[key] = error(model.config, device, dtype, rows, look) <= 1
+            KNOWN[key] = error(config, device, dtype, rows, look) <= 1
     return KNOWN[key]
 
 
 def error(
     config: GPTConfig, device: torch.device, dtype: torch.dtype, rows: int, look: int
 ) -> float:
-    """How far the logits are from those of float32, in units of what is allowed."""
-    c = replace(config, n_layer=2, vocab_size=min(config.vocab_size, 509), dropout=0.0)
+    """How far the logits are from those of float32, in units of what is allowed.
+
+    All layers, with the weights of one, read two tokens: at the beginning, and where a second
+    program of attention has to look. The second token sees what the first has left in the cache.
+    """
+    c = replace(config, vocab_size=min(config.vocab_size, 509), dropout=0.0)
     g = torch.Generator(device).manual_seed(0)
-    book = GPT(c).to(device).eval()
-    for p in book.parameters():
-        mean, std = (0.0, 2 * p.size(-1) ** -0.5) if p.ndim > 1 else (1.0, 0.3)
-        p.copy_(torch.empty(p.shape, device=device).normal_(mean, std, generator=g))
+    with torch.device("meta"):
+        book = GPT(c).eval()
+    alike = {name: re.sub(r"^blocks\.\d+", "blocks.0", name) for name in book.state_dict()}
+    weights = {}
+    for name, p in book.state_dict().items():
+        if alike[name] == name:
+            mean, std = (0.0, 2 * p.size(-1) ** -0.5) if p.ndim > 1 else (1.0, 0.3)
+            weights[name] = torch.empty(p.shape, device=device).normal_(mean, std, generator=g)
     size = min(c.block_size, look + 10)
-    places = torch.tensor([(size - 1, min(3, size - 1))[row % 2] for row in range(rows)])
+    places = torch.tensor([(size - 2, min(3, size - 2))[row % 2] for row in range(rows)])
     tokens = torch.arange(rows, device=device)[:, None] * 7 % c.vocab_size  # (rows, 1)
     found = []
     for kind, quick in ((torch.float32, False), (dtype, False), (dtype, True)):
-        book.to(kind)
+        cast = {name: p.to(kind) for name, p in weights.items()}
+        book.load_state_dict({name: cast[one] for name, one in alike.items()}, assign=True)
         cache = KVCache(c, rows, device, kind, size)
         for z in (cache.k, cache.v):
-            z.normal_(generator=g.manual_seed(1))
-        cache.lengths.copy_(places)
-        cache.place = places[:, None].to(device)
+            z.copy_(torch.empty(z.shape, device=device).normal_(generator=g.manual_seed(1)))
         step = OneToken(book, cache) if quick else book
-        found.append(step(tokens, cache=cache).float())
+        for at in (places, places + 1):
+            cache.lengths.copy_(at)
+            cache.place = at[:, None].to(device)
+            logits = step(tokens, cache=cache).float()
+        found.append(logits)
     true, slow, quick = found
     rounding = max(1e-4, 2 * torch.finfo(dtype).eps) * rms(true)
     return rms(quick - true) / (2 * rms(slow - true) + rounding)

@@ -116,7 +116,7 @@ def test_blocks_that_compute_again_take_less_memory_and_give_the_same_bits(train
 
 def on(shape: str, recorded: bool, monkeypatch, dtype=torch.float32, rows: int = 1):
     monkeypatch.setattr(inference, "records", lambda device, batch=1: recorded)
-    monkeypatch.setattr(inference, "WORTH_KERNELS", 0)
+    monkeypatch.setattr(inference, "WORTH_KERNELS", 0)  # at once
     return ready(make(shape).to(CUDA, dtype), rows=rows)
 
 
@@ -134,6 +134,8 @@ def test_a_recorded_step_has_the_logits_of_the_book_on_a_cpu(shape, dtype, error
             expected = plain(x[:, i : i + 1], cache=growing)
             assert (step - expected).norm() < error * expected.norm()
     assert cache.replay is not None
+    if dtype == torch.float32 and shape in ("modern", "grouped", "gpt2", "llama", "qwen2"):
+        assert type(cache.forward).__name__ == "OneToken"
 
 
 @pytest.mark.parametrize("length, rows", [(1, 3), (3, 1), (40, 3)])

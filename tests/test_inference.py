@@ -253,10 +253,3 @@ def test_bfloat16_is_widened_where_it_would_be_emulated(monkeypatch):
         model = ready(model)
         assert model.blocks[0].attn_norm(torch.ones(1, 32)).dtype == torch.float32
         assert (model(x) - rounded).norm() < 0.02 * plain(x).norm()
-
-
-def test_without_kernels_a_step_is_what_it_was(monkeypatch):
-    """On a machine without Triton, or without a GPU."""
-    monkeypatch.setattr(inference, "WORTH_KERNELS", 0)
-    model = make("modern")
-    assert inference.few_kernels(model, model.new_cache()) is None

@@ -1,6 +1,6 @@
-"""The loss behind the head in kernels of our own: on a GPU (`pytest --device=cuda`), and elsewhere
-by Triton's interpreter, where Triton is: in a process of its own, since it looks once whether to
-interpret."""
+"""The loss behind the head, and the pass of one token, in kernels of our own: on a GPU (`pytest
+--device=cuda`), and elsewhere by Triton's interpreter, where Triton is: in a process of its own,
+since it looks once whether to interpret."""
 
 import importlib.util
 import os
@@ -131,25 +131,58 @@ def test_one_token_in_few_kernels_has_the_logits_of_the_book(shape, rows, device
 
     monkeypatch.setattr(one_token, "SPLIT", 8)  # so that two programs look at the last place
     monkeypatch.setattr(one_token, "tiles", lambda N, across: (16, 4))
-    book = make(shape)
-    cache = KVCache(book.config, rows, device)
-    assert one_token.agrees(book, cache)
+    for kind in (torch.float32, torch.bfloat16)[: 1 + (shape == "qwen2")]:
+        monkeypatch.setattr(one_token, "KNOWN", {})
+        cache = KVCache(make(shape).config, rows, device, kind)
+        assert one_token.agrees(make(shape).config, cache)
+
+
+@pytest.mark.parametrize("what", ["bend", "layer", "block", "stored"])
+def test_whoever_changes_the_book_is_obeyed_where_there_are_kernels(what, device, monkeypatch):
+    import model as book
+    from engine import one_token
+
+    monkeypatch.setattr(one_token, "SPLIT", 8)
+    monkeypatch.setattr(one_token, "tiles", lambda N, across: (16, 4))
     monkeypatch.setattr(one_token, "KNOWN", {})
-    monkeypatch.setitem(one_token.BENDS, book.blocks[0].mlp.activation, "")  # a bend that is none
-    assert not one_token.agrees(book, cache)
+    forward, config = book.Attention.forward, make("modern").config
+    if what == "bend":
+        monkeypatch.setitem(one_token.BENDS, book.relu2, "gelu")
+    elif what == "layer":
+        unturned = lambda self, x, rope, *more: forward(  # noqa: E731
+            self, x, None if self.layer == 2 else rope, *more
+        )
+        monkeypatch.setattr(book.Attention, "forward", unturned)
+    elif what == "block":
+        beside = lambda b, x, *more: (  # noqa: E731
+            x + b.attn(b.attn_norm(x), *more) + b.mlp(b.mlp_norm(x))
+        )
+        monkeypatch.setattr(book.Block, "forward", beside)
+    else:  # the cache is not what the kernels have left: as if they had stored nothing
+        attend = one_token.OneToken.attend
+
+        def forgetful(self, attn, new, cache):
+            before = cache.k.clone()
+            attend(self, attn, new, cache)
+            cache.k.copy_(before)
+
+        monkeypatch.setattr(one_token.OneToken, "attend", forgetful)
+    assert not one_token.agrees(config, KVCache(config, 1, device))
 
 
-def test_a_model_that_was_changed_has_no_such_kernels(device):
+def test_a_model_of_another_kind_has_no_such_kernels(device):
     from engine.one_token import OneToken
 
     class Mine(nn.Linear):
         pass
 
-    model = make("modern")
-    cache = KVCache(model.config, 1, device)
-    assert OneToken(model, cache)
-    for name, change in (("canon", make("canon")), ("layer", make("modern"))):
-        if name == "layer":
-            change.blocks[1].mlp.up = Mine(32, 128)
+    cache = KVCache(make("modern").config, 1, device)
+    OneToken(make("modern"), cache)  # raises nothing
+    changed = [make("canon"), make("modern"), make("modern")]
+    changed[1].blocks[1].mlp.up = Mine(32, 128)
+    changed[2].blocks[1].mlp.forward = lambda x: x
+    for model in changed:
         with pytest.raises(ValueError, match="a model of"):
-            OneToken(change, cache)
+            OneToken(model, cache)
+    with pytest.raises(ValueError, match="no kernels for that shape"):
+        OneToken(make("modern"), KVCache(make("modern").config, 9, device))
