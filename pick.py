@@ -10,6 +10,36 @@ from torch import Tensor
 COLDEST = 1e-6  # a temperature below this counts as 0, which nothing can be divided by
 
 
+def pick(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """A token (B,) for each row of logits (B, V), by one number in [0, 1) a row, uniform (B,).
+
+    The numbers are float64 on the CPU, the tokens stand where the logits do. Raises ValueError if
+    the logits are not finite. To sample in another way, write a function like this one, which may
+    call `invert` as well, and hand it to `generate` or `answers` with its own settings by name.
+    That of exercise 8.a in docs/learn/08.md: generate(model, prompt, 100, pick=min_p, p=0.1). Ids
+    that must never be picked come with -inf; a temperature of 0 it has to handle itself.
+    """
+    require_finite(logits)
+
+    # 0. greedy: the likeliest token. It soon repeats itself, since nothing is likelier behind a
+    # sentence that stands there twice than to stand there again (arXiv:1904.09751, figure 4)
+    if temperature < COLDEST:
+        return logits.argmax(dim=-1)
+
+    # 1 to 3, below: top-k, temperature, top-p, and sums of probabilities
+    cumulative, ids = running_sums(logits, temperature, top_k, top_p)
+
+    # 4. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
+    #    between the second and the third, so the third token it is. A uniform number falls into an
+    #    interval as often as the interval is long, and that is the token's probability. (As
+    #    torch.multinomial, but that the number comes from outside: so a sample is the same on every
+    #    device, and whatever is drawn beside it)
+    index = invert(cumulative, uniform).to(logits.device)  # (B, 1)
+    return (index if ids is None else ids.gather(-1, index))[:, 0]
+
+
 def running_sums(
     logits: Tensor, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -40,35 +70,6 @@ def running_sums(
         last = (cumulative < top_p).sum(dim=-1, keepdim=True).clamp(max=most)
         cumulative = cumulative.minimum(cumulative.gather(-1, last))  # nothing behind it
     return cumulative, ids
-
-
-def pick(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
-    """A token (B,) for each row of logits (B, V), by one number in [0, 1) a row, uniform (B,).
-
-    The numbers are float64 on the CPU, the tokens stand where the logits do. Raises ValueError if
-    the logits are not finite. To sample in another way, write a function like this one, which may
-    call `invert` as well, and hand it to `generate` or `answers` with its own settings by name.
-    That of exercise 8.a in docs/learn/08.md: generate(model, prompt, 100, pick=min_p, p=0.1). Ids
-    that must never be picked come with -inf; a temperature of 0 it has to handle itself.
-    """
-    require_finite(logits)
-
-    # greedy: the likeliest token. It soon repeats itself, since nothing is likelier behind a
-    # sentence that stands there twice than to stand there again (arXiv:1904.09751, figure 4)
-    if temperature < COLDEST:
-        return logits.argmax(dim=-1)
-
-    cumulative, ids = running_sums(logits, temperature, top_k, top_p)  # 1 to 3
-
-    # 4. inversion: for 0.50 0.30 0.15 0.05 the sums are 0.50 0.80 0.95 1; the number 0.87 lies
-    #    between the second and the third, so the third token it is. A uniform number falls into an
-    #    interval as often as the interval is long, and that is the token's probability. (As
-    #    torch.multinomial, but that the number comes from outside: so a sample is the same on every
-    #    device, and whatever is drawn beside it)
-    index = invert(cumulative, uniform).to(logits.device)  # (B, 1)
-    return (index if ids is None else ids.gather(-1, index))[:, 0]
 
 
 def invert(cumulative: Tensor, uniform: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def train(s: "Settings", stop: Stop) -> int:
             batch = split.batch(step - 1, B, T, s.seed, here.rank, here.world)
             for exercise in objective.exercises(batch, learner):  # one, as a rule
                 loss, norm = update(learner, optimizers, scale, exercise, step, s, here)
-            run.count(step)  # the time it took, and whether a signal asks to stop
+            run.count(step)  # the time it took; by s.minutes it may set s.steps; signals to stop
             if run.due(step, s.log_every) or step == 1:  # due every so many steps, and at the end
                 run.log(step, loss=loss, lr=s.lr * factor, grad_norm=norm)  # into metrics.jsonl
             if run.due(step, s.save_every) or run.urgent(step):
