@@ -29,10 +29,10 @@ Shapes in comments: B batch, T time (positions in this call), S positions attend
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary. In config/small.py B is
 12, T 128, C 128, H and K 4, D 32, V 2048.
 
-What stands here is what is computed. Faster forms of most modules (engine/fast.py) may take their
-places, each only if, when a run starts, it gives the same numbers and gradients for random weights;
-with --fast=false none does. So change this file, and your lines run. To see whether it still is a
-GPT:
+This file says what is computed. Faster forms of most modules (engine/fast.py) take their places,
+each only if, when a run starts, it gives the same numbers and gradients for random weights: so a
+change of the numbers here is obeyed. For prints, breakpoints and the like give --fast=false, with
+which no other form is used. To see whether it still is a GPT:
 
     python -m pytest tests/test_model.py -k "later or cached"
 
@@ -245,7 +245,7 @@ class Norm(nn.Module):
     """x / sqrt(mean(x^2) + eps) over the last dimension: RMSNorm (arXiv:1910.07467).
 
     LayerNorm (arXiv:1607.06450) takes away the mean first. Whatever the layers before have added
-    up to, the next one gets vectors of the same length.
+    up to, the next one gets vectors of the same length (times a learned weight, if there is one).
     """
 
     def __init__(self, dim: int, config: GPTConfig):

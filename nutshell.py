@@ -10,9 +10,10 @@ cores, to a validation loss of about 1.75 nats.
     GPT       generative pretrained Transformer: gives each of the 256 bytes a score for being the
               next one (logits); softmax makes probabilities p of them
     loss      how surprised it was by the byte that did come next: -ln p, in nats. 1.75 nats is as
-              unsure as among about six bytes (e^1.75) equally likely; it begins at 256
-    step      every parameter is moved a little, in the direction that lowers the loss on this batch
-              and the last few
+              unsure as among six bytes (e^1.75) equally likely; it begins at ln 256 = 5.55
+    step      every parameter is moved a little, in a direction that should lower the loss, by this
+              batch and the last few
+    place     a position in the window, from 0 to T - 1
     writing   a byte is drawn by its probability (made a little sharper: `temperature`) and
               appended, and the GPT is asked again
 
@@ -36,7 +37,7 @@ from torch import nn
 
 BATCH, CONTEXT = 16, 64  # B, windows in a batch; T, bytes in one: as far as it can look back
 WIDTH, HEADS, LAYERS = 128, 4, 4  # C, a multiple of 2 H; H; how many blocks
-STEPS = 1000  # how often it is corrected
+STEPS = 1000  # how often it is corrected: 1.0 million bytes are read, tiny Shakespeare about once
 RATE = 4e-3  # the first learning rate, found by trying; a wider model wants less, 1e-3 or so
 
 
@@ -44,8 +45,9 @@ RATE = 4e-3  # the first learning rate, found by trying; a wider model wants les
 
 
 def matrix(inputs, outputs, zero=False):
-    """A layer y = W x. Each number in y is a sum of `inputs` products, so random first weights of
-    size inputs^-0.5 make y about as large as x."""
+    """A layer y = W x. Each number in y is a sum of `inputs` products, which partly cancel where
+    weights are random: it is about sqrt(inputs) times as large as one of them. So first weights
+    of standard deviation inputs^-0.5 make y about as large as x."""
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=0 if zero else inputs**-0.5)
     return layer
@@ -58,8 +60,8 @@ def norm(x):
 
 
 def rotate(x):
-    """Marks x (B, H, T, D), queries or keys, with its place; without that, attention would know
-    which bytes there are, and not in which order (rotary positions, arXiv:2104.09864).
+    """Marks x (B, H, T, D), queries or keys, with its place (rotary positions, arXiv:2104.09864);
+    without that, a score would know what two bytes are, and not how far apart they stand.
 
     Channels i and i + D/2 are a point (a, b), which is turned about the origin, from each place to
     the next by the angle f = 10000^(-i / (D/2)): like the hands of a clock. The fast ones tell
@@ -96,12 +98,13 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, T, HEADS, -1).transpose(1, 2)  # (B, H, T, D)
         k = self.wk(x).view(B, T, HEADS, -1).transpose(1, 2)
         v = self.wv(x).view(B, T, HEADS, -1).transpose(1, 2)
-        # normed to length sqrt(D): no score exceeds sqrt(D), however large wq and wk become
+        # normed to length sqrt(D), so that no score exceeds sqrt(D), however large wq and wk grow:
+        # else all attention may end on one place
         q, k = rotate(norm(q)), rotate(norm(k))
         # two such vectors, taken at random, have a dot product of about sqrt(D) or -sqrt(D), as a
-        # sum of D products of about 1 or -1. Undivided, most of the weight would lie on one place
-        # from the start; moving a score would then hardly change the weights, and little gradient
-        # come through
+        # sum of D products of about 1, of either sign. Undivided, most attention would lie on one
+        # place from the start, where other scores change it little: so hardly any gradient would
+        # reach wq and wk
         scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T): a row asks, a column is asked
         # the causal mask: what comes later gets no attention, or each place would read its answer
         later = torch.ones(T, T, dtype=torch.bool).triu(1)  # true where the column is later
@@ -131,7 +134,8 @@ class Block(nn.Module):
     `wo` and `down` begin at zero, so nothing is added at first: sums of random blocks would drown
     what the embedding says. They learn all the same, since the gradient of W is its input times
     what comes back from the loss. But nothing comes back through a zero: the first step moves the
-    head alone, the second also `wo`, `down` and the embedding, the third everything.
+    head alone, the second also `wo`, `down` and the embedding, the third everything (of the
+    embedding, the bytes that have occurred).
     """
 
     def __init__(self):
@@ -149,7 +153,7 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.wte = nn.Embedding(256, WIDTH)  # for each byte C numbers, at first random: about 1, -1
+        self.wte = nn.Embedding(256, WIDTH)  # C numbers for each byte, at first random, of size 1
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.head = matrix(WIDTH, 256, zero=True)  # at first all logits are equal: ln 256 nats
 
@@ -184,12 +188,11 @@ def loss_of(model, x, y):
 @torch.no_grad()  # keeps nothing for a backward(): less memory, and faster
 def report(model, step, train_batches, val_batches):
     """Prints the loss on batches of text that it learns from, and of text that it does not: always
-    the same ones, so that two runs can be compared; of one, the second decimal is chance."""
+    the same ones, so that two runs can be compared. By itself a loss is known to about 0.02."""
     train_loss = sum(loss_of(model, x, y).item() for x, y in train_batches) / len(train_batches)
     val_loss = sum(loss_of(model, x, y).item() for x, y in val_batches) / len(val_batches)
-    bits = f"{val_loss / math.log(2):.2f} bits a byte (stored plainly: 8)"
     line = f"step {step}: training loss {train_loss:.2f}, validation loss {val_loss:.2f} nats"
-    print(f"{line} = {bits}", flush=True)
+    print(f"{line} = {val_loss / math.log(2):.2f} bits a byte (stored plainly: 8)", flush=True)
 
 
 @torch.no_grad()
@@ -239,7 +242,8 @@ def main(argv):
         loss_of(model, *batch_of(train)).backward()  # p.grad: how the loss would change with p
         # Adam (arXiv:1412.6980): m is the mean of the last ten or so p.grad (beta 0.9), v that of
         # the last twenty or so squares (0.95), both corrected for beginning at 0; p moves by
-        # -lr * m / sqrt(v): by the rate where these gradients agree, by less where they do not
+        # -lr * m / (sqrt(v) + 1e-8): by the rate where these gradients agree, by less where they do
+        # not, and not at all where there are none
         optimizer.step()
         optimizer.zero_grad()  # or the next gradient would be added to this one
     report(model, STEPS, train_batches, val_batches)

@@ -16,10 +16,11 @@ def pick(
     """A token (B,) for each row of logits (B, V), by one number in [0, 1) a row, uniform (B,).
 
     The numbers are float64 on the CPU, the tokens stand where the logits do. Raises ValueError if
-    the logits are not finite. To sample in another way, write a function like this one, which may
-    call `invert` as well, and hand it to `generate` or `answers` with its own settings by name.
-    That of exercise 8.a in docs/learn/08.md: generate(model, prompt, 100, pick=min_p, p=0.1). Ids
-    that must never be picked come with -inf; a temperature of 0 it has to handle itself.
+    a logit is NaN or inf, or all are -inf. To sample in another way, write a function like this
+    one, which may call `invert` as well, and hand it to `generate` or `answers` with its own
+    settings by name. That of exercise 8.a in docs/learn/08.md: generate(model, prompt, 100,
+    pick=min_p, p=0.1). Ids that must never be picked come with -inf; a temperature of 0 it has to
+    handle itself.
     """
     require_finite(logits)
 

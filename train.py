@@ -98,8 +98,8 @@ def update(
     from engine.learner import total
 
     # how many targets the batch has, in all processes. The loss is their mean: each pass below
-    # gives a sum, divided by this number. (In running text each window has as many. Of rows the
-    # answers count alone, so a mean of the passes' means would weigh some targets more)
+    # gives a sum, divided by this number. (Of rows the answers count alone, so passes differ in how
+    # many targets they have: a mean of their means would weigh those of some more than of others)
     inputs, counts = exercise
     counts = here.sum(counts)
     mean_loss = torch.zeros((), device=here.device)
