@@ -132,6 +132,7 @@ class GPT(nn.Module):
         `targets` are `tokens` shifted by one: at each position the token that comes next. So one
         pass over T tokens is T exercises in prediction. Targets of -100 do not count. With a
         `cache`, only the last position's logits: (B, 1, V), for they choose the next token.
+        `embedded` as in `trunk`, `smoothing` as in `Head`.
         """
         x = self.trunk(tokens, mask, positions, cache, embedded)
         if targets is None:

@@ -150,9 +150,9 @@ def train(s: "Settings", stop: Stop) -> int:
     """Trains a model, from the beginning or from where its run stands; returns the exit status.
 
     Steps are counted from 1, so that a step's number is that of updates done, and batches from 0,
-    as are arrays. Batch 999 is a function of the number and the
-    seed, and needs no memory of those before: so a run that is resumed takes the same batches. A
-    loss that is not finite ends the run with a message.
+    as are arrays. Batch 999 is a function of the number and the seed, and needs no memory of those
+    before: so a run that is resumed takes the same batches. A loss that is not finite ends the run
+    with a message.
     """
     from engine.learner import Learner
     from evaluate import evaluate
@@ -179,7 +179,7 @@ def train(s: "Settings", stop: Stop) -> int:
             batch = split.batch(step - 1, B, T, s.seed, here.rank, here.world)
             for exercise in objective.exercises(batch, learner):  # one, as a rule
                 loss, norm = update(learner, optimizers, scale, exercise, step, s, here)
-            run.count(step)  # the time it took; by s.minutes it may set s.steps; signals to stop
+            run.count(step)  # the time it took, by which s.minutes may set s.steps; signals
             if run.due(step, s.log_every) or step == 1:  # due every so many steps, and at the end
                 run.log(step, loss=loss, lr=s.lr * factor, grad_norm=norm)  # into metrics.jsonl
             if run.due(step, s.save_every) or run.urgent(step):

@@ -164,8 +164,8 @@ class FastHead(Head):
         if reduction == "none" or book:
             return super().cross_entropy(x, targets, table, reduction, smoothing)
         x, targets = x.flatten(0, -2), targets.flatten()
-        asked = None if whole or x.is_cuda else targets != IGNORE
-        if asked is not None and not asked.all():  # of rows about half, and this product is large
+        asked = targets != IGNORE
+        if not (whole or x.is_cuda or asked.all()):  # of rows about half, and this product is large
             x, targets = x[asked], targets[asked]
         if whole:
             from engine.kernels import token_losses

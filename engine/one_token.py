@@ -7,7 +7,7 @@ that each begins to read at once. Each of these does also what stands around its
     1. norm, queries, keys and values
     2. norms and rotation of queries and keys, the cache, scores, softmax, values
     3. what the programs of 2 have found, put together; wo; + x
-    4. norm, up, and the gate; the bend
+    4. norm, up, and the gate; the activation
     5. down; + x
 
 Each of the many programs of a kernel computes the norm of the whole vector for itself, since that
@@ -32,7 +32,7 @@ from shape import GPTConfig
 
 OURS = {"model", "engine.fast", "engine.inference", "engine.linear"}
 ROWS = 8  # texts at once up to which these kernels are used; more have tensor cores to fill
-BENDS = {gelu: "gelu", relu2: "relu2", F.silu: "silu"}
+ACTIVATIONS = {gelu: "gelu", relu2: "relu2", F.silu: "silu"}
 WIDEST = 1 << 14  # numbers in a row of a matrix
 TILE = 4096  # numbers of a matrix that a program reads, all at once; of a vocabulary's twice
 MANY = 1 << 14  # rows, as only a vocabulary has
@@ -40,13 +40,13 @@ SPLIT = 128  # positions that a program of attention looks at, at least
 
 
 @triton.jit
-def bent(z, BEND: tl.constexpr):
-    if BEND == "gelu":  # tanh(a) = 2 sigmoid(2 a) - 1
+def activated(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":  # tanh(a) = 2 sigmoid(2 a) - 1
         z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    if BEND == "relu2":
+    if ACTIVATION == "relu2":
         z = tl.maximum(z, 0.0)
         z = z * z
-    if BEND == "silu":
+    if ACTIVATION == "silu":
         z = z * tl.sigmoid(z)
     return z
 
@@ -80,9 +80,10 @@ def values(X, LEFT, M, L, PLACE, row, c, C, D: tl.constexpr, SPLITS, SPAN: tl.co
 def product_kernel(
     X, LEFT, M, L, PLACE, SCALE, SHIFT, W, BIAS, GATE, GATE_BIAS, REST, Y,
     rows, N, eps, cap, SPLITS, C: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr,
-    NORM: tl.constexpr, BEND: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """BN columns of Y (rows, N): the bend of norm(X) W^T + BIAS, times that of a gate, + REST."""
+    """BN columns of Y (rows, N): the activation of norm(X) W^T + BIAS, or, with a gate, the product
+    and the activation of the gate; + REST."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
     there = (n < N)[:, None] & (c < C)[None, :]
@@ -106,12 +107,12 @@ def product_kernel(
         if BIAS is not None:
             z += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)
         if GATE is None:
-            z = bent(z, BEND)
+            z = activated(z, ACTIVATION)
         else:
             b = tl.sum(g.to(tl.float32) * x, 1)
             if GATE_BIAS is not None:
                 b += tl.load(GATE_BIAS + n, mask=n < N, other=0.0).to(tl.float32)
-            z *= bent(b, BEND)
+            z *= activated(b, ACTIVATION)
         if cap is not None:
             z = 2 * cap * tl.sigmoid(z * (2 / cap)) - cap
         if REST is not None:
@@ -249,18 +250,18 @@ class OneToken:
         x = model.embed_norm(x)[:, 0]
         for block, joined in zip(model.blocks, self.joined, strict=True):
             attn, mlp = block.attn, block.mlp
-            self.attend(attn, product(x, joined, of(block.attn_norm)), cache)
+            self.attend(attn, product(x, joined, norm_of(block.attn_norm)), cache)
             x = product(self, attn.wo, rest=x)
-            y = product(x, mlp.up, of(block.mlp_norm), BENDS[mlp.activation], mlp.gate)
+            y = product(x, mlp.up, norm_of(block.mlp_norm), ACTIVATIONS[mlp.activation], mlp.gate)
             x = product(y, mlp.down, rest=x)
         cap = model.head.cap or None
-        return product(x, head(model), of(model.norm), cap=cap, out=torch.float32)[:, None]
+        return product(x, head(model), norm_of(model.norm), cap=cap, out=torch.float32)[:, None]
 
     def attend(self, attn: Attention, new: Tensor, cache) -> None:
         """Queries, keys and values `new` (rows, (H + 2 K) D): self.values, top and whole."""
         c, k, v = self.config, cache.k[attn.layer], cache.v[attn.layer]
-        kind, q_scale, q_shift, eps = of(attn.q_norm)
-        _, k_scale, k_shift, _ = of(attn.k_norm)
+        kind, q_scale, q_shift, eps = norm_of(attn.q_norm)
+        _, k_scale, k_shift, _ = norm_of(attn.k_norm)
         grid = len(k) * c.n_kv_head, self.top.size(2)
         attention_kernel[grid](
             new, self.cos, self.sin, k, v, self.place, self.values, self.top, self.whole,
@@ -272,10 +273,10 @@ class OneToken:
 
 
 def product(
-    x, layer: nn.Module, norm: tuple = ("", None, None, 0.0), bend: str = "", gate=None,
+    x, layer: nn.Module, norm: tuple = ("", None, None, 0.0), activation: str = "", gate=None,
     rest: Tensor | None = None, cap: float | None = None, out: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """The bend of norm(x) W^T + b, + rest, (rows, N), for x (rows, C), or for OneToken, of which it
+    """The activation of norm(x) W^T + b, + rest: (rows, N). Of OneToken as `x` (else rows, C) it
     takes what `attend` left."""
     weight, bias = matrix(layer)
     (N, C), (kind, scale, shift, eps) = weight.shape, norm
@@ -292,7 +293,8 @@ def product(
     second = (None, None) if gate is None else matrix(gate)
     product_kernel[(triton.cdiv(N, down),)](
         x, *left, scale, shift, weight, bias, *second, rest, y,
-        rows, N, eps, cap, splits, C=C, D=D, SPAN=look, NORM=kind, BEND=bend, BN=down, BC=across,
+        rows, N, eps, cap, splits, C=C, D=D, SPAN=look,
+        NORM=kind, ACTIVATION=activation, BN=down, BC=across,
         num_warps=warps,
     )  # fmt: skip
     return y
@@ -328,7 +330,7 @@ def head(model: GPT) -> PlainLinear:
     return PlainLinear(own, None)
 
 
-def of(norm: nn.Module) -> tuple:
+def norm_of(norm: nn.Module) -> tuple:
     """Kind, weight, bias and epsilon of a norm; of none, a kind of no name."""
     if type(norm) is nn.Identity:
         return "", None, None, 0.0

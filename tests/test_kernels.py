@@ -137,7 +137,7 @@ def test_one_token_in_few_kernels_has_the_logits_of_the_book(shape, rows, device
         assert one_token.agrees(make(shape).config, cache)
 
 
-@pytest.mark.parametrize("what", ["bend", "layer", "block", "stored"])
+@pytest.mark.parametrize("what", ["activation", "layer", "block", "stored"])
 def test_whoever_changes_the_book_is_obeyed_where_there_are_kernels(what, device, monkeypatch):
     import model as book
     from engine import one_token
@@ -146,8 +146,8 @@ def test_whoever_changes_the_book_is_obeyed_where_there_are_kernels(what, device
     monkeypatch.setattr(one_token, "tiles", lambda N, across: (16, 4))
     monkeypatch.setattr(one_token, "KNOWN", {})
     forward, config = book.Attention.forward, make("modern").config
-    if what == "bend":
-        monkeypatch.setitem(one_token.BENDS, book.relu2, "gelu")
+    if what == "activation":
+        monkeypatch.setitem(one_token.ACTIVATIONS, book.relu2, "gelu")
     elif what == "layer":
         unturned = lambda self, x, rope, *more: forward(  # noqa: E731
             self, x, None if self.layer == 2 else rope, *more

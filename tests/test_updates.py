@@ -243,7 +243,7 @@ def test_layers_of_your_own_are_drawn_by_the_seed(train, monkeypatch):
     monkeypatch.setattr("model.Block", Mine)
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        torch.rand(len(found) + 1)
+        torch.rand(len(found) + 1)  # the stream of random numbers stands elsewhere each time
         run = train(name, *STILL, "--steps=1", "--warmup=0", "--weight_decay=0", f"--seed={seed}")
         weights = load_file(run / "step-00000001" / "model.safetensors")
         found.append(weights["blocks.0.mine.weight"])
