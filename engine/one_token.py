@@ -82,8 +82,8 @@ def product_kernel(
     rows, N, eps, cap, SPLITS, C: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """BN columns of Y (rows, N). Of z = norm(X) W^T + BIAS the activation, or, where there is a gate,
-    z times the activation of the gate's own product; + REST."""
+    """BN columns of Y (rows, N): of z = norm(X) W^T + BIAS the activation, or, where there is a
+    gate, z times the activation of the gate's own product; + REST."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
     there = (n < N)[:, None] & (c < C)[None, :]
