@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.blas import NumpyLinear, openblas
 from engine.machine import fast_bfloat16
 
 EXPECTED = 8  # rows that oneDNN chooses a layout for: it is the best for 1, 2 and 4 rows, too
@@ -78,15 +79,22 @@ class OneOrSeveral(Fastest):
 
 def forms(dtype: torch.dtype) -> dict[str, Callable]:
     """The candidates by name, that for small layers first."""
-    streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in (256, 128)}
+    wide = torch.cpu.get_capabilities().get("avx512_f")
+    streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in widths()}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
         if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines:
             streamed["half"] = HalfLinear
         return streamed  # products would be emulated
-    found = {"plain": PlainLinear, "transposed": TransposedLinear}
+    found = {"plain": PlainLinear}
     found |= {"packed": PackedLinear} if packable(dtype) else {}
-    wide = torch.cpu.get_capabilities().get("avx512_f")
-    return streamed | found if wide else found | streamed
+    found = streamed | found if wide else found | streamed  # small layers take the first
+    return found | ({"numpy": NumpyLinear} if dtype == torch.float32 and openblas() else {})
+
+
+def widths() -> tuple[int, ...]:
+    """Columns of a bag's blocks, the best first: as many sums as a processor's registers hold. With
+    AVX2 those are 12 of 8 numbers; a wider row is read twice."""
+    return (256, 128) if torch.cpu.get_capabilities().get("avx512_f") else (96,)
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -110,22 +118,6 @@ class PlainLinear(nn.Module):
         return F.linear(x, self.matrix, self.bias)
 
 
-class TransposedLinear(nn.Module):
-    """x W^T + b, with W^T as a matrix of its own."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.matrix = weight.detach().mT.contiguous()
-        self.bias = None if bias is None else bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None or x.numel() > x.size(-1):
-            y = x @ self.matrix
-            return y if self.bias is None else y + self.bias
-        y = torch.addmm(self.bias, x.reshape(1, -1), self.matrix)  # one row: one operation
-        return y.view(*x.shape[:-1], -1)
-
-
 class StreamedLinear(nn.Module):
     """x W^T + b for one row x, at the speed of memory; with `quantize`, W has eight bits, and up to
     FEW rows are read that way.
@@ -136,10 +128,10 @@ class StreamedLinear(nn.Module):
     for each, so that the cores share the work.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str = "", width: int = 128):
+    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str = "", width: int = 0):
         super().__init__()
         self.outputs, self.inputs = weight.shape
-        self.width, self.few = width, FEW if quantize else 1
+        self.width, self.few = width or widths()[-1], FEW if quantize else 1
         self.eight_bits = bool(quantize)
         self.blocks = -(-self.outputs // self.width)
         whole = F.pad(weight.detach(), (0, 0, 0, -self.outputs % self.width))

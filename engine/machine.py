@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine import threads
+from engine import blas, threads
 
 AVAILABLE = torch.get_num_threads()  # torch knows affinity, physical cores and OMP_NUM_THREADS
 BUCKET = 25_000_000  # bytes of gradients in one message, as measured in arXiv:2006.15704
@@ -182,7 +182,7 @@ def no_triton() -> str:
 
 
 def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before=None) -> None:
-    """Sets the number of threads for passes of `tokens` positions.
+    """Sets the number of threads, torch's and numpy's, for passes of `tokens` positions.
 
     `asked` is "auto" or a number. auto obeys OMP_NUM_THREADS (torchrun sets it), keeps the number
     of the run that is resumed, whose `before` is what `Run.circumstances` were, and otherwise
@@ -198,6 +198,7 @@ def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before
         if same and before["threads"] <= mine:
             number = before["threads"]  # for the same bits
         torch.set_num_threads(number)
+    blas.use_threads(torch.get_num_threads())
 
 
 def start(here: Machine, deterministic: bool) -> None:

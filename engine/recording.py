@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine.blas  # noqa: F401, which registers an operation
+
 Tag = torch.Tag
 WEIGHTS = 1 << 18  # numbers of a matrix for whose product another thread is worth waking
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # no dropout here
-LOOKS_UP = {torch.ops.aten.embedding.default}  # which reads a row of a matrix and not all
+ALONE = {torch.ops.aten.embedding.default}  # it reads a row of a matrix and not all of it
+ALONE |= {torch.ops.nutshell.gemv.default}  # with threads of its own
 LARGE = 1 << 21  # and of what else an operation reads, all of a long text's keys say
 COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd  # made of other operations
 UNFIT = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
@@ -96,7 +99,7 @@ class Recorder(TorchDispatchMode):
             if view or varies.isdisjoint(sources | targets):
                 continue
             step = again(operation, args, kwargs, made, needed)
-            wide = threads > 1 and operation not in LOOKS_UP and large(args, read, varies)
+            wide = threads > 1 and operation not in ALONE and large(args, read, varies)
             steps += several(step, threads) if wide else [step]
 
         def replay() -> Tensor:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from test_model import SHAPES, make, tokens
 from torch import nn
 
-from engine import fast, inference, linear
+from engine import blas, fast, inference, linear, machine
+from engine.blas import NumpyLinear
 from engine.inference import RecordedCache, ready
 from engine.linear import (
     FEW,
@@ -17,7 +18,6 @@ from engine.linear import (
     PackedLinear,
     PlainLinear,
     StreamedLinear,
-    TransposedLinear,
     forms,
     packable,
 )
@@ -33,7 +33,7 @@ def at_once(monkeypatch):
 
 KINDS = {
     "plain": PlainLinear,
-    "transposed": TransposedLinear,
+    "numpy": NumpyLinear,
     "streamed": StreamedLinear,
     "wide blocks": lambda weight, bias: StreamedLinear(weight, bias, width=256),
     "packed": PackedLinear,
@@ -50,6 +50,8 @@ KINDS = {
 def test_every_layer_equals_a_plain_one(kind, dtype, outputs, inputs, bias):
     if kind == "packed" and not packable(dtype):
         pytest.skip(f"oneDNN has no {dtype} on this processor")
+    if kind == "numpy" and dtype != torch.float32:
+        pytest.skip("BLAS has no bfloat16")
     if kind == "half" and "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("torch has no FBGEMM here")
     torch.manual_seed(0)
@@ -69,14 +71,35 @@ def test_the_fastest_form_of_each_shape_is_found_once_and_taken(monkeypatch):
     small, large = torch.randn(8, 4), torch.randn(512, 513)
     choose, tried = Fastest(torch.float32), []
     times = iter([4.0, 1.0, 3.0, 2.0, 5.0])
-    choose.forms = {n: choose.forms[n] for n in ("plain", "transposed", "blocks of 256")}
+    choose.forms = {"plain": PlainLinear, "numpy": NumpyLinear, "streamed": StreamedLinear}
     assert 0 < choose.seconds(PlainLinear, large) < 1
     monkeypatch.setattr(choose, "seconds", lambda form, w: tried.append(form) or next(times))
     assert type(choose(small, None)) is PlainLinear and not tried
-    assert type(choose(large, None)) is TransposedLinear
-    assert type(choose(large + 1, None)) is TransposedLinear
+    assert type(choose(large, None)) is NumpyLinear
+    assert type(choose(large + 1, None)) is NumpyLinear
     assert len(tried) == len(choose.forms)
-    assert choose.chosen == {(8, 4): "plain", (512, 513): "transposed"}
+    assert choose.chosen == {(8, 4): "plain", (512, 513): "numpy"}
+
+
+def test_numpy_has_as_many_threads_as_torch():
+    library, before = blas.openblas(), torch.get_num_threads()
+    if not library:
+        pytest.skip("numpy has another BLAS here")
+    small = SimpleNamespace(device=torch.device("cpu"))
+    for number in (1, 2):
+        machine.use_threads(str(number), small, None, 1)
+        assert library.scipy_openblas_get_num_threads64_() == number
+    machine.use_threads(str(before), small, None, 1)
+
+
+def test_a_product_by_numpy_is_recorded():
+    torch.manual_seed(0)
+    layer, x = NumpyLinear(torch.randn(5, 7), torch.randn(5)), torch.randn(1, 1, 7)
+    with torch.inference_mode():
+        _, replay = record(lambda: layer(layer(x)[..., :1].expand(1, 1, 7)), [x])
+        x.copy_(torch.randn(1, 1, 7))
+        wanted = F.linear(x, layer.matrix, layer.bias)[..., :1].expand(1, 1, 7)
+        assert torch.allclose(replay(), F.linear(wanted, layer.matrix, layer.bias), atol=1e-5)
 
 
 def test_eight_bits_keep_the_weights_to_a_255th_of_their_range():
