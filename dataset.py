@@ -231,7 +231,8 @@ class Split:
         windows = []
         # window `number` of part k, counted over all epochs
         for k, number in turns(shares(sizes, self.mix), first, first + share):
-            part, (_, size) = self.parts[k], sizes[k]
+            part = self.parts[k]
+            _, size = sizes[k]
             epoch, position = divmod(number, size)
             window = part.epoch(epoch, block_size, seed)[position]
             windows.append((part, part.read(window, block_size)))
