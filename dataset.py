@@ -38,7 +38,7 @@ engine/packing.py.
 
 import hashlib
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,11 +58,6 @@ class Batch(NamedTuple):
     positions: np.ndarray | None = None  # (B, T) int64
     mask: np.ndarray | None = None  # (B, 1, T, T) bool, True where a position (row) sees another
     keys: list[tuple] | None = None  # of each (seed, number): seeds what is random in it
-
-    @property
-    def arrays(self) -> tuple:
-        """Tokens, targets, positions and mask."""
-        return self[:4]
 
     def windows(self, start: int, end: int) -> "Batch":
         """Some of the windows."""
@@ -222,11 +217,6 @@ class Split:
         parts = [part for part in self.parts if part.kind != "text"]
         return describe(parts, block_size, seed) if parts else ""
 
-    def shares(self, block_size: int, seed: int) -> list[float]:
-        """How much of all windows each part gets."""
-        sizes = [(part.task, part.per_epoch(block_size, seed)) for part in self.parts]
-        return shares(sizes, self.mix)
-
     def batch(
         self, step: int, rows: int, block_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> Batch:
@@ -237,10 +227,13 @@ class Split:
         """
         share = rows // world
         first = step * rows + rank * share
+        sizes = [(part.task, part.per_epoch(block_size, seed)) for part in self.parts]
         windows = []
-        for k, number in turns(self.shares(block_size, seed), first, first + share):
+        # window `number` of part k, counted over all epochs
+        for k, number in turns(shares(sizes, self.mix), first, first + share):
             part = self.parts[k]
-            epoch, position = divmod(number, part.per_epoch(block_size, seed))
+            _, size = sizes[k]
+            epoch, position = divmod(number, size)
             window = part.epoch(epoch, block_size, seed)[position]
             windows.append((part, part.read(window, block_size)))
         keys = [(seed, number) for number in range(first, first + share)]
@@ -299,7 +292,12 @@ class Split:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count of the split, int64."""
-        return Strip([path for strip in self.strips for path in strip.paths]).read(start, count)
+        return self.whole.read(start, count)
+
+    @cached_property
+    def whole(self) -> Strip:
+        """All its shards, one after the other."""
+        return Strip([path for strip in self.strips for path in strip.paths])
 
     def rows(self) -> Iterator[list[int]]:
         """The ids of each row, in the order in which they were prepared."""
@@ -340,6 +338,7 @@ class Dataset:
             )
         self.folder = folder
         self.learning = dict(mask=mask, train_on=train_on, mix=mix, lines=lines)
+        self.split = lru_cache(self.split)  # rows are packed once
         self.folders = [Folder(name) for name in folder.split(",")]
         kinds = {f.kind for f in self.folders}
         if "pairs" in kinds and len(kinds) > 1:

@@ -184,7 +184,7 @@ def evaluate(
     """
     import torch
 
-    from engine.learner import keyed, total
+    from engine.learner import keyed
 
     objective, block_size = learner.objective, learner.gpt.config.block_size
     rows = max(1, EVAL_TOKENS // block_size)
@@ -211,7 +211,7 @@ def evaluate(
     size = size if part_of_it else split.text_bytes
     bits = found[0] / math.log(2) / size if size and objective.bits else None
     means = [a / b if b else math.nan for a, b in zip(found[:n], found[n:], strict=True)]
-    named = dict(val_loss=total(objective, means, [1] * n), val_bpb=bits)
+    named = dict(val_loss=objective.total(means, [1] * n), val_bpb=bits)
     terms = zip(objective.terms, means, strict=True)
     return named | {f"val_{name}": mean for name, mean in terms if name != "loss"}
 
@@ -296,7 +296,7 @@ def window_nats(model: "GPT", split: Split, here: "Machine") -> np.ndarray:
     model.eval()
     with torch.no_grad(), here.autocast():
         for batch in split.in_order(rows, T, most=WINDOW_TOKENS):
-            tokens, targets, positions, mask = map(here.put, batch.arrays)
+            tokens, targets, positions, mask = map(here.put, batch[:4])
             logits = model(tokens, mask=mask, positions=positions).float()
             nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             found.append(nats.view_as(targets).masked_fill(targets == IGNORE, math.nan).cpu())

@@ -45,6 +45,7 @@ import objectives
 from engine import outcome, preflight, settings
 from engine.settings import BelowOne, Bound, Count, CountOrAuto, Fraction, NotNegative, Positive
 from engine.stop import Stop
+from evaluate import evaluate, evaluate_run
 from shape import GPTConfig
 
 if TYPE_CHECKING:  # torch takes a second to load: mistakes in settings are told before that
@@ -64,7 +65,8 @@ def update(
     learner: "Learner",
     optimizers: "list[Optimizer]",
     scale: "LossScale",
-    exercise: tuple,
+    inputs: tuple,
+    counts: list,
     step: int,
     s: "Settings",
     here: "Machine",
@@ -87,24 +89,23 @@ def update(
 
     and the rest is for several passes, several processes, and 16 bits.
 
-    `exercise` is what the objective has made of this process's share of the batch: arrays such as
-    the two above, and how many targets they hold. `scale.value` is 1 but for float16, see optim.py.
+    `inputs` and `counts` are what the objective has made of this process's share of the batch:
+    arrays such as the two above, and how many targets they hold, for each term of the loss.
+    `scale.value` is 1 but for float16, see optim.py.
     Raises FloatingPointError, with no weight changed, if loss or gradient are not finite and a
     smaller scale is no remedy.
     """
     import torch
 
     from engine import machine
-    from engine.learner import total
 
     # how many targets the batch has, in all processes. The loss is their mean: each pass below
     # gives a sum, divided by this number. (Of rows the answers count alone, so passes differ in how
     # many targets they have: a mean of their means would weigh those of some more than of others)
-    inputs, counts = exercise
     counts = here.sum(counts)
     mean_loss = torch.zeros((), device=here.device)
     share = len(inputs[0])
-    per_pass = preflight.windows_in_a_pass(share, s)
+    per_pass = s.windows_in_a_pass(share)
     # 1. forward, and backward: by the chain rule, from the loss back to the first layer, how much
     # the loss would change with each weight: p.grad. A batch too large for memory is taken in
     # passes of some windows: backward() adds to the p.grad that is there (gradient accumulation)
@@ -123,7 +124,7 @@ def update(
             # sums over all targets of this pass, one for each term of the objective: next_token
             # has [model(tokens, targets, "sum")]
             sums = learner(*windows)
-        loss = total(learner.objective, sums, counts)  # next_token: sums[0] / counts[0]
+        loss = learner.objective.total(sums, counts)  # next_token: sums[0] / counts[0]
         (loss * scale.value).backward()  # float16 would round small gradients to zero
         mean_loss += loss.detach()
     here.gradients.wait()
@@ -155,7 +156,6 @@ def train(s: "Settings", stop: Stop) -> int:
     with a message.
     """
     from engine.learner import Learner
-    from evaluate import evaluate
     from optim import LossScale, learning_rate, make_optimizers, set_rates
 
     here, data, objective, run = preflight.set_up(s, stop, START)
@@ -177,8 +177,8 @@ def train(s: "Settings", stop: Stop) -> int:
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
             batch = split.batch(step - 1, B, T, s.seed, here.rank, here.world)
-            for exercise in objective.exercises(batch, learner):  # one, as a rule
-                loss, norm = update(learner, optimizers, scale, exercise, step, s, here)
+            for inputs, counts in objective.exercises(batch, learner):  # one, as a rule
+                loss, norm = update(learner, optimizers, scale, inputs, counts, step, s, here)
             run.count(step)  # the time it took, by which s.minutes may set s.steps; signals
             if run.due(step, s.log_every) or step == 1:  # due every so many steps, and at the end
                 run.log(step, loss=loss, lr=s.lr * factor, grad_norm=norm)  # into metrics.jsonl
@@ -266,6 +266,12 @@ class Settings:
     eval_only: bool = False  # evaluate the best checkpoint of the run and change nothing
     split: Literal["train", "val", "test"] = "val"  # which split eval_only takes
 
+    def windows_in_a_pass(self, share: int) -> int:
+        """The most windows that device_batch allows and that divide the share of a process evenly,
+        so that all passes have one shape, for which kernels may be compiled."""
+        most = share if self.device_batch in (0, "auto") else min(self.device_batch, share)
+        return next(n for n in range(most, 0, -1) if share % n == 0)
+
 
 # --- the command
 
@@ -278,8 +284,6 @@ def main(argv: list[str]) -> int:
     if s.show_batch:
         return outcome.show_batch(s)
     if s.eval_only:
-        from evaluate import evaluate_run
-
         s.device_batch = 0 if s.device_batch == "auto" else s.device_batch
         return evaluate_run(s)
     return train(s, stop)

@@ -41,12 +41,6 @@ class Learner(nn.Module):
         return {name.removeprefix("gpt."): p for name, p in self.named_parameters()}
 
 
-def total(objective: objectives.Base, sums: list, counts: list):
-    """The loss: the mean of each term, times its weight. What nothing was asked of adds nothing."""
-    weighted = zip(objective.terms.values(), sums, counts, strict=True)
-    return sum(weight * s / max(n, 1) for weight, s, n in weighted if weight)
-
-
 def keyed(batch, end_of_text: int):
     """A batch with keys for what is random in evaluation: a row is changed alike wherever it
     stands, and however much it is filled up."""

@@ -116,7 +116,7 @@ def make_ready(learner: "Learner", split: "Split", s, here: "Machine", run: "Run
         adopt_heads(s.init_from, learner, here.say)
     B = s.batch_tokens // s.model.block_size
     share = B // here.world
-    windows = windows_in_a_pass(share, s)
+    windows = s.windows_in_a_pass(share)
     asked = s.device_batch if s.device_batch != "auto" else 0
     if 2 * windows <= min(asked, share):  # told if passes are half as large, or smaller still
         why = f"the most up to {s.device_batch} that divides {share} evenly"
@@ -136,7 +136,7 @@ def compile_kernels(learner: "Learner", split: "Split", s, here: "Machine") -> N
     if here.compile:
         T = s.model.block_size
         B = s.batch_tokens // T
-        some = split.batch(0, B, T, s.seed).windows(0, windows_in_a_pass(B // here.world, s))
+        some = split.batch(0, B, T, s.seed).windows(0, s.windows_in_a_pass(B // here.world))
         machine.compile(learner, here, learner.objective.prepare(some, learner)[0])
 
 
@@ -164,10 +164,3 @@ def new_model(s, data: "Dataset", here: "Machine") -> "GPT":
     model = GPT(shape)
     model.init_weights(s.seed)
     return model
-
-
-def windows_in_a_pass(share: int, s) -> int:
-    """The most windows that device_batch allows and that divide the share of a process evenly, so
-    that all passes have one shape, for which kernels may be compiled."""
-    most = share if s.device_batch in (0, "auto") else min(s.device_batch, share)
-    return next(n for n in range(most, 0, -1) if share % n == 0)

@@ -171,8 +171,8 @@ def learn(seed: int, change: Ablation) -> dict[str, float]:
             rates = (s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, learning_rate(step, *rates))
             batch = change.batch(split.batch(step, B, T, seed))
-            exercise = learner.objective.prepare(batch, learner)
-            loss, _ = train.update(learner, optimizers, scale, exercise, step, s, here)
+            inputs, counts = learner.objective.prepare(batch, learner)
+            loss, _ = train.update(learner, optimizers, scale, inputs, counts, step, s, here)
         by = strings(FEW, seed=0) if change.leak else strings(STRINGS, seed=1)
         return dict(learned=loss) | judged(net.eval(), by)
 

@@ -3,8 +3,8 @@
 An objective turns a batch of tokens into exercises, and says how far the network is from right:
 
     inputs, counts = objective.prepare(batch, learner)  # what is shown, what is asked
-    sums = learner(*inputs)                            # of each term, over all that is asked
-    loss = sum(weight * s / n for weight, s, n in zip(weights, sums, counts))
+    sums = learner(*inputs)                             # of each term, over all that is asked
+    loss = objective.total(sums, counts)                # weight * sum / count, of all terms
 
 A file of this folder has a class `Objective` that changes what it must of the one below, and a
 dataclass `Settings` of what can be set besides. Put one more here, and `--objective` knows it: the
@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, make_dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import engine  # noqa: F401  before torch, which some objectives load at once: see engine/__init__.py
 from engine.packing import IGNORE
 
 
@@ -93,7 +92,8 @@ class Base:
         depend on how rows are shared out to processes and passes. Here each term is one of all
         targets.
         """
-        return batch.arrays, [int((batch.targets != IGNORE).sum())] * len(self.terms)
+        inputs = (batch.tokens, batch.targets, batch.positions, batch.mask)
+        return inputs, [int((batch.targets != IGNORE).sum())] * len(self.terms)
 
     def exercises(self, batch, learner) -> Iterator[tuple[tuple, list]]:
         """What one step learns from, an update each: where the model's own answers are the data,
@@ -107,6 +107,12 @@ class Base:
     def loss(self, gpt, heads, *inputs) -> list:
         """The sum of each term over these rows, float32 scalars. `inputs` are tensors."""
         raise NotImplementedError
+
+    def total(self, sums: list, counts: list):
+        """The loss that is learned from: the mean of each term, times its weight. What nothing was
+        asked of adds nothing."""
+        weighted = zip(self.terms.values(), sums, counts, strict=True)
+        return sum(weight * s / max(n, 1) for weight, s, n in weighted if weight)
 
 
 def names() -> list[str]:

@@ -16,7 +16,7 @@ import objectives
 import train as script
 from dataset import Dataset
 from engine import machine, preflight, settings
-from engine.learner import Learner, total
+from engine.learner import Learner
 
 
 def plain(gpt) -> Learner:
@@ -53,7 +53,7 @@ def means(learner: Learner, batch) -> dict[str, float]:
         sums = learner(*tensors(inputs))
     named = dict(zip(learner.objective.terms, map(float, sums), strict=True))
     found = {k: v / n for (k, v), n in zip(named.items(), counts, strict=True)}
-    return found | {"total": float(total(learner.objective, sums, counts))}
+    return found | {"total": float(learner.objective.total(sums, counts))}
 
 
 def tensors(inputs) -> list:
@@ -80,7 +80,7 @@ def learns_by_heart(learner: Learner, batch, steps: int = 60, rate: float = 0.01
     inputs, counts = next(learner.objective.exercises(batch, learner))
     optimizer = torch.optim.AdamW(learner.parameters(), lr=rate)
     for _ in range(steps):
-        loss = total(learner.objective, learner(*tensors(inputs)), counts)
+        loss = learner.objective.total(learner(*tensors(inputs)), counts)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -181,7 +181,7 @@ def test_compiled_runs_resume_to_the_same_bits(train, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("evaluate.evaluate", dies)
+        patch.setattr("train.evaluate", dies)
         with pytest.raises(Killed):
             train("parts", *settings)
     parts = train("parts", *settings)

@@ -151,7 +151,7 @@ def test_interrupted_and_resumed_it_ends_in_the_same_bits(train, base, monkeypat
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("evaluate.evaluate", dies)
+        patch.setattr("train.evaluate", dies)
         with pytest.raises(Killed):
             train("parts", *argv)
     parts = train("parts", *argv)

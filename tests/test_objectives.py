@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import objectives
 from engine import preflight
-from engine.learner import total
+from objectives import Base
 
 # what learns from more than plain text, or needs more than its name; each has a test of its own
 ELSEWHERE = ("classify", "distil", "encoder_decoder", "preference", "reward", "vae")
@@ -90,8 +90,8 @@ def test_each_falls_towards_0_from_above_and_is_shared_out_alike(name, data):
 
 def test_the_loss_is_the_weighted_sum_of_means():
     objective = SimpleNamespace(terms={"a": 1.0, "b": 50.0, "told": 0.0})
-    assert total(objective, [6.0, 4.0, math.nan], [3, 8, 0]) == 6 / 3 + 50 * 4 / 8
-    assert total(objective, [6.0, 0.0, 1.0], [3, 0, 1]) == 2  # nothing was asked of b
+    assert Base.total(objective, [6.0, 4.0, math.nan], [3, 8, 0]) == 6 / 3 + 50 * 4 / 8
+    assert Base.total(objective, [6.0, 0.0, 1.0], [3, 0, 1]) == 2  # nothing was asked of b
 
 
 def test_only_files_of_the_folder_are_objectives():

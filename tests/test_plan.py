@@ -12,7 +12,7 @@ from test_model import BENDS, SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan
-from engine import arithmetic, fast, preflight
+from engine import arithmetic, fast
 from model import GPT, GPTConfig
 from optim import make_optimizers
 from train import Settings
@@ -143,8 +143,7 @@ def test_what_does_not_fit_is_said(capsys):
     said = dict(re.findall(r"--(\w+)=(\d+)", capsys.readouterr().out))
     share = int(said["batch_tokens"]) // 2048 // 8
     rows = int(said["device_batch"])
-    s = Settings(device_batch=rows)
-    assert 1 < rows < share and preflight.windows_in_a_pass(share, s) == rows
+    assert 1 < rows < share and Settings(device_batch=rows).windows_in_a_pass(share) == rows
 
 
 def test_a_measured_speed_tells_the_time_and_no_card_counts(capsys):

@@ -75,10 +75,10 @@ def work(argv: list[str], env: dict, report: Path, dies: int, full: int) -> None
     seen = dict(matrices=0, blocks=0, piece=0, kept=0)
     update, sharded = train.update, "--shard=true" in argv
 
-    def spied(learner, optimizers, scale, exercise, step, *others):
+    def spied(learner, optimizers, scale, inputs, counts, step, *others):
         if step == dies:
             os.kill(os.getpid(), signal.SIGKILL)
-        done = update(learner, optimizers, scale, exercise, step, *others)
+        done = update(learner, optimizers, scale, inputs, counts, step, *others)
         state = [z for o in optimizers for s in o.state.values() for z in s.values()]
         local = (getattr(z, "_local_tensor", z) for z in [*learner.parameters(), *state])
         seen["kept"] = sum(z.nbytes for z in local)

@@ -71,7 +71,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(train, variant, monkeypatch
         raise Killed
 
     with monkeypatch.context() as patch:  # after step 4 is saved, before it is evaluated
-        patch.setattr("evaluate.evaluate", dies)
+        patch.setattr("train.evaluate", dies)
         with pytest.raises(Killed):
             train("parts", *settings)
     with (train.folder / "parts" / "metrics.jsonl").open("a") as f:
