@@ -239,10 +239,17 @@ def compile(learner: nn.Module, here: Machine, inputs: list) -> None:
     sharded = [m for m in learner.modules() if hasattr(m, "unshard") and m is not learner]
     for module in sharded or [learner]:
         module.compile()
-    with here.autocast():
-        sums = learner(*map(here.put, inputs))
-    sum(sums).backward()
-    learner.zero_grad(set_to_none=True)
+    trial_pass(learner, here, inputs)
+
+
+def trial_pass(learner: nn.Module, here: Machine, inputs: list) -> None:
+    """One pass, forward and backward, that changes nothing."""
+    try:
+        with here.autocast():
+            sums = learner(*map(here.put, inputs))
+        sum(s for s in sums if s.requires_grad).backward()
+    finally:
+        learner.zero_grad(set_to_none=True)
 
 
 def seed(*key: int) -> None:
