@@ -140,7 +140,7 @@ def pick_device(device: str, world: int) -> torch.device:
     return torch.device("cuda", index)  # torch.cuda.set_device needs an index
 
 
-def fast_dtype(device: torch.device, rows: int = 0, size: int = 0) -> tuple[str, str]:
+def fast_dtype(device: torch.device, rows: int, size: int) -> tuple[str, str]:
     """The fastest sound number type on a device; and why. `rows` and `size` as in `pick`."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)

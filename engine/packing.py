@@ -115,7 +115,7 @@ class Documents(Lines):
         return f"documents: {len(self.places):,}, a line each{lost}"
 
 
-def tasks_of(strip: Strip, tokenizer: Tokenizer, lines: bool = False) -> list[Rows]:
+def tasks_of(strip: Strip, tokenizer: Tokenizer, lines: bool) -> list[Rows]:
     """The rows of each task, which their first token tells; those without one are "rows"."""
     places, firsts = strip.rows(tokenizer.end_of_text)
     names = {i: task for task, i in tokenizer.tasks().items()}
