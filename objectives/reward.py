@@ -58,9 +58,11 @@ class Objective(Base):
                 "objective='reward' learns from its own answers, of which some must be right: give"
                 " --init_from=RUN, a model that solves a part of the task"
             )
-        why = "r compares two sets of weights, and not what was dropped"
-        kept = f"0 with objective='reward': {why}"
-        settings.require(not s.model.dropout, s.model, "dropout", kept)
+        if s.model.dropout:
+            raise ValueError(
+                f"dropout={s.model.dropout} should be 0 with objective='reward': r compares two"
+                " sets of weights, and not what was dropped"
+            )
 
     def require(self, data):
         super().require(data)
