@@ -13,7 +13,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from engine import console, opening, settings
+from engine.packing import fit
 
 # what can change in the middle of a session
 CHANGEABLE = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -31,10 +34,6 @@ def recalled(turns: list[dict], tokenizer, limit: int, s) -> list[int]:
     The oldest of `turns` are removed from that list until it fits, and of the last, if it is too
     long by itself, the front. Raises ValueError for a context that has no room for markers.
     """
-    import numpy as np
-
-    from engine.packing import fit
-
     before = [turn("system", s.system)] if s.system else []
     room = limit - min(s.max_tokens, limit // 4)
     there = len(turns)

@@ -36,7 +36,6 @@ if TYPE_CHECKING:  # torch is imported where it is used, since mistakes are told
     from engine.learner import Learner, Opened
     from engine.machine import Machine
     from model import GPT
-    from tokenizer import Tokenizer
 
 COMPARABLE_BYTES = 20_000_000  # xz takes too long for a larger text
 WINDOW_TOKENS = 1 << 18  # enough for a mean by position, and for an interval
@@ -216,12 +215,12 @@ def evaluate(
     return named | {f"val_{name}": mean for name, mean in terms if name != "loss"}
 
 
-def compressors(split: Split, tokenizer: "Tokenizer") -> str:
+def compressors(split: Split) -> str:
     """Bits per byte that gzip and xz need for the text of a split; empty if it is very large."""
     if (split.text_bytes or math.inf) > COMPARABLE_BYTES:
         return ""
     tokens = split.read(0, split.tokens)
-    text = tokenizer.decode_bytes(tokens[tokens != tokenizer.end_of_text].tolist())
+    text = split.tokenizer.decode_bytes(tokens[tokens != split.tokenizer.end_of_text].tolist())
     if not text:
         return ""
     gz = len(gzip.compress(text, 9)) * 8 / len(text)
@@ -247,14 +246,15 @@ def tell_loss(s, run: "Opened", data: Dataset, here: "Machine") -> None:
 
 def evaluate_text(s: Settings, run: "Opened", data: Dataset, here: "Machine") -> int:
     """Prints what a model makes of running text, beside compressors, another run, and people."""
-    if not objectives.find(run.objective).Objective.bits:
+    bits = objectives.find(run.objective).Objective.bits
+    if not bits:
         of_text = f"is for a loss of text, unlike objective={run.objective}"
-        refuse(s, ("baseline", "generate"), f"{of_text}")
+        refuse(s, ("baseline", "generate"), of_text)
     tell_loss(s, run, data, here)
-    if here.rank or not objectives.find(run.objective).Objective.bits:
+    if here.rank or not bits:
         return 0
     split = data.split(s.split)
-    if others := compressors(split, run.tokenizer):
+    if others := compressors(split):
         print(f"bits per byte of compressors: {others}")
     nats = window_nats(run.model, split, here)
     score = perplexity_of(nats)

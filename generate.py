@@ -206,7 +206,7 @@ class Slots:
     who stands beside.
     """
 
-    def __init__(self, model: GPT, count: int, markers=None, exact: bool = False):
+    def __init__(self, model: GPT, count: int, markers, exact: bool):
         self.model, self.markers, self.count, self.exact = model, markers, count, exact
         self.cache = model.new_cache(count, whole=exact)
         self.logits = torch.zeros(count, model.config.vocab_size, device=self.cache.k.device)

@@ -19,6 +19,7 @@ from pathlib import Path
 import objectives
 from engine import settings
 from engine.files import atomic_folder, write_json, write_manifest
+from engine.metrics import read_metrics
 
 
 @dataclass
@@ -123,7 +124,6 @@ def export_model(source: str, s: Settings, target: Path) -> None:
     import torch
 
     from engine import checkpoint, families, tensors, tokenizer_json
-    from engine.metrics import read_metrics
 
     path = checkpoint.find(source, s.checkpoint)
     model, tokenizer, facts = checkpoint.load_weights(path)

@@ -26,12 +26,10 @@ def main(argv: list[str]) -> None:
     settings.require(s.out, s, "out", "the name of a picture")
     curves = {run: (training(run, s), curve(run, f"val_{s.y}", s)) for run in s.runs}
     settings.require_package("matplotlib", True)
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which would ask for a screen
 
-    matplotlib.use("agg")  # draws files, needs no screen
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for number, (run, (trained, evaluated)) in enumerate(curves.items()):
         color = f"C{number}"
         name = f"{run}, training" + (" (estimated)" if s.y == "bpb" else "")

@@ -9,7 +9,6 @@ regression on a bag of words; and a trunk of the same shape before it has learne
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -82,20 +81,16 @@ class Sight:
         return found
 
 
-def untrained(model: GPT, seed: int) -> GPT:
-    """The same shape with the weights that training begins with."""
-    fresh = GPT(replace(model.config))
-    fresh.init_weights(seed)
-    return fresh.eval().to(model.wte.weight.device)
-
-
 # --- what a line can part
 
 
 def probe(s, see: Sight, data: Dataset) -> None:
     """Prints, for each task with labels, how many of them each regression tells. Raises ValueError
     for data without any."""
-    require_rows(s, data, "probe")
+    if data.kind != "rows":
+        raise ValueError(
+            f"--probe needs rows with labels, and {data.folder} holds text: --data=ROWS"
+        )
     require_package("sklearn", True, "scikit-learn")
     learned = rows_of(data.split("train"), s.limit or FLOOR_ROWS, s.task)
     asked = rows_of(data.split(s.split), s.limit, s.task)
@@ -115,8 +110,11 @@ def probed(s, see: Sight, learned: list[Row], asked: list[Row]) -> Iterator[list
     labels = [row.reference for row in learned]
     references = [row.reference for row in asked]
     both, n = learned + asked, len(learned)
+    fresh = GPT(see.model.config)
+    fresh.init_weights(s.seed)
+    fresh = fresh.eval().to(see.model.wte.weight.device)
     features = {"this trunk": see(both), "bag of words": bag(both, n)}
-    features["random weights"] = Sight(untrained(see.model, s.seed), see.tokenizer)(both)
+    features["random weights"] = Sight(fresh, see.tokenizer)(both)
     said = {name: told(x[:n], labels, x[n:]) for name, x in features.items()}
     said["most frequent"] = [scores.most_frequent(labels)] * len(asked)
     for name, answers in said.items():
@@ -184,12 +182,10 @@ def draw(s, see: Sight, data: Dataset) -> None:
     """A picture: the two directions in which the rows of a split, or the most frequent tokens of a
     text, lie farthest apart (principal components)."""
     require_package("matplotlib", True)
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which would ask for a screen
 
-    matplotlib.use("agg")  # draws files, needs no screen
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
     if data.kind == "rows":
         rows = texts_of(s, see, data)[:POINTS]
         if len(rows) < 3:
@@ -227,10 +223,3 @@ def components(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = x - x.mean(axis=0)
     _, sizes, directions = np.linalg.svd(x, full_matrices=False)
     return x @ directions[:2].T, (sizes**2 / (sizes**2).sum())[:2]
-
-
-def require_rows(s, data: Dataset, name: str) -> None:
-    if data.kind != "rows":
-        raise ValueError(
-            f"--{name} needs rows with labels, and {data.folder} holds text: --data=ROWS"
-        )

@@ -24,8 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
+import objectives
+import scores
+from dataset import Dataset
 from engine import settings
 from engine.settings import Count, NotNegative, Positive
+from grading import aligned
 
 HUMAN, MACHINE = "human", "machine"  # the labels
 
@@ -57,8 +63,6 @@ def main(argv: list[str]) -> None:
     settings.require(chosen, s, "samples", "1 without --judge, which chooses among them")
 
     import exam
-    import objectives
-    from dataset import Dataset
     from engine import machine
     from engine.learner import Opened
     from generate import answers
@@ -118,8 +122,6 @@ def spans(split, count: int, length: int, end_of_text: int) -> list[list[int]]:
 
 def choose(judge, texts: list[str], s: Settings, number: int) -> int:
     """Which of the samples is kept: drawn in proportion to p(human) / p(machine), or the best."""
-    import numpy as np
-
     p = judge([judge.of_text(text) for text in texts])
     odds = p[:, judge.labels.index(HUMAN)] / p[:, judge.labels.index(MACHINE)].clip(min=1e-12)
     if s.keep == "best":
@@ -131,9 +133,6 @@ def choose(judge, texts: list[str], s: Settings, number: int) -> int:
 
 def varied(texts: dict[str, list[str]]):
     """Lines: how varied the kept ones are, the first sample of each, and the human ones."""
-    import scores
-    from grading import aligned
-
     lines = [["", *texts]]
     for n in (1, 2, 3):
         figures = (f"{scores.distinct(some, n):.1f}" for some in texts.values())

@@ -36,6 +36,7 @@ import chat
 from engine import opening, settings
 from engine.settings import Bound, Count, NotNegative
 
+Png = Annotated[str, Bound("a name that ends in .png", lambda s: not s or s.endswith(".png"))]
 Share = Annotated[float, Bound("above 0 and at most 1", lambda p: 0 < p <= 1)]
 Penalty = Annotated[float, Bound("above 0; 1 is off", lambda x: x > 0)]
 Samples = Annotated[int, Bound("from 1 to 1024", lambda n: 1 <= n <= 1024)]
@@ -65,7 +66,7 @@ class Settings:
     chat: bool = False  # ask for one turn of a conversation after another
     system: str = ""  # what a conversation begins with, as in "Answer in one sentence."
     task: str = ""  # the prompt is a question for this task; with chat, the whole conversation
-    grid: str = ""  # draw pictures into this PNG: a row of them for each word of the prompt
+    grid: Png = ""  # draw pictures into this PNG: a row of them for each word of the prompt
     width: Count = 0  # of a picture in pixels; 0: it is square
     passphrase_file: str = ""  # opens locked weights, in memory alone: a file with the passphrase
     quantize: settings.Quantize = ""  # int8: weights of eight bits, on a CPU: faster, less exact
@@ -141,7 +142,7 @@ def read(prompt: str, tokenizer, limit: int, s: Settings) -> list[int]:
     return tokens[-room:]
 
 
-def new_tokens(model, tokenizer, tokens: list[int], s: Settings, draft=None) -> Iterator[list[int]]:
+def new_tokens(model, tokenizer, tokens: list[int], s: Settings, draft) -> Iterator[list[int]]:
     """The next token of each sample that continues `tokens`, again and again."""
     from generate import beam, generate
     from speculate import Draft, lookup, speculate

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from engine import settings
-from engine.settings import BelowOne, Bound, Count, NotNegative, Positive
+from engine.settings import AboveZero, BelowOne, Bound, Count, NotNegative, Positive
 
 # bounds beyond every published model: what a damaged file claims is refused before it takes memory
 Context = Annotated[int, Bound("from 1 to 1,048,576", lambda n: 1 <= n <= 2**20)]
 Layers = Annotated[int, Bound("from 1 to 10,000", lambda n: 1 <= n <= 10_000)]
-AboveZero = Annotated[float, Bound("above 0", lambda x: x > 0)]
 AtLeastOne = Annotated[float, Bound("at least 1", lambda x: x >= 1)]
 # who may see whom, obeyed wherever the model is used; dataset.layout has a drawing. With "prefix"
 # a prompt sees itself whole, since nobody has to predict it; "full" makes an encoder

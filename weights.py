@@ -16,6 +16,7 @@ from getpass import getpass
 from pathlib import Path
 
 from engine import locked, settings, signatures
+from engine.checkpoint import find
 
 
 @dataclass
@@ -42,8 +43,6 @@ def main(argv: list[str]) -> None:
         count = getattr(signatures, command)(Path(name), Path(s.key))
         print(f"{name}: {count} files, {'now' if command == 'sign' else 'all'} signed by {s.key}")
     else:
-        from engine.checkpoint import find
-
         find(name)  # a run or a checkpoint, or a sentence
         settings.require_package("pyrage", True)
         file = s.passphrase_file

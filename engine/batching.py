@@ -126,7 +126,7 @@ class Engine:
     `run` goes on until `stop`. `exact`: nothing depends on who stands beside, see `Slots`.
     """
 
-    def __init__(self, model: GPT, tokenizer, count=8, queue=64, chunk=128, exact=False):
+    def __init__(self, model: GPT, tokenizer, count: int, queue: int, chunk: int, exact=False):
         self.model, self.tokenizer, self.queue, self.chunk = model, tokenizer, queue, chunk
         self.slots = Slots(model, count, tokenizer.markers, exact)
         device = self.slots.logits.device

@@ -31,10 +31,7 @@ class FastEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = super().forward(ids)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        return x
+        return x.to(working_type(x))
 
 
 class FastNorm(Norm):
@@ -63,6 +60,13 @@ def untouched(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
+def joined(attn: Attention) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one layer for queries, keys and values."""
+    layers = (attn.wq, attn.wk, attn.wv)
+    bias = None if attn.wq.bias is None else torch.cat([w.bias for w in layers])
+    return torch.cat([w.weight for w in layers]), bias
+
+
 class FastAttention(Attention):
     """One product for queries, keys and values; the fused kernel, or a faster one on a CPU."""
 
@@ -71,8 +75,7 @@ class FastAttention(Attention):
         layers = (self.wq, self.wk, self.wv)
         if not all(map(untouched, layers)):
             return torch.cat([w(x) for w in layers], dim=-1)
-        bias = None if self.wq.bias is None else torch.cat([w.bias for w in layers])
-        return F.linear(x, torch.cat([w.weight for w in layers]), bias)
+        return F.linear(x, *joined(self))
 
     def forward(self, x, rope, mask, cache) -> Tensor:
         if self.training and self.drop.p:  # where dropout falls is the book's to say

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from engine.batching import sees_itself_whole
 from engine.metrics import read_metrics
@@ -44,9 +46,6 @@ def page_headers(page: str) -> dict[str, str]:
 
 def routes(server) -> list:
     """The paths of the page, for serve.py's `Server`."""
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
-
     served, engine = server.served, server.engine
 
     async def found(request, check, compute):

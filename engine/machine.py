@@ -140,7 +140,7 @@ def pick_device(device: str, world: int) -> torch.device:
     return torch.device("cuda", index)  # torch.cuda.set_device needs an index
 
 
-def fast_dtype(device: torch.device, rows: int = 0, size: int = 0) -> tuple[str, str]:
+def fast_dtype(device: torch.device, rows: int, size: int) -> tuple[str, str]:
     """The fastest sound number type on a device; and why. `rows` and `size` as in `pick`."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -240,10 +240,17 @@ def compile(learner: nn.Module, here: Machine, inputs: list) -> None:
     sharded = [m for m in learner.modules() if hasattr(m, "unshard") and m is not learner]
     for module in sharded or [learner]:
         module.compile()
-    with here.autocast():
-        sums = learner(*map(here.put, inputs))
-    sum(sums).backward()
-    learner.zero_grad(set_to_none=True)
+    trial_pass(learner, here, inputs)
+
+
+def trial_pass(learner: nn.Module, here: Machine, inputs: list) -> None:
+    """One pass, forward and backward, that changes nothing."""
+    try:
+        with here.autocast():
+            sums = learner(*map(here.put, inputs))
+        sum(s for s in sums if s.requires_grad).backward()
+    finally:
+        learner.zero_grad(set_to_none=True)
 
 
 def seed(*key: int) -> None:

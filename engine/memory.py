@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from engine.machine import Machine
+from engine.machine import Machine, trial_pass
 from model import Block
 
 
@@ -90,15 +90,10 @@ def whole_logits(learner: nn.Module, inputs: tuple, here: Machine) -> int:
 
 
 def pass_bytes(learner: nn.Module, inputs: tuple, windows: int, here: Machine) -> int:
-    """What a pass, forward and backward, takes at most, in bytes. It changes nothing."""
+    """What a pass, forward and backward, takes at most, in bytes."""
     peak = PeakOfGPU(here.device) if here.device.type == "cuda" else Peak()
-    try:
-        with peak:
-            with here.autocast():
-                sums = learner(*[here.put(z if z is None else z[:windows]) for z in inputs])
-            sum(s for s in sums if s.requires_grad).backward()
-    finally:
-        learner.zero_grad(set_to_none=True)
+    with peak:
+        trial_pass(learner, here, [z if z is None else z[:windows] for z in inputs])
     return peak.bytes
 
 

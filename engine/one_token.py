@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from cache import KVCache
 from engine.agreement import rms
+from engine.fast import joined
 from engine.linear import PlainLinear
 from model import GPT, Attention, gelu, relu2, rotary
 from shape import GPTConfig
@@ -248,9 +249,9 @@ class OneToken:
         if self.cos is None:
             x = x + model.wpe(cache.place)
         x = model.embed_norm(x)[:, 0]
-        for block, joined in zip(model.blocks, self.joined, strict=True):
+        for block, wqkv in zip(model.blocks, self.joined, strict=True):
             attn, mlp = block.attn, block.mlp
-            self.attend(attn, product(x, joined, norm_of(block.attn_norm)), cache)
+            self.attend(attn, product(x, wqkv, norm_of(block.attn_norm)), cache)
             x = product(self, attn.wo, rest=x)
             y = product(x, mlp.up, norm_of(block.mlp_norm), ACTIVATIONS[mlp.activation], mlp.gate)
             x = product(y, mlp.down, rest=x)
@@ -319,8 +320,7 @@ def qkv(attn: Attention) -> PlainLinear:
     """One layer for queries, keys and values."""
     if hasattr(attn, "wqkv"):
         return attn.wqkv
-    bias = None if attn.wq.bias is None else torch.cat([attn.wq.bias, attn.wk.bias, attn.wv.bias])
-    return PlainLinear(torch.cat([attn.wq.weight, attn.wk.weight, attn.wv.weight]), bias)
+    return PlainLinear(*joined(attn))
 
 
 def head(model: GPT) -> PlainLinear:

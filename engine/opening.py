@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import objectives
 from engine import locked, settings
+from engine.checkpoint import find, load_weights
 from engine.wordfilter import WordFilter
 
 
@@ -24,8 +25,6 @@ def check(s) -> None:
     asked = s.prompt or s.prompt_file or talking or s.grid or not s.task
     settings.require(asked, s, "prompt", "a question for --task, or give --interactive")
     texts = talking or s.prompt_file or s.beam > 1 or s.system or s.stop or s.filter
-    png = not s.grid or s.grid.endswith(".png")
-    settings.require(png, s, "grid", "a name that ends in .png")
     settings.require(not (s.grid and texts), s, "grid", "left out but with a --prompt of labels")
     settings.require(s.filter or s.filtered == "stop", s, "filtered", "given with --filter")
 
@@ -48,7 +47,6 @@ def load(s) -> tuple:
     smaller model that guesses for it, if --speculate names one. Of pictures that nobody has counted
     `s.num_samples` becomes images.EACH. Raises ValueError."""
     from engine import inference, machine
-    from engine.checkpoint import find, load_weights
 
     path = find(s.run, s.checkpoint)
     smaller = find(s.speculate) if s.speculate not in ("", "lookup") else None
@@ -74,8 +72,6 @@ def load(s) -> tuple:
 
 def load_draft(path, tokenizer, s):
     """The smaller model that --speculate names. Raises ValueError for another tokenizer."""
-    from engine.checkpoint import load_weights
-
     small, theirs, state = load_weights(path)
     objectives.require_writer(state, s.speculate)
     same = "lookup, or a run with the very tokenizer of the large one (prepare.py --tokenizer=RUN)"

@@ -19,7 +19,7 @@ def show(model, data, s, run) -> None:
 
     run.stop.at_once = True  # all is saved
     objective = run.learner.objective
-    run.tell_best(lambda: compressors(data.split("val"), data.tokenizer))
+    run.tell_best(lambda: compressors(data.split("val")))
     torch.set_deterministic_debug_mode("default")  # picking a token has no such form on a GPU
     picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
     if not objective.generates:

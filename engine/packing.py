@@ -20,9 +20,11 @@ class Rows:
     """
 
     kind = "rows"
+    room = 1  # windows of block_size + 1 tokens that one takes
 
-    def __init__(self, strip: Strip, task: str, places: np.ndarray, markers: Markers):
+    def __init__(self, strip: Strip, task: str, places: np.ndarray, markers: Markers | None):
         self.strip, self.task, self.markers = strip, task, markers
+        self.fill = markers.end_of_text if markers else IGNORE
         self.places = places  # where each row begins and how many tokens it has, (N, 2)
         self.lengths = lru_cache(self.lengths)
         self.windows = lru_cache(self.windows)
@@ -54,7 +56,7 @@ class Rows:
 
     def read(self, window: list[int], block_size: int) -> np.ndarray:
         tokens = np.concatenate([self.row(i, block_size) for i in window])
-        empty = np.full(block_size + 1 - len(tokens), self.markers.end_of_text)
+        empty = np.full(self.room * (block_size + 1) - len(tokens), self.fill)
         return np.concatenate([tokens, empty])
 
     def require(self, block_size: int) -> None:
@@ -77,6 +79,7 @@ class Pairs(Lines):
     is room for two windows, as each answer is read behind the prompt without the other."""
 
     kind = "pairs"
+    room = 2
 
     def row(self, i: int, block_size: int) -> np.ndarray:
         """The prompt loses its front where the longer answer needs the room."""
@@ -87,17 +90,12 @@ class Pairs(Lines):
         kept = fit(np.concatenate([row[: begins[0]], longest]), block_size + 1, self.markers)
         return np.concatenate([kept[: len(kept) - len(longest)], *answers]) if len(kept) else kept
 
-    def read(self, window: list[int], block_size: int) -> np.ndarray:
-        tokens = self.row(window[0], block_size)
-        empty = np.full(2 * (block_size + 1) - len(tokens), self.markers.end_of_text)
-        return np.concatenate([tokens, empty])
-
 
 class Documents(Lines):
     """The documents of a text, each in a window of its own, between two end-of-texts: behind the
     first one it begins, as every prompt does. Long ones are cut at their end."""
 
-    kind, task = "text", "text"
+    kind = "text"
 
     def __init__(self, strip: Strip, end_of_text: int):
         self.end_of_text = end_of_text
@@ -108,10 +106,6 @@ class Documents(Lines):
         text = self.strip.read(begin, min(length, block_size))
         return np.concatenate([[self.end_of_text], text])
 
-    def read(self, window: list[int], block_size: int) -> np.ndarray:
-        tokens = self.row(window[0], block_size)
-        return np.concatenate([tokens, np.full(block_size + 1 - len(tokens), IGNORE)])
-
     def lengths(self, block_size: int) -> np.ndarray:
         return np.minimum(self.places[:, 1], block_size) + 1
 
@@ -121,7 +115,7 @@ class Documents(Lines):
         return f"documents: {len(self.places):,}, a line each{lost}"
 
 
-def tasks_of(strip: Strip, tokenizer: Tokenizer, lines: bool = False) -> list[Rows]:
+def tasks_of(strip: Strip, tokenizer: Tokenizer, lines: bool) -> list[Rows]:
     """The rows of each task, which their first token tells; those without one are "rows"."""
     places, firsts = strip.rows(tokenizer.end_of_text)
     names = {i: task for task, i in tokenizer.tasks().items()}
@@ -143,8 +137,7 @@ def describe(parts: list[Rows], block_size: int, seed: int) -> str:
     dropped = int((lengths == 0).sum())
     cut = int((lengths < whole).sum()) - dropped
     kind = parts[0].kind
-    room = 2 if kind == "pairs" else 1  # windows of block_size + 1 tokens
-    filled = lengths.sum() / (windows * room * (block_size + 1))
+    filled = lengths.sum() / (windows * parts[0].room * (block_size + 1))
     line = f"{kind}: {len(whole):,} in {windows:,} windows, {filled:.1%} of positions filled"
     if cut:
         line += f"; {cut:,} lose the front of their prompt"

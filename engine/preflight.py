@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # torch takes a second to load: mistakes in settings are told
     from model import GPT
     from objectives import Base
 
+# what nanoGPT begins with, and who does that here
+INIT_FROM = dict(gpt2="huggingface.py import makes one", resume="the same command again resumes")
+INIT_FROM |= dict(scratch="leave it out to begin there")
+
 
 def read(Settings, argv: list[str]):
     """The settings of a command line, a `Settings` of train.py, with those of its objective as
@@ -49,6 +53,8 @@ def check(s) -> None:
     settings.require(s.warmup <= s.steps, s, "warmup", f"at most steps={s.steps}")
     settings.require(s.show_batch <= s.steps, s, "show_batch", f"at most steps={s.steps}")
     settings.require(not itself, s, "init_from", another)
+    remedy = INIT_FROM.get(s.init_from.partition("-")[0])
+    settings.require(not remedy or begin.exists(), s, "init_from", f"a folder: {remedy}")
     there = not s.init_from or begin.exists() or Path(s.out).exists()  # it may have gone since
     settings.require(there, s, "init_from", "a folder: a run, or one checkpoint of it")
     settings.require(s.init_from or not s.lora_rank, s, "lora_rank", "0 without --init_from")

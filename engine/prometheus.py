@@ -8,16 +8,16 @@ SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # upper b
 class Histogram:
     """How many values lay up to each bound, and their sum."""
 
-    def __init__(self, bounds: tuple = SECONDS):
-        self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
+    def __init__(self):
+        self.counts, self.total = [0] * (len(SECONDS) + 1), 0.0
 
     def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
+        self.counts[bisect_left(SECONDS, value)] += 1
         self.total += value
 
     def lines(self, name: str, labels: str) -> list[str]:
         found, below = [], 0
-        for bound, count in zip((*self.bounds, "+Inf"), self.counts, strict=True):
+        for bound, count in zip((*SECONDS, "+Inf"), self.counts, strict=True):
             below += count
             found.append(f'{name}_bucket{{{labels},le="{bound}"}} {below}')
         return [*found, f"{name}_sum{{{labels}}} {self.total}", f"{name}_count{{{labels}}} {below}"]

@@ -183,10 +183,6 @@ def load(
         values = read_file(getattr(given, "config", settings["config"].default), settings, owner)
     for name, value in vars(given).items():
         values[name] = value if name == positional else convert(name, value, settings[name])
-    begin = values.get("init_from", "")
-    remedy = INIT_FROM.get(begin.partition("-")[0])
-    if remedy and not Path(begin).exists():
-        raise ValueError(f"init_from={begin!r} should be a folder: {remedy}")
     return make(cls, values)
 
 
@@ -216,11 +212,9 @@ NANOGPT |= dict(always_save_checkpoint="save_every", decay_lr="schedule")
 NANOGPT |= dict(wandb_project="wandb", start="prompt", max_new_tokens="max_tokens")
 RUN_FIRST = "the run stands first, as in sample.py out/small"
 ELSEWHERE = dict(backend="torchrun chooses it", out_dir=RUN_FIRST, init_from=RUN_FIRST)
-INIT_FROM = dict(gpt2="huggingface.py import makes one", resume="the same command again resumes")
-INIT_FROM |= dict(scratch="leave it out to begin there")
 
 
-def unknown(name: str, known, where: str, owner=lambda name: "") -> ValueError:
+def unknown(name: str, known, where: str, owner: Callable[[str], str]) -> ValueError:
     if of := owner(name):
         return ValueError(f"{name} is a setting of {of}: choose that, or leave it out")
     names = {theirs: ours for theirs, ours in NANOGPT.items() if ours in known}

@@ -36,7 +36,7 @@ class Spool:
     iterated over. Equal texts are of one part, and so are rows that ask the same.
     """
 
-    def __init__(self, folder: Path, part: str = "", near: float = 0.0):
+    def __init__(self, folder: Path, part: str, near: float):
         self.folder, self.near = folder, near
         self.part, self.parts = map(int, (part or "1/1").split("/"))
         self.text = open(folder / "spool", "w+b")

@@ -15,8 +15,10 @@ import re
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+import evaluate
 import plot
-from engine import settings
+from dataset import Dataset
+from engine import checkpoint, settings
 from engine.files import atomic_file
 from engine.metrics import read_metrics
 from lessons import ROOT, pictures
@@ -30,9 +32,6 @@ def measured(run: Path) -> dict:
     """What the picture shows of a run."""
     import torch
 
-    import evaluate
-    from dataset import Dataset
-    from engine import checkpoint
     from generate import generate
 
     torch.set_num_threads(1)
@@ -53,7 +52,7 @@ def measured(run: Path) -> dict:
             texts["0"] = written(generate, first.eval(), tokenizer)
         texts[str(row["step"])] = written(generate, model, tokenizer)
     data = Dataset(state["settings"]["data"])
-    packed = re.findall(r"(\w+ -\w+) ([\d.]+)", evaluate.compressors(data.split("val"), tokenizer))
+    packed = re.findall(r"(\w+ -\w+) ([\d.]+)", evaluate.compressors(data.split("val")))
     return dict(
         step=(0, *steps),
         bits=(bits * math.log(model.config.vocab_size), *losses),

@@ -26,10 +26,9 @@ from torch import nn
 from dataset import IGNORE
 from engine import settings
 from engine.settings import BelowOne, NotNegative
+from grading import LABELS
 from judge import laid, pooled, tell
 from objectives import Base
-
-LABELS = 50  # at most
 
 
 @dataclass

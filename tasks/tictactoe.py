@@ -21,6 +21,7 @@ from functools import cache
 from itertools import islice
 
 from engine import settings
+from engine.checkpoint import find, load_weights
 from engine.settings import Positive
 from tasks import TEST, VAL, distinct, row
 
@@ -145,8 +146,6 @@ def play(model, tokenizer, s: Command) -> dict[str, int]:
 
 def main(argv: list[str]) -> None:
     s = settings.load(Command, argv, "Play tic-tac-toe against random moves.", "run")
-    from engine.checkpoint import find, load_weights
-
     model, tokenizer, _ = load_weights(find(s.run))
     for name, count in play(model.eval(), tokenizer, s).items():
         print(f"{name:8}{count / s.games:7.1%}")
