@@ -129,9 +129,10 @@ def main(argv: list[str]) -> int:
             (probe if looks else canaries).tell(s, run, replace(here, world=1))
         return 0
     data = None if s.label else run.data(s)
+    of_rows = ("task", "limit", "marker", "noise", "choices", "normalise", "exchange", "pairs")
+    of_rows += ("vote",)
     if data and not objectives.find(run.objective).Objective.generates:
-        of_writers = ("baseline", "generate", "task", "limit", "marker", "noise", "choices")
-        of_writers += ("exchange", "pairs", "vote", "quantize")
+        of_writers = ("baseline", "generate", "quantize", *of_rows)
         refuse(s, of_writers, f"is for what writes, unlike objective={run.objective}")
         tell_loss(s, run, data, here)
         return 0
@@ -139,8 +140,6 @@ def main(argv: list[str]) -> int:
         of_text = ("eval_tokens", "device_batch", "generate")
         refuse(s, of_text, f"is for running text, and {s.label or data.folder} holds rows")
         return evaluate_rows(s, run, data, here)
-    of_rows = ("task", "limit", "marker", "noise", "choices", "normalise", "exchange", "pairs")
-    of_rows += ("vote",)
     held = "running text" if data.kind == "text" else data.kind
     refuse(s, of_rows, f"is for rows, and {data.folder} holds {held}")
     return evaluate_text(s, run, data, here)

@@ -3,7 +3,7 @@
 1. read      the documents of every source: files, or rows of a table     engine/sources.py
 2. clean     one form for one text; nothing empty, nothing twice          engine/spool.py
 3. split     into train, val and test, by document
-4. learn     byte-pair encoding from the training split                   tokenizer.py
+4. learn     byte-pair encoding from the training split                   bpe.py
 5. encode    each split into shards, on all cores                         engine/shards.py
 
 A document is a text, or a row: a conversation, of which a model learns the answers. Such are lines

@@ -51,8 +51,8 @@ class NumpyLinear(nn.Module):
 
 @cache
 def openblas() -> ctypes.CDLL | None:
-    """The OpenBLAS in numpy's wheels if it is there. Other builds of numpy have
-    other libraries, whose threads are not counted here."""
+    """The OpenBLAS of numpy's wheels, or None: other builds of numpy have other libraries, to which
+    one cannot say how many threads they may use."""
     package = Path(np.__file__).parent
     for path in package.parent.glob("numpy.libs/*openblas*"):
         library = ctypes.CDLL(str(path))  # it is loaded already

@@ -1,9 +1,9 @@
 """Fast parts: what computes the same as a module of the book, model.py or canon.py, in less time.
 
-A part is a subclass that overrides `forward` and nothing else; `install` gives it to the modules of
-a model by setting their class, so parameters, names and hooks stay. The book is the reference: a
-part is used only if it agrees with it when a run starts (engine/agreement.py), so whoever edits
-the book is obeyed on every device. docs/speed.md has the figures.
+A part is a subclass that computes in another way and holds nothing more; `install` gives it to the
+modules of a model by setting their class, so parameters, names and hooks stay. The book is the
+reference: a part is used only if it agrees with it when a run starts (engine/agreement.py), so
+whoever edits the book is obeyed on every device. docs/speed.md has the figures.
 """
 
 import torch
@@ -35,7 +35,7 @@ class FastEmbedding(nn.Embedding):
 
 
 class FastNorm(Norm):
-    """The fused kernels, and the gradient above on a CPU."""
+    """The fused kernels, and the gradient of engine/gradients.py on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.centre:
@@ -134,7 +134,9 @@ class FastMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation not in (gelu, relu2, F.silu):
-            raise ValueError("this bend has no fast form")  # so `agreeing` leaves the part out
+            raise ValueError(
+                "this activation has no fast form"
+            )  # so `agreeing` leaves the part out
         if (
             not (untouched(self.down) and self.gate is None and torch.is_grad_enabled())
             or torch.compiler.is_compiling()

@@ -77,7 +77,8 @@ class Folder:
         """The command that prepares it, with some settings that are different."""
         kept = ("val", "test", "pattern", "field", "encoding", "answer", "task", "group", "seed")
         made = {name: self.made.get(name) for name in (*kept, "filter")}
-        made |= {name: self.made.get(name) or "" for name in ("above", "canaries", "near", "part")}
+        off = ("above", "canaries", "images", "lines", "near", "noise", "part", "skip_bad")
+        made |= {name: self.made.get(name) or "" for name in off}  # left out where false or 0
         made["filtered"] = self.made.get("filtered") if made["filter"] else ""
         words = ["TEXT" if source == "-" else str(source) for source in self.made["source"]]
         words += [f"--prompt={column}" for column in self.made.get("prompt", ())]

@@ -51,9 +51,9 @@ def verify(folder: Path, key: Path) -> int:
     Raises ValueError for a signature by another, for files that are changed or missing, and for
     those that were not signed. Reads bytes, and makes nothing of them.
     """
+    public = read_key(key, folder, "public")
     from cryptography.exceptions import InvalidSignature
 
-    public = read_key(key, folder, "public")
     if not (folder / LIST).is_file() or not (folder / SIGNATURE).is_file():
         if not Path(folder).is_dir():
             raise ValueError(f"no such folder: {str(folder)!r}")

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 GRAIN = 65_536  # activations (tokens x width) in one pass for which one more thread pays, measured
-SPIN = 3_000  # rounds, some thirty microseconds: what that costs and saves is in docs/speed.md
 WEIGHTS = 500_000  # parameters for which it does, however few the tokens
+SPIN = 3_000  # rounds, some thirty microseconds: what that costs and saves is in docs/speed.md
 
 
 def choose_waiting() -> None:

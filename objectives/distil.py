@@ -49,7 +49,7 @@ class Objective(Base):
         settings.require(s.model.block_size <= gpt.config.block_size, s.model, "block_size", least)
         sees = f"{gpt.config.mask}, as that of {self.own.teacher}"
         settings.require(s.model.mask == gpt.config.mask, s.model, "mask", sees)
-        self.teacher = (gpt.eval().requires_grad_(False),)  # a tuple hides it: it is no part of us
+        self.teacher = gpt.eval().requires_grad_(False)
 
     def require(self, data):
         super().require(data)
@@ -63,14 +63,13 @@ class Objective(Base):
 
     def facts(self):
         digest = hashlib.sha256()
-        for name, weights in sorted(self.teacher[0].state_dict().items()):
+        for name, weights in sorted(self.teacher.state_dict().items()):
             digest.update(name.encode())
             digest.update(weights.cpu().contiguous().view(torch.uint8).numpy())
         return dict(teacher=digest.hexdigest())
 
     def loss(self, gpt, heads, tokens, targets, positions, mask):
-        (teacher,) = self.teacher
-        teacher.to(tokens.device)
+        teacher = self.teacher.to(tokens.device)
         at = targets != IGNORE
         logits = gpt.logits(gpt.trunk(tokens, mask, positions)[at])  # (N, V): of what counts
         with torch.no_grad():

@@ -9,6 +9,7 @@ from conftest import ROOT
 import dataset
 from dataset import IGNORE, Dataset, Split, epoch_order, windows_per_epoch
 from engine import shards
+from engine.prepared import Folder
 from engine.shards import ShardWriter, Strip, open_shard
 
 
@@ -256,6 +257,15 @@ def test_the_message_about_another_tokenizer_has_the_command_that_prepares_anew(
     prepare.main(argv)
     out = next(word[6:] for word in argv if word.startswith("--out="))
     Dataset(out).require_tokenizer(other, str(run))
+
+
+def test_that_command_has_all_that_decides_what_is_in_a_set(data):
+    folder = Folder(str(data))
+    folder.made |= dict(lines=True, images=16, noise=0.25, skip_bad=True)
+    words = folder.command().split()
+    assert {"--lines=True", "--images=16", "--noise=0.25", "--skip_bad=True"} <= set(words)
+    folder.made |= dict(lines=False, images=0, noise=0.0, skip_bad=False)
+    assert not [w for w in folder.command().split() if w[2:6] in ("line", "imag", "nois", "skip")]
 
 
 def test_every_flipped_bit_is_noticed(data, tmp_path):

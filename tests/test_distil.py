@@ -46,9 +46,7 @@ def test_the_loss_is_that_of_the_paper(data, teacher):
     found = promises.means(learner, batch)
     at, tokens = batch.targets != IGNORE, torch.from_numpy(batch.tokens)
     with torch.no_grad():
-        student, wanted = (
-            g(tokens).double()[at] for g in (learner.gpt, learner.objective.teacher[0])
-        )
+        student, wanted = (g(tokens).double()[at] for g in (learner.gpt, learner.objective.teacher))
     ce, kl = [], []
     for p, q, target in zip(student, wanted, batch.targets[at], strict=True):
         ce.append(-math.log(p.softmax(-1)[target]))
@@ -64,7 +62,7 @@ def test_it_begins_at_the_surprise_and_the_entropy_of_the_teacher(made):
     learner, batch = made
     found = promises.means(*made)
     with torch.no_grad():
-        q = learner.objective.teacher[0](torch.from_numpy(batch.tokens)).softmax(-1)
+        q = learner.objective.teacher(torch.from_numpy(batch.tokens)).softmax(-1)
     entropy = float(-(q * q.log()).sum(-1).mean())
     assert found["cross_entropy"] == pytest.approx(math.log(257), rel=1e-4)
     assert found["kl"] == pytest.approx(math.log(257) - entropy, rel=1e-3)
@@ -95,7 +93,7 @@ def test_the_teacher_is_frozen_and_no_part_of_the_student(train, data, teacher):
     assert not list(run.rglob("heads.safetensors"))
     learner, _ = promises.make(data, *ARGV, f"--teacher={teacher}", "--dropout=0.1")
     learner.train()
-    (theirs,) = learner.objective.teacher
+    theirs = learner.objective.teacher
     assert not theirs.training and not any(p.requires_grad for p in theirs.parameters())
     assert len(learner.by_name()) == len(list(learner.gpt.parameters()))
 

@@ -82,9 +82,13 @@ def test_two_processes_are_as_one(tmp_path, data):
 
 
 def test_one_that_writes_no_text_is_not_asked_to(train, data):
+    import evaluate
     import sample
 
     run = train("run", *ARGV)
+    for word in ("--normalise=true", "--vote=3", "--baseline=floor", "--generate=2"):
+        with pytest.raises(ValueError, match="is for what writes, unlike objective=masked"):
+            evaluate.main([str(run), f"--data={data}", word])
     with pytest.raises(ValueError, match="python -m objectives.masked"):
         sample.main([str(run)])
     train("writer", f"--init_from={run}")  # its trunk is where another begins
