@@ -86,7 +86,7 @@ def test_one_that_writes_no_text_is_not_asked_to(train, data):
     import sample
 
     run = train("run", *ARGV)
-    for word in ("--normalise=true", "--vote=3", "--baseline=floor", "--generate=2"):
+    for word in ("--normalise=true", "--limit=3", "--generate=2"):
         with pytest.raises(ValueError, match="is for what writes, unlike objective=masked"):
             evaluate.main([str(run), f"--data={data}", word])
     with pytest.raises(ValueError, match="python -m objectives.masked"):
