@@ -147,27 +147,6 @@ class GPT(nn.Module):
             if hasattr(module, "std"):
                 draw(module, self.config, generator)
 
-    def set_context(self, block_size: int, dropout: float) -> None:
-        """Sets the longest context and the dropout rate, keeping the weights.
-
-        Raises ValueError for more positions than were learned. Rotary ones go on without end, but
-        to angles and distances that training has not seen: there predictions get worse, until the
-        model has learned from windows of that length (or see rope_factor).
-        """
-        c = self.config
-        if c.position == "learned":
-            if block_size > c.block_size:
-                raise ValueError(
-                    f"block_size={block_size} exceeds the {c.block_size} positions that the model"
-                    f" has learned: use --block_size={c.block_size} or less"
-                )
-            self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].clone())
-        c.block_size = block_size
-        c.dropout = dropout
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = dropout
-
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
         """An empty KV cache for `batch` texts of up to `size` tokens (0: the whole context)."""
         like = self.wte.weight

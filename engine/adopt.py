@@ -26,7 +26,7 @@ def adopt(path: str, shape: GPTConfig, data: Dataset, say) -> tuple[GPT, int]:
     other = [f"{k}={v}" for k, v in found.items() if v != getattr(shape, k) and k not in free]
     if other:
         say(f"the shape is that of {path}, not of the settings: {', '.join(other)}")
-    model.set_context(shape.block_size, shape.dropout)
+    set_context(model, shape.block_size, shape.dropout)
     model.config.mask = shape.mask
     added = ours.vocab_size - theirs.vocab_size
     if added:
@@ -47,6 +47,28 @@ def adopt_heads(path: str, learner, say) -> None:
         load_heads(found, learner)
     elif (found / "heads.safetensors").exists():
         say(f"the heads of {path}, which has learned by objective={learned}, are left behind")
+
+
+def set_context(model: GPT, block_size: int, dropout: float) -> None:
+    """Sets the longest context and the dropout rate, keeping the weights.
+
+    Raises ValueError for more positions than were learned. Rotary ones go on without end, but to
+    angles and distances that training has not seen: there predictions get worse, until the model
+    has learned from windows of that length (or see rope_factor).
+    """
+    c = model.config
+    if c.position == "learned":
+        if block_size > c.block_size:
+            raise ValueError(
+                f"block_size={block_size} exceeds the {c.block_size} positions that the model has"
+                f" learned: use --block_size={c.block_size} or less"
+            )
+        model.wpe.weight = nn.Parameter(model.wpe.weight[:block_size].clone())
+    c.block_size = block_size
+    c.dropout = dropout
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
 
 
 def grow(model: GPT, rows: int) -> None:

@@ -6,7 +6,6 @@ so that another run can begin with it; heads.safetensors has the rest.
 
 import zlib
 from contextlib import nullcontext
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ class Learner(nn.Module):
         self.gpt = gpt
         self.heads = nn.ModuleDict(objective.heads(gpt))
         self.objective = objective
-        self.autocast = nullcontext  # for objectives that write in between: see Run.make_ready
+        self.autocast = nullcontext  # for objectives that write in between
 
     def forward(self, *inputs) -> list[Tensor]:
         return self.objective.loss(self.gpt, self.heads, *inputs)
@@ -57,26 +56,6 @@ def told(found: dict, unit: str) -> str:
     return ", ".join(parts + [f"{k.removeprefix('val_')} {v:.4f}" for k, v in rest.items()])
 
 
-def settings_of(state: dict):
-    """The settings of training that a checkpoint was made with."""
-    from train import Settings
-
-    cls = objectives.with_settings(Settings, objectives.name_of(state))
-    return settings.make(cls, settings.known(cls, state["settings"]))
-
-
-def restored(path: Path, gpt: GPT, tokenizer: Tokenizer, state: dict) -> Learner:
-    """The learner of a checkpoint whose trunk is loaded. Raises ValueError."""
-    s = settings_of(state)
-    s.model = gpt.config
-    objective = objectives.find(s.objective).Objective(s, tokenizer)
-    resume.require_facts(path, state, objective.facts())
-    objective.kept(checkpoint.load_kept(path, state))  # heads may depend on it
-    learner = Learner(gpt, objective)
-    checkpoint.load_heads(path, learner)
-    return learner
-
-
 class Opened:
     """A model of a run or checkpoint, with its tokenizer, to be looked at."""
 
@@ -105,8 +84,18 @@ class Opened:
         return data
 
     def learner(self) -> Learner:
-        """The model under the objective that it has learned by."""
-        return restored(self.path, self.model, self.tokenizer, self.state)
+        """The model under the objective that it has learned by. Raises ValueError."""
+        from train import Settings
+
+        cls = objectives.with_settings(Settings, self.objective)
+        s = settings.make(cls, settings.known(cls, self.state["settings"]))
+        s.model = self.model.config
+        objective = objectives.find(self.objective).Objective(s, self.tokenizer)
+        resume.require_facts(self.path, self.state, objective.facts())
+        objective.kept(checkpoint.load_kept(self.path, self.state))  # heads may depend on it
+        learner = Learner(self.model, objective)
+        checkpoint.load_heads(self.path, learner)
+        return learner
 
     def make_ready(self, s, here: machine.Machine, quantize: str = "") -> None:
         self.model.to(here.device)

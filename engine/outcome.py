@@ -5,6 +5,8 @@ from dataclasses import replace
 from itertools import islice
 
 import objectives
+from dataset import Dataset
+from engine.metrics import best_row
 
 SHOWN = 3  # rows that are answered at the end
 
@@ -19,7 +21,13 @@ def show(model, data, s, run) -> None:
 
     run.stop.at_once = True  # all is saved
     objective = run.learner.objective
-    run.tell_best(lambda: compressors(data.split("val")))
+    if best := best_row(run.folder):
+        loss = f"{best['val_loss']:.4f} {objective.unit}"
+        print(f"\nbest validation loss: {loss}, at step {best['step']}")
+        if best["val_bpb"]:
+            others = compressors(data.split("val"))
+            others = f" ({others})" if others else ""
+            print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
     torch.set_deterministic_debug_mode("default")  # picking a token has no such form on a GPU
     picked = sample.Settings(max_tokens=s.sample_tokens, seed=s.seed)
     if not objective.generates:
@@ -46,8 +54,6 @@ def show(model, data, s, run) -> None:
 
 def show_batch(s) -> int:
     """Prints the windows that the update of step `s.show_batch` learns from, decoded."""
-    from dataset import Dataset
-
     Objective = objectives.find(s.objective).Objective
     data = Dataset(s.data, s.tokenizer, s.model.mask, s.train_on, s.mix, Objective.lines)
     objective = Objective(s, data.tokenizer)

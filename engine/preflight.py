@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import objectives
+from dataset import Dataset
 from engine import settings
 
 if TYPE_CHECKING:  # torch takes a second to load: mistakes in settings are told before that
-    from dataset import Dataset, Split
+    from dataset import Split
     from engine.learner import Learner
     from engine.machine import Machine
     from engine.run import Run
@@ -95,7 +96,6 @@ def prepare_missing(data: str) -> None:
 def set_up(s, stop: "Stop", start: float) -> "tuple[Machine, Dataset, Base, Run]":
     """Where it is computed; what there is to learn from, and what is learned; the run's folder.
     `start` is when the command began, of time.monotonic. Raises ValueError."""
-    from dataset import Dataset
     from engine import machine
     from engine.run import Run
 
@@ -114,11 +114,15 @@ def set_up(s, stop: "Stop", start: float) -> "tuple[Machine, Dataset, Base, Run]
 
 
 def make_ready(learner: "Learner", split: "Split", s, here: "Machine", run: "Run") -> None:
-    """Takes the learner to the device, and finds how many windows a pass may have there."""
-    from engine import memory
+    """Takes the learner to the device, with fast parts and the heads of the checkpoint that it goes
+    on from, and finds how many windows a pass may have there."""
+    from engine import checkpoint, fast, machine, memory
     from engine.adopt import adopt_heads
+    from model import GPT
 
-    if s.init_from and not run.step:
+    if run.step:
+        checkpoint.load_heads(run.path, learner)
+    elif s.init_from:
         adopt_heads(s.init_from, learner, here.say)
     B = s.batch_tokens // s.model.block_size
     share = B // here.world
@@ -127,10 +131,24 @@ def make_ready(learner: "Learner", split: "Split", s, here: "Machine", run: "Run
     if 2 * windows <= min(asked, share):  # told if passes are half as large, or smaller still
         why = f"the most up to {s.device_batch} that divides {share} evenly"
         here.say(f"a pass has {windows} of {share} windows, {why}: choose another batch_tokens")
-    run.make_ready(learner, windows)
+    if s.checkpoint_activations:
+        memory.checkpoint_blocks(learner)
+    if s.shard:
+        from engine import sharding  # which takes a second to load
+
+        sharding.shard_learner(learner, here)
+    learner.to(here.device)
+    learner.autocast = here.autocast
+    before = run.state["machine"]
+    machine.use_threads(s.threads, here, learner.gpt, windows * s.model.block_size, before)
+    for gpt in learner.modules():  # some heads are a GPT as well
+        if isinstance(gpt, GPT):
+            fast.use(gpt, here, s.fast, before)
+    shared = [] if s.shard or here.world == 1 else list(learner.parameters())
+    here.gradients = machine.GradientSum(shared)
     if s.device_batch == "auto":
         batch = split.batch(0, B, s.model.block_size, s.seed, here.rank, here.world)
-        s.device_batch = memory.device_batch(learner, batch, here, run.state["machine"])
+        s.device_batch = memory.device_batch(learner, batch, here, before)
     if s.optimizer != "muon" and s.lr > 0.01:
         here.say(f"lr={s.lr:g} is a rate for muon: {s.optimizer} wants about 0.001")
 
@@ -146,7 +164,7 @@ def compile_kernels(learner: "Learner", split: "Split", s, here: "Machine") -> N
         machine.compile(learner, here, learner.objective.prepare(some, learner)[0])
 
 
-def new_model(s, data: "Dataset", here: "Machine") -> "GPT":
+def new_model(s, data: Dataset, here: "Machine") -> "GPT":
     """A model with random weights, or with those of the checkpoint `init_from` (fine-tuning)."""
     import torch
 

@@ -17,11 +17,11 @@ import torch
 
 import lora
 import objectives
-from engine import checkpoint, fast, machine, memory, resume, settings
+from engine import checkpoint, fast, resume, settings
 from engine.files import write_durably
 from engine.learner import Learner, told
 from engine.machine import Machine
-from engine.metrics import best_row, since_best
+from engine.metrics import since_best
 from engine.pace import Pace
 from engine.stop import Stop
 from model import GPT
@@ -70,28 +70,6 @@ class Run:
         # before its heads are looked for
         resume.require_same(self.path, dict(objective=learned), dict(objective=now))
         return model
-
-    def make_ready(self, learner: Learner, rows: int) -> None:
-        """Takes `learner` to the device, to learn from `rows` windows in a pass, with fast parts,
-        and with the heads of the checkpoint that the run goes on from."""
-        if self.step:
-            checkpoint.load_heads(self.path, learner)
-        if self.s.checkpoint_activations:
-            memory.checkpoint_blocks(learner)
-        if self.s.shard:
-            from engine import sharding  # which takes a second to load
-
-            sharding.shard_learner(learner, self.here)
-        learner.to(self.here.device)
-        learner.autocast = self.here.autocast
-        before = self.state["machine"]
-        tokens = rows * self.s.model.block_size
-        machine.use_threads(self.s.threads, self.here, learner.gpt, tokens, before)
-        for gpt in learner.modules():  # some heads are a GPT as well
-            if isinstance(gpt, GPT):
-                fast.use(gpt, self.here, self.s.fast, before)
-        shared = [] if self.s.shard or self.here.world == 1 else list(learner.parameters())
-        self.here.gradients = machine.GradientSum(shared)
 
     def begin(self, data, learner: Learner, optimizers: list, scale, validate: Callable) -> None:
         """Takes up the state of the optimizers, and opens the log where the run stands.
@@ -271,17 +249,6 @@ class Run:
         if self.here.rank == 0:
             self.log_file.mark()
         self.prune()
-
-    def tell_best(self, compressors) -> None:
-        """Prints the best evaluation, beside what `compressors()` has to say of the same text."""
-        best = best_row(self.folder)
-        if best:
-            loss = f"{best['val_loss']:.4f} {self.learner.objective.unit}"
-            print(f"\nbest validation loss: {loss}, at step {best['step']}")
-        if best and best["val_bpb"]:
-            others = compressors()
-            others = f" ({others})" if others else ""
-            print(f"bits per byte of that text: {best['val_bpb']:.3f}{others}")
 
     def elapsed(self) -> float:
         return self.state["seconds"] + time.monotonic() - self.start

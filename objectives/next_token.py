@@ -14,6 +14,7 @@ from dataset import IGNORE
 from engine import settings
 from engine.settings import BelowOne, NotNegative
 from objectives import Base
+from robust import adversarial, augment
 
 
 @dataclass
@@ -39,8 +40,6 @@ class Objective(Base):
 
     def exercises(self, batch, learner):
         if self.own.augment:
-            from robust import augment
-
             batch = augment(batch, [*self.tokenizer.special.values()], self.own.augment)
         yield self.prepare(batch, learner)
 
@@ -53,7 +52,6 @@ class Objective(Base):
         smoothing = self.own.label_smoothing if gpt.training else 0.0
         more = dict(mask=mask, positions=positions, smoothing=smoothing)
         if self.own.adversarial and gpt.training:
-            from robust import adversarial
 
             def nats(embedded):
                 return gpt(tokens, targets, "sum", embedded=embedded, **more)

@@ -6,6 +6,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
+from engine.adopt import set_context
 from model import GPT, IGNORE, GPTConfig, KVCache, rotary, rotate
 
 GPT2 = dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, embed_norm=False)
@@ -271,7 +272,7 @@ def test_an_impossible_shape_is_refused(setting):
 def test_a_shorter_context_keeps_the_weights(shape):
     model, x = make(shape), tokens(2, 12)
     expected = model(x)
-    model.set_context(12, dropout=0.0)
+    set_context(model, 12, dropout=0.0)
     torch.testing.assert_close(model(x), expected)
     with pytest.raises(ValueError, match="block_size"):
         model(tokens(2, 13))
@@ -280,9 +281,9 @@ def test_a_shorter_context_keeps_the_weights(shape):
 def test_a_longer_context_needs_rotary_positions():
     learned, rotary = make("gpt2"), make("modern")
     with pytest.raises(ValueError, match="block_size=25 exceeds the 24 positions"):
-        learned.set_context(25, dropout=0.0)
+        set_context(learned, 25, dropout=0.0)
     expected = rotary(tokens())
-    rotary.set_context(48, dropout=0.0)
+    set_context(rotary, 48, dropout=0.0)
     torch.testing.assert_close(rotary(tokens()), expected)
     assert rotary(tokens(1, 48)).shape == (1, 48, 61)
 
