@@ -214,7 +214,7 @@ B = "And a byte?"
 def chat(monkeypatch):
     """A model that has learned from rows, or so: it says what is in `says`, `asked` has the task
     and the messages of each question."""
-    import engine.checkpoint
+    import engine.opening
     from model import GPT, GPTConfig
     from tokenizer import bytes_tokenizer
 
@@ -233,9 +233,9 @@ def chat(monkeypatch):
         rest = [*tokenizer.encode(said), tokenizer.markers.end, 65, 66]
         return ([token] * how.get("num_samples", 1) for token in rest)
 
-    monkeypatch.setattr(engine.checkpoint, "find", lambda *_: pathlib.Path("run"))
+    monkeypatch.setattr(engine.opening, "find", lambda *_: pathlib.Path("run"))
     monkeypatch.setattr(
-        engine.checkpoint, "load_weights", lambda _: (chat.model, chat.tokenizer, dict(settings={}))
+        engine.opening, "load_weights", lambda _: (chat.model, chat.tokenizer, dict(settings={}))
     )
     chat.generate = generate.generate
     monkeypatch.setattr(generate, "generate", answer)
