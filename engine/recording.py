@@ -18,10 +18,10 @@ import engine.blas  # noqa: F401, which registers an operation
 
 Tag = torch.Tag
 WEIGHTS = 1 << 18  # numbers of a matrix for whose product another thread is worth waking
+LARGE = 1 << 21  # and of what else an operation reads: of all of a long text's keys, say
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # no dropout here
 ALONE = {torch.ops.aten.embedding.default}  # it reads a row of a matrix and not all of it
 ALONE |= {torch.ops.nutshell.gemv.default}  # with threads of its own
-LARGE = 1 << 21  # and of what else an operation reads, all of a long text's keys say
 COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd  # made of other operations
 UNFIT = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
 
