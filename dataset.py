@@ -338,7 +338,7 @@ class Dataset:
             )
         self.folder = folder
         self.learning = dict(mask=mask, train_on=train_on, mix=mix, lines=lines)
-        self.split = lru_cache(self.split)  # rows are packed once
+        self.split = lru_cache(self.split)  # one for all who ask: its rows are packed once
         self.folders = [Folder(name) for name in folder.split(",")]
         kinds = {f.kind for f in self.folders}
         if "pairs" in kinds and len(kinds) > 1:

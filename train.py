@@ -102,7 +102,7 @@ def update(
     # how many targets the batch has, in all processes. The loss is their mean: each pass below
     # gives a sum, divided by this number. (Of rows the answers count alone, so passes differ in how
     # many targets they have: a mean of their means would weigh those of some more than of others)
-    counts = here.sum(counts)
+    in_all = here.sum(counts)
     mean_loss = torch.zeros((), device=here.device)
     share = len(inputs[0])
     per_pass = s.windows_in_a_pass(share)
@@ -124,7 +124,7 @@ def update(
             # sums over all targets of this pass, one for each term of the objective: next_token
             # has [model(tokens, targets, "sum")]
             sums = learner(*windows)
-        loss = learner.objective.total(sums, counts)  # next_token: sums[0] / counts[0]
+        loss = learner.objective.total(sums, in_all)  # next_token: sums[0] / in_all[0]
         (loss * scale.value).backward()  # float16 would round small gradients to zero
         mean_loss += loss.detach()
     here.gradients.wait()

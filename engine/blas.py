@@ -5,6 +5,7 @@ ms, where torch's own products take 30 and more (docs/speed.md). The matrix stay
 """
 
 import ctypes
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -44,21 +45,27 @@ class NumpyLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > x.size(-1):
+        if x.numel() != x.size(-1):
             return F.linear(x, self.matrix, self.bias)
         return torch.ops.nutshell.gemv(x, self.matrix, self.bias)
 
 
 @cache
 def openblas() -> ctypes.CDLL | None:
-    """The OpenBLAS of numpy's wheels, or None: other builds of numpy have other libraries, to which
-    one cannot say how many threads they may use."""
+    """The OpenBLAS of numpy's wheels for Linux and Windows, or None: elsewhere it is another one
+    (Accelerate on a Mac), to which one cannot say how many threads it may use."""
     package = Path(np.__file__).parent
     for path in package.parent.glob("numpy.libs/*openblas*"):
-        library = ctypes.CDLL(str(path))  # it is loaded already
-        if hasattr(library, "scipy_openblas_set_num_threads64_"):
-            return library
+        with suppress(OSError):
+            library = ctypes.CDLL(str(path))  # it is loaded already
+            if hasattr(library, "scipy_openblas_set_num_threads64_"):
+                return library
     return None
+
+
+def threads() -> int:
+    """How many numpy's products have, 0 where that is unknown."""
+    return openblas().scipy_openblas_get_num_threads64_() if openblas() else 0
 
 
 def use_threads(number: int) -> None:

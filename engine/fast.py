@@ -134,9 +134,7 @@ class FastMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation not in (gelu, relu2, F.silu):
-            raise ValueError(
-                "this activation has no fast form"
-            )  # so `agreeing` leaves the part out
+            raise ValueError("no fast form of that activation")  # so `agreeing` leaves it out
         if (
             not (untouched(self.down) and self.gate is None and torch.is_grad_enabled())
             or torch.compiler.is_compiling()

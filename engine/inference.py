@@ -88,9 +88,7 @@ class WideEmbedding(fast.FastEmbedding):
 def replace_linears(module: nn.Module, kind, table: Tensor) -> None:
     """Gives one module of a model linear layers of another kind."""
     if type(module) is fast.FastAttention:
-        layers = (module.wq, module.wk, module.wv)
-        bias = torch.cat([w.bias for w in layers]) if module.wq.bias is not None else None
-        module.wqkv = kind(torch.cat([w.weight for w in layers]), bias)
+        module.wqkv = kind(*fast.joined(module))
         del module.wq, module.wk, module.wv
         module.__class__ = JoinedAttention
     elif type(module) is fast.FastHead:

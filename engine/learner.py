@@ -25,7 +25,7 @@ class Learner(nn.Module):
         self.gpt = gpt
         self.heads = nn.ModuleDict(objective.heads(gpt))
         self.objective = objective
-        self.autocast = nullcontext  # for objectives that write in between
+        self.autocast = nullcontext  # set by preflight.make_ready; for objectives that write, too
 
     def forward(self, *inputs) -> list[Tensor]:
         return self.objective.loss(self.gpt, self.heads, *inputs)

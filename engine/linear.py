@@ -92,9 +92,10 @@ def forms(dtype: torch.dtype) -> dict[str, Callable]:
 
 
 def widths() -> tuple[int, ...]:
-    """Columns of a bag's blocks, the best first: as many sums as a processor's registers hold. With
-    AVX2 those are 12 of 8 numbers; a wider row is read twice."""
-    return (256, 128) if torch.cpu.get_capabilities().get("avx512_f") else (96,)
+    """Columns of a bag's blocks; the last is that for eight bits. As many sums as a processor's
+    registers hold: with AVX2 those are 12 of 8 numbers, and a wider row is read twice."""
+    able = torch.cpu.get_capabilities()
+    return (96,) if able.get("avx2") and not able.get("avx512_f") else (256, 128)
 
 
 def packable(dtype: torch.dtype) -> bool:

@@ -186,7 +186,7 @@ def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before
 
     `asked` is "auto" or a number. auto obeys OMP_NUM_THREADS (torchrun sets it), keeps the number
     of the run that is resumed, whose `before` is what `Run.circumstances` were, and otherwise
-    goes by the size of the work. A GPU's work needs one thread; there nothing changes.
+    goes by the size of the work. A GPU's work needs one thread: there torch's number stays.
     """
     if asked != "auto":
         torch.set_num_threads(int(asked))

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import objectives
-from dataset import Dataset
+from dataset import Dataset, Split
 from engine import settings
 
 if TYPE_CHECKING:  # torch takes a second to load: mistakes in settings are told before that
-    from dataset import Split
     from engine.learner import Learner
     from engine.machine import Machine
     from engine.run import Run
@@ -113,7 +112,7 @@ def set_up(s, stop: "Stop", start: float) -> "tuple[Machine, Dataset, Base, Run]
     return here, data, objective, run
 
 
-def make_ready(learner: "Learner", split: "Split", s, here: "Machine", run: "Run") -> None:
+def make_ready(learner: "Learner", split: Split, s, here: "Machine", run: "Run") -> None:
     """Takes the learner to the device, with fast parts and the heads of the checkpoint that it goes
     on from, and finds how many windows a pass may have there."""
     from engine import checkpoint, fast, machine, memory
@@ -153,7 +152,7 @@ def make_ready(learner: "Learner", split: "Split", s, here: "Machine", run: "Run
         here.say(f"lr={s.lr:g} is a rate for muon: {s.optimizer} wants about 0.001")
 
 
-def compile_kernels(learner: "Learner", split: "Split", s, here: "Machine") -> None:
+def compile_kernels(learner: "Learner", split: Split, s, here: "Machine") -> None:
     """Where the machine compiles: for the very shape that each pass will have."""
     from engine import machine
 

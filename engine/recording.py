@@ -20,6 +20,7 @@ Tag = torch.Tag
 WEIGHTS = 1 << 18  # numbers of a matrix for whose product another thread is worth waking
 LARGE = 1 << 21  # and of what else an operation reads: of all of a long text's keys, say
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # no dropout here
+# operations for which no other thread of torch is woken
 ALONE = {torch.ops.aten.embedding.default}  # it reads a row of a matrix and not all of it
 ALONE |= {torch.ops.nutshell.gemv.default}  # with threads of its own
 COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd  # made of other operations

@@ -51,7 +51,7 @@ def verify(folder: Path, key: Path) -> int:
     Raises ValueError for a signature by another, for files that are changed or missing, and for
     those that were not signed. Reads bytes, and makes nothing of them.
     """
-    public = read_key(key, folder, "public")
+    public = read_key(key, folder, "public")  # tells what to install if the package lacks
     from cryptography.exceptions import InvalidSignature
 
     if not (folder / LIST).is_file() or not (folder / SIGNATURE).is_file():

@@ -19,10 +19,12 @@ SPIN = 3_000  # rounds, some thirty microseconds: what that costs and saves is i
 def choose_waiting() -> None:
     """Lets idle threads sleep; at once, if others need the cores, else after a short spin.
 
-    OpenMP reads these variables once, when torch is loaded: so call it before. GNU's library (torch
-    on Linux) knows both; LLVM's and Intel's (macOS, Windows) the first, as a block time of 0. Who
-    has set one knows better.
+    These variables are read once, when torch and numpy are loaded: so call it before. GNU's library
+    (torch on Linux) knows both of OpenMP's; LLVM's and Intel's (macOS, Windows) the first, as a
+    block time of 0. Who has set one knows better.
     """
+    # numpy's own threads fall asleep after 2^20 cycles, a third of a millisecond, and not 2^26
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
     if cores_are_idle():

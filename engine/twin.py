@@ -15,7 +15,7 @@ from torch import nn
 
 import generate as book
 import speculate as speculation
-from engine import inference, machine
+from engine import blas, inference, machine
 from model import GPT
 
 twins: WeakKeyDictionary = WeakKeyDictionary()  # of a model: {form: (state of its weights, twin)}
@@ -87,7 +87,8 @@ def twin(model: GPT, rows: int, dtype: str, several: bool = False) -> tuple[GPT,
         like = dict(requires_grad=False)
         shared = {id(p): nn.Parameter(p.detach().to(here.dtype), **like) for p in parameters}
         ready = copy.deepcopy(model, shared).eval()
-        inference.ready(ready, rows=rows, several=several)
+        with using(threads):
+            inference.ready(ready, rows=rows, several=several)
         made[form] = state, ready
     return made[form][1], threads
 
@@ -105,10 +106,12 @@ def structure(m: nn.Module) -> tuple:
 
 @contextmanager
 def using(threads: int):
-    """Within, torch has so many threads; behind, as many as it had."""
-    before = torch.get_num_threads()
+    """Within, torch and numpy have so many threads; behind, as many as they had."""
+    before, of_numpy = torch.get_num_threads(), blas.threads()
     torch.set_num_threads(threads)
+    blas.use_threads(threads)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        blas.use_threads(of_numpy)

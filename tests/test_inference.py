@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_model import SHAPES, make, tokens
 from torch import nn
 
-from engine import blas, fast, inference, linear, machine
+from engine import blas, fast, inference, linear, machine, twin
 from engine.blas import NumpyLinear
 from engine.inference import RecordedCache, ready
 from engine.linear import (
@@ -82,13 +82,16 @@ def test_the_fastest_form_of_each_shape_is_found_once_and_taken(monkeypatch):
 
 
 def test_numpy_has_as_many_threads_as_torch():
-    library, before = blas.openblas(), torch.get_num_threads()
-    if not library:
+    before = torch.get_num_threads()
+    if not blas.openblas():
         pytest.skip("numpy has another BLAS here")
     small = SimpleNamespace(device=torch.device("cpu"))
     for number in (1, 2):
         machine.use_threads(str(number), small, None, 1)
-        assert library.scipy_openblas_get_num_threads64_() == number
+        assert blas.threads() == number
+        with twin.using(3 - number):
+            assert blas.threads() == 3 - number
+        assert blas.threads() == number
     machine.use_threads(str(before), small, None, 1)
 
 
