@@ -1,7 +1,8 @@
 """A matrix times one vector by numpy's OpenBLAS, as an operation that torch knows.
 
-It reads a matrix of float32 as fast as memory gives it: on two cores with AVX2 all of GPT-2's in 24
-ms, where torch's own products take 30 and more (docs/speed.md). The matrix stays as it is.
+It reads a matrix of float32 as fast as memory gives it: on two idle cores with AVX2 all of GPT-2's
+in 24 ms, where torch's own products take 28 and more (docs/speed.md). Its threads wait for each
+other, so beside a busy process it is slow. The matrix stays as it is.
 """
 
 import ctypes
