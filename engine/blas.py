@@ -1,12 +1,14 @@
-"""A matrix times one vector by numpy's OpenBLAS, as an operation that torch knows.
+"""One token's products and attention by numpy and its OpenBLAS, as operations that torch knows.
 
-It reads a matrix of float32 as fast as memory gives it: on two idle cores with AVX2 all of GPT-2's
-in 24 ms, where torch's own products take 28 and more (docs/speed.md). Its threads wait for each
-other, so beside a busy process it is slow. The matrix stays as it is.
+They read float32 as fast as memory gives it: on two idle cores with AVX2 all matrices of GPT-2 in
+24 ms, where torch's own products take 28 and more; and attention reads the positions that are filled
+and no others (docs/speed.md). Threads that wait for each other are slow beside a busy process: see
+`AllOrOne` in engine/threads.py.
 """
 
 import ctypes
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,24 +19,67 @@ from torch import Tensor, nn
 
 LIBRARY = torch.library.Library("nutshell", "DEF")
 LIBRARY.define("gemv(Tensor x, Tensor matrix, Tensor? bias) -> Tensor")
-LIBRARY.define("gemv.out(Tensor x, Tensor matrix, Tensor? bias, *, Tensor(a!) out) -> Tensor(a!)")
+LIBRARY.define(
+    "look_back(Tensor q, Tensor k, Tensor v, Tensor place, Tensor(a!) keys, Tensor(b!) values)"
+    " -> (Tensor, Tensor(a!), Tensor(b!))"
+)
+LONG = 1 << 21  # numbers of keys for which a product of one head is worth more than one thread
 
 
-def gemv_out(x: Tensor, matrix: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
-    y = out.numpy().reshape(-1)
-    np.dot(matrix.numpy(), x.numpy().reshape(-1), out=y)
-    if bias is not None:
-        y += bias.numpy()
-    return out
+def product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Callable[[], None]:
+    """What computes W x + b from what these tensors hold when it is called, into `out`."""
+    x, y, matrix = x.view(-1).numpy(), out.view(-1).numpy(), matrix.numpy()
+    bias = None if bias is None else bias.numpy()
+
+    def compute() -> None:
+        np.dot(matrix, x, out=y)
+        if bias is not None:
+            np.add(y, bias, out=y)
+
+    return compute
 
 
 def gemv(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """W x + b: for x (..., I), of one row in all, and a matrix W (O, I), (..., O)."""
-    return gemv_out(x, matrix, bias, out=x.new_empty(*x.shape[:-1], matrix.size(0)))
+    y = x.new_empty(*x.shape[:-1], matrix.size(0))
+    product(x.contiguous(), matrix, bias, y)()
+    return y
+
+
+def attention(q, k, v, place, keys, values, out: Tensor, *_) -> Callable[[], None]:
+    """What computes `look_back` from what these tensors hold when it is called, into `out`."""
+    K, S, D = keys.shape[1:]
+    q, out = q.view(K, -1, D).numpy(), out.view(K, -1, D).numpy()  # (K, H / K, D)
+    k, v, place = k.view(K, D).numpy(), v.view(K, D).numpy(), place.view(-1).numpy()
+    keys, values = keys.numpy()[0], values.numpy()[0]  # (K, S, D)
+    scale = np.float32(D**-0.5)
+
+    def compute() -> None:
+        n = int(place[0])
+        keys[:, n], values[:, n] = k, v
+        with one_thread(n * K * D < LONG):
+            score = np.matmul(keys[:, : n + 1], q.transpose(0, 2, 1))  # (K, n + 1, H / K)
+            score *= scale
+            score -= np.maximum.reduce(score, axis=1, keepdims=True)
+            np.exp(score, out=score)
+            np.matmul(score.transpose(0, 2, 1), values[:, : n + 1], out=out)
+        np.divide(out, np.add.reduce(score, axis=1)[..., None], out=out)
+
+    return compute
+
+
+def look_back(q: Tensor, k: Tensor, v: Tensor, place: Tensor, keys: Tensor, values: Tensor):
+    """Attention of one token, q (1, H, 1, D), k and v (1, K, 1, D), which stands at `place` (1, 1):
+    stores k and v there, in keys and values (1, K, S, D), and looks back from there: as q."""
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
+    attention(q, k, v, place, keys, values, y)()
+    return y, keys, values
 
 
 LIBRARY.impl("gemv", gemv, "CPU")
-LIBRARY.impl("gemv.out", gemv_out, "CPU")
+LIBRARY.impl("look_back", look_back, "CPU")
+# what does the same again without torch, made of the arguments and the results
+AGAIN = {torch.ops.nutshell.gemv.default: product, torch.ops.nutshell.look_back.default: attention}
 
 
 class NumpyLinear(nn.Module):
@@ -73,3 +118,16 @@ def use_threads(number: int) -> None:
     """As many for numpy's products as for torch's."""
     if openblas():
         openblas().scipy_openblas_set_num_threads64_(ctypes.c_int(number))
+
+
+@contextmanager
+def one_thread(wanted: bool = True):
+    """Only one for numpy's products in this block, if that is `wanted`."""
+    before = threads() if wanted else 0
+    if before > 1:
+        use_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            use_threads(before)

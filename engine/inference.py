@@ -50,7 +50,7 @@ def ready(
     if quantize:
         kind = partial(StreamedLinear, quantize=quantize)
     elif on_cpu and rows == 1:
-        kind = OneOrSeveral(like.dtype) if several else Fastest(like.dtype)
+        kind = (OneOrSeveral if several else Fastest)(like.dtype, matrices(model))
     elif on_cpu and rows > 1 and packable(like.dtype):
         kind = PackedLinear
     else:
@@ -61,6 +61,15 @@ def ready(
     if on_cpu and rows == 1 and like.dtype == torch.bfloat16 and not fast_bfloat16():
         widen(model)
     return model
+
+
+def matrices(model: GPT) -> list[Tensor]:
+    """The weights that a token is multiplied with in a block, and those of the head."""
+    block = list(model.blocks[0].modules())
+    found = [fast.joined(m)[0] for m in block if type(m) is fast.FastAttention]
+    found += [layer.weight for layer in block if type(layer) is nn.Linear]
+    head = model.head.weight
+    return [*found, model.wte.weight if head is None else head]
 
 
 def widen(model: GPT) -> None:
@@ -109,6 +118,13 @@ class JoinedAttention(fast.FastAttention):
     def project(self, x: Tensor) -> Tensor:
         return self.wqkv(x)
 
+    def look(self, q, k, v, mask, cache) -> Tensor:
+        if not (isinstance(cache, RecordedCache) and cache.running and q.device.type == "cpu"):
+            return super().look(q, k, v, mask, cache)
+        keys, values = cache.k[self.layer], cache.v[self.layer]
+        q, k, v = (z.to(keys.dtype) for z in (q, k, v))
+        return torch.ops.nutshell.look_back(q, k, v, cache.place, keys, values)[0]
+
 
 class ReadyHead(fast.FastHead):
     """A head with a layer of another kind."""
@@ -129,10 +145,11 @@ class FastGPT(GPT):
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
         like = self.wte.weight
-        dtype = like.dtype
-        if like.device.type == "cpu" and isinstance(self.blocks[0].attn, fast.FastAttention):
+        dtype, on_cpu = like.dtype, like.device.type == "cpu"
+        if on_cpu and isinstance(self.blocks[0].attn, fast.FastAttention):
             dtype = torch.float32  # attention is several times faster, its memory traffic small
-        kind = RecordedCache if records(like.device, batch) else KVCache
+        ours = not on_cpu or all(type(block.attn) is JoinedAttention for block in self.blocks)
+        kind = RecordedCache if ours and records(like.device, batch) else KVCache
         return kind(self.config, batch, like.device, dtype, size, whole)
 
     def forward(self, tokens: Tensor, *more, cache: KVCache | None = None, **options) -> Tensor:
@@ -150,7 +167,6 @@ def records(device: torch.device, batch: int = 1) -> bool:
 
 
 WORTH_KERNELS = 512  # tokens of a process after which these pay: to find them takes 0.2 to 7 s
-SPAN = 128  # positions by which attention grows on a CPU, where a step is then recorded anew
 PATIENCE = 16  # tokens without, on a CPU: recording takes as long as it saves in some twenty
 
 
@@ -159,15 +175,14 @@ class RecordedCache(KVCache):
     since to start hundreds of kernels one by one takes longer than to run them; on a CPU, for one
     text, as a list of operations (engine/recording.py).
 
-    Shapes and addresses are fixed: attention spans the whole cache (on a CPU what is a multiple of
-    SPAN), and where each row stands is a tensor on the device, `place`. A result is valid until the
-    next call.
+    Shapes and addresses are fixed: where each row stands is a tensor on the device, `place`, and
+    attention spans the whole cache on a GPU; on a CPU it has an operation of its own. A result is
+    valid until the next call.
     """
 
     fixed = True
     recorded = None  # the buffers that the recording knows
     running = False  # whether a step is computed, or recorded, at this moment
-    span = 0  # positions that a step attends to
     waited = 0  # tokens since a recording became possible
     fit = True  # whether Python decides nothing in a step
     written = 0  # tokens on a GPU, by all caches of this process
@@ -183,8 +198,10 @@ class RecordedCache(KVCache):
     def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
         if not self.running:
             return super().begin(T)
-        self.end = self.span
+        self.end = self.k.size(3)
         self.at = self.place  # (B, 1)
+        if not self.k.is_cuda:
+            return self.at, None  # `look_back` sees no further
         return self.at, (self.columns <= self.at[..., None])[:, None]  # (B, 1, 1, S)
 
     def step(self, forward, tokens: Tensor) -> Tensor:
@@ -192,10 +209,9 @@ class RecordedCache(KVCache):
         longest, size = int(self.lengths.max()), self.k.size(3)
         if longest == size:
             raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
-        span = size if self.k.is_cuda or self.whole else min(size, longest // SPAN * SPAN + SPAN)
-        how = span, torch.get_num_threads(), RecordedCache.written >= WORTH_KERNELS
+        how = torch.get_num_threads(), RecordedCache.written >= WORTH_KERNELS
         if self.recorded is not self.k or self.how != how:  # or before `take` had other rows
-            self.how, self.span = how, span
+            self.how = how
             self.record(forward, tokens)
         self.tokens.copy_(tokens)
         self.place.copy_(self.lengths[:, None])
@@ -212,7 +228,7 @@ class RecordedCache(KVCache):
         self.recorded, self.replay = self.k, None
         self.tokens = tokens.clone()
         self.place = self.lengths[:, None].to(device, copy=True)
-        self.columns = torch.arange(self.span, device=device)
+        self.columns = torch.arange(self.k.size(3), device=device)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in forward.__self__.modules())
         if device.type == "cpu" and hooked:  # which would not be called
             self.fit = False

@@ -21,40 +21,44 @@ FEW = 16  # rows up to which eight-bit weights are used as they are; for more, u
 WORTH_IT = 1 << 18  # weights of a layer for which a choice pays
 TRIES = 5
 ENOUGH = 1 << 22  # weights of a large layer that are tried
+PAUSE = 1e-4  # seconds from one large product to the next, about, in which threads fall asleep
 CACHE = 1 << 26  # bytes that drive the weights out of the caches of a processor
 
 
 class Fastest:
-    """Makes of a matrix and a bias a layer for one row, of the form that is fastest here for that
-    shape. `chosen` has the name of the form for each shape."""
+    """Makes of a matrix and a bias a layer for one row. All large ones have the same form, `chosen`:
+    that in which `weights`, a block's and some of the head's, are read fastest one after another.
 
-    def __init__(self, dtype: torch.dtype):
+    One by one the forms have other ranks: then the threads of a form are asleep when it begins.
+    """
+
+    def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
         self.forms = forms(dtype)
-        self.chosen: dict[tuple, str] = {}
-        self.other = None  # what is read in between
+        self.chosen = next(iter(self.forms))
+        weights = [w[: ENOUGH // w.size(1) + 1] for w in weights if w.numel() >= WORTH_IT]
+        if weights and len(self.forms) > 1:
+            self.other = torch.ones(CACHE // 8, dtype=torch.int64)
+            times = {name: self.seconds(form, weights) for name, form in self.forms.items()}
+            self.chosen = min(times, key=times.get)
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        shape = tuple(weight.shape)
-        if shape not in self.chosen:
-            worth = weight.numel() >= WORTH_IT and len(self.forms) > 1
-            times = {n: self.seconds(f, weight) if worth else 0 for n, f in self.forms.items()}
-            self.chosen[shape] = min(times, key=times.get)
-        name = self.chosen[shape]
-        if name == "half" and not in_half(weight):
-            name = next(iter(self.forms))
+        large = weight.numel() >= WORTH_IT and (self.chosen != "half" or in_half(weight))
+        name = self.chosen if large else next(iter(self.forms))
         return self.forms[name](weight, bias)
 
-    def seconds(self, form: Callable, weight: Tensor) -> float:
-        """The shortest time in which a layer of that form reads its weights from memory."""
-        if self.other is None:
-            self.other = torch.ones(CACHE // 8, dtype=torch.int64)
-        weight = weight[: ENOUGH // weight.size(1) + 1]
-        layer, x, times = form(weight, None), weight.new_ones(1, 1, weight.size(1)), []
+    def seconds(self, form: Callable, weights: list[Tensor]) -> float:
+        """The shortest time in which layers of that form read their weights from memory."""
+        layers = [(form(w, None), w.new_ones(1, 1, w.size(1))) for w in weights]
+        times = []
         for _ in range(1 + TRIES):
             self.other.sum()
-            start = time.perf_counter()
-            layer(x)
-            times.append(time.perf_counter() - start)
+            times.append(0.0)
+            for layer, x in layers:
+                start = time.perf_counter()
+                layer(x)
+                times[-1] += (end := time.perf_counter()) - start
+                while time.perf_counter() < end + PAUSE:  # norms, attention: one thread works
+                    pass
         return min(times[1:])
 
 

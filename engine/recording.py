@@ -6,6 +6,7 @@ fall asleep. A GPU has CUDA graphs for that; this is the same idea: if all tenso
 are, a list of operations can be run again. docs/speed.md has the figures.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import engine.blas  # noqa: F401, which registers an operation
+from engine import blas
+from engine.threads import AllOrOne
 
 Tag = torch.Tag
 WEIGHTS = 1 << 18  # numbers of a matrix for whose product another thread is worth waking
@@ -22,7 +24,7 @@ LARGE = 1 << 21  # and of what else an operation reads: of all of a long text's 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # no dropout here
 # operations for which no other thread of torch is woken
 ALONE = {torch.ops.aten.embedding.default}  # it reads a row of a matrix and not all of it
-ALONE |= {torch.ops.nutshell.gemv.default}  # with threads of its own
+ALONE |= blas.AGAIN.keys()  # with threads of their own
 COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd  # made of other operations
 UNFIT = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
 
@@ -31,7 +33,8 @@ def record(function: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[Tensor
     """The result of `function`, and what computes it anew, into the same tensor, from what the
     tensors `inputs` hold then, which `function` may change; all else it takes to be constant.
 
-    Large products get all threads of this moment, all else one. Raises ValueError where numbers in
+    Large products get all threads of this moment, all else one; beside a busy process, where one is
+    faster, they get one as well (`AllOrOne`). Raises ValueError where numbers in
     tensors decide what is done next: Python is not recorded.
     """
     with Recorder() as recorder:
@@ -94,22 +97,28 @@ class Recorder(TorchDispatchMode):
                 if not (varies.isdisjoint(sources) and varies.isdisjoint(targets)):
                     varies |= targets
         needed = {storage(result)}.union(*(sources for *_, sources, _ in done))
-        steps, threads = [], torch.get_num_threads()
+        alone, steps, threads = [], [], torch.get_num_threads()
         for operation, args, kwargs, read, made, sources, targets in done:
             view = not operation._schema.is_mutable and targets <= sources
             if view or varies.isdisjoint(sources | targets):
                 continue
             step = again(operation, args, kwargs, made, needed)
-            wide = threads > 1 and operation not in ALONE and large(args, read, varies)
+            wide = operation not in ALONE and large(args, read, varies)
             steps += several(step, threads) if wide else [step]
+            alone.append(step)
+        choice = AllOrOne()
 
         def replay() -> Tensor:
+            together = threads == 1 or choice.together()
+            start = time.perf_counter()
             torch.set_num_threads(1)
             try:
-                for function, args, kwargs in steps:
-                    function(*args, **kwargs)
+                with blas.one_thread(not together):
+                    for function, args, kwargs in steps if together else alone:
+                        function(*args, **kwargs)
             finally:
                 torch.set_num_threads(threads)
+            choice.took(together, time.perf_counter() - start)
             return result
 
         return replay
@@ -156,6 +165,8 @@ def storage(t: Tensor) -> int:
 
 def again(operation, args, kwargs, made: list[Tensor], needed: set[int]) -> tuple:
     """(function, arguments, named ones) that computes `made` once more, where they are."""
+    if operation in blas.AGAIN:
+        return blas.AGAIN[operation](*args, *made), (), {}
     if operation._schema.is_mutable:
         return operation, args, kwargs
     there = into(operation)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 GRAIN = 65_536  # activations (tokens x width) in one pass for which one more thread pays, measured
 WEIGHTS = 500_000  # parameters for which it does, however few the tokens
+EXPLORE = 64  # times after which the slower of two ways is tried again, which costs about a percent
 SPIN = 3_000  # rounds, some thirty microseconds: what that costs and saves is in docs/speed.md
 
 
@@ -84,3 +85,27 @@ def quota(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -
                 if granted not in ("max", "-1"):
                     limits.append(int(granted) / int(period))
     return min(limits)
+
+
+class AllOrOne:
+    """Whether work that is done again and again gets all threads, or one: what took less time
+    lately. Each EXPLORE times the other is tried.
+
+    Beside a busy process threads wait for the one that shares its core; one alone does not.
+    """
+
+    def __init__(self):
+        self.seconds = {True: 0.0, False: 0.0}  # with all threads, with one
+        self.times = 0
+
+    def together(self) -> bool:
+        """Whether the next one gets all."""
+        self.times += 1
+        better = self.seconds[True] <= self.seconds[False]
+        return better != (self.times % EXPLORE == 0)
+
+    def took(self, together: bool, seconds: float) -> None:
+        """How long the last one took: of what is mostly done a mean that forgets."""
+        mean = self.seconds[together]
+        rare = self.times % EXPLORE == 0 or not mean
+        self.seconds[together] = seconds if rare else mean + (seconds - mean) / 4
