@@ -1,9 +1,8 @@
 """One token's products and attention by numpy and its OpenBLAS, as operations that torch knows.
 
 They read float32 as fast as memory gives it: on two idle cores with AVX2 all matrices of GPT-2 in
-24 ms, where torch's own products take 28 and more; and attention reads the positions that are filled
-and no others (docs/speed.md). Threads that wait for each other are slow beside a busy process: see
-`AllOrOne` in engine/threads.py.
+24 ms, where torch's own products take 28 and more. And attention reads no positions but those that
+are filled. docs/speed.md has the figures.
 """
 
 import ctypes
@@ -48,7 +47,7 @@ def gemv(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 def attention(q, k, v, place, keys, values, out: Tensor, *_) -> Callable[[], None]:
     """What computes `look_back` from what these tensors hold when it is called, into `out`."""
-    K, S, D = keys.shape[1:]
+    K, _, D = keys.shape[1:]  # (1, K, S, D)
     q, out = q.view(K, -1, D).numpy(), out.view(K, -1, D).numpy()  # (K, H / K, D)
     k, v, place = k.view(K, D).numpy(), v.view(K, D).numpy(), place.view(-1).numpy()
     keys, values = keys.numpy()[0], values.numpy()[0]  # (K, S, D)

@@ -64,12 +64,13 @@ def ready(
 
 
 def matrices(model: GPT) -> list[Tensor]:
-    """The weights that a token is multiplied with in a block, and those of the head."""
-    block = list(model.blocks[0].modules())
+    """Weights that a token is multiplied with: those of a block, and of the head."""
+    block, head = list(model.blocks[0].modules()), model.head
     found = [fast.joined(m)[0] for m in block if type(m) is fast.FastAttention]
     found += [layer.weight for layer in block if type(layer) is nn.Linear]
-    head = model.head.weight
-    return [*found, model.wte.weight if head is None else head]
+    if type(head) is fast.FastHead:
+        found.append(model.wte.weight if head.weight is None else head.weight)
+    return found
 
 
 def widen(model: GPT) -> None:
@@ -119,7 +120,7 @@ class JoinedAttention(fast.FastAttention):
         return self.wqkv(x)
 
     def look(self, q, k, v, mask, cache) -> Tensor:
-        if not (isinstance(cache, RecordedCache) and cache.running and q.device.type == "cpu"):
+        if not (isinstance(cache, RecordedCache) and cache.looks_back()):
             return super().look(q, k, v, mask, cache)
         keys, values = cache.k[self.layer], cache.v[self.layer]
         q, k, v = (z.to(keys.dtype) for z in (q, k, v))
@@ -175,9 +176,9 @@ class RecordedCache(KVCache):
     since to start hundreds of kernels one by one takes longer than to run them; on a CPU, for one
     text, as a list of operations (engine/recording.py).
 
-    Shapes and addresses are fixed: where each row stands is a tensor on the device, `place`, and
-    attention spans the whole cache on a GPU; on a CPU it has an operation of its own. A result is
-    valid until the next call.
+    Shapes and addresses are fixed: attention spans the whole cache, unless it is one operation that
+    knows better, and where each row stands is a tensor on the device, `place`. A result is valid
+    until the next call.
     """
 
     fixed = True
@@ -195,13 +196,17 @@ class RecordedCache(KVCache):
         few = records(self.k.device, len(self.lengths)) and torch.is_inference_mode_enabled()
         return few and self.fit and self.waited > PATIENCE
 
+    def looks_back(self) -> bool:
+        """Whether attention is one operation, for one text on a CPU (engine/blas.py)."""
+        return self.running and not self.k.is_cuda and len(self.lengths) == 1
+
     def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
         if not self.running:
             return super().begin(T)
         self.end = self.k.size(3)
         self.at = self.place  # (B, 1)
-        if not self.k.is_cuda:
-            return self.at, None  # `look_back` sees no further
+        if self.looks_back():
+            return self.at, None
         return self.at, (self.columns <= self.at[..., None])[:, None]  # (B, 1, 1, S)
 
     def step(self, forward, tokens: Tensor) -> Tensor:

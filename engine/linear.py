@@ -1,8 +1,7 @@
 """Linear layers that a CPU computes faster: other layouts of the same weights, and which is best.
 
 For one row, x W^T is a reading of W, and how fast it is read depends on the layout, on the
-processor, on the type, and on the shape. So for each shape the candidates are tried (`Fastest`).
-docs/speed.md has figures.
+processor, and on the type. So the candidates are tried (`Fastest`). docs/speed.md has figures.
 """
 
 import time
@@ -26,10 +25,10 @@ CACHE = 1 << 26  # bytes that drive the weights out of the caches of a processor
 
 
 class Fastest:
-    """Makes of a matrix and a bias a layer for one row. All large ones have the same form, `chosen`:
-    that in which `weights`, a block's and some of the head's, are read fastest one after another.
+    """Makes of a matrix and a bias a layer for one row. All large ones have one form, `chosen`:
+    that in which `weights`, of a block and of the head, are read fastest one after another.
 
-    One by one the forms have other ranks: then the threads of a form are asleep when it begins.
+    Mixed, each form would find its threads asleep, as it does if it is tried by itself.
     """
 
     def __init__(self, dtype: torch.dtype, weights: list[Tensor]):

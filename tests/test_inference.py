@@ -2,13 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from test_model import SHAPES, make, tokens
 from torch import nn
 
-from engine import blas, fast, inference, linear, machine, twin
+from engine import blas, fast, inference, linear, machine, recording, twin
 from engine.blas import NumpyLinear
 from engine.inference import RecordedCache, ready
 from engine.linear import (
@@ -67,18 +68,22 @@ def test_every_layer_equals_a_plain_one(kind, dtype, outputs, inputs, bias):
             assert error < (0.01 if kind == "int8" else rounding)
 
 
-def test_the_fastest_form_of_each_shape_is_found_once_and_taken(monkeypatch):
-    small, large = torch.randn(8, 4), torch.randn(512, 513)
-    choose, tried = Fastest(torch.float32), []
-    times = iter([4.0, 1.0, 3.0, 2.0, 5.0])
-    choose.forms = {"plain": PlainLinear, "numpy": NumpyLinear, "streamed": StreamedLinear}
-    assert 0 < choose.seconds(PlainLinear, large) < 1
-    monkeypatch.setattr(choose, "seconds", lambda form, w: tried.append(form) or next(times))
-    assert type(choose(small, None)) is PlainLinear and not tried
-    assert type(choose(large, None)) is NumpyLinear
-    assert type(choose(large + 1, None)) is NumpyLinear
-    assert len(tried) == len(choose.forms)
-    assert choose.chosen == {(8, 4): "plain", (512, 513): "numpy"}
+def test_all_large_layers_have_the_form_that_is_fastest_in_a_chain(monkeypatch):
+    small, large, tried = torch.randn(8, 4), torch.randn(512, 513), []
+    kinds = {"plain": PlainLinear, "numpy": NumpyLinear, "streamed": StreamedLinear}
+    monkeypatch.setattr(linear, "forms", lambda dtype: kinds)
+    assert 0 < Fastest(torch.float32, [large]).seconds(PlainLinear, [large] * 3) < 1
+
+    def seconds(self, form, weights):
+        tried.append([w.shape for w in weights])
+        return [4.0, 1.0, 3.0][len(tried) - 1]
+
+    monkeypatch.setattr(Fastest, "seconds", seconds)
+    choose = Fastest(torch.float32, [large, small, large.T])
+    assert tried == [[(512, 513), (513, 512)]] * 3 and choose.chosen == "numpy"
+    assert type(choose(small, None)) is PlainLinear
+    assert type(choose(large, None)) is type(choose(large.T, None)) is NumpyLinear
+    assert Fastest(torch.float32, [small]).chosen == "plain" and len(tried) == 3
 
 
 def test_numpy_has_as_many_threads_as_torch():
@@ -157,12 +162,12 @@ def test_eight_bits_change_the_logits_a_little(shape):
     torch.testing.assert_close(after, unpacked, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 3])  # one looks back by an operation of its own
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_recorded_step_equals_a_growing_one(shape, monkeypatch):
+def test_a_recorded_step_equals_a_growing_one(shape, rows, monkeypatch):
     monkeypatch.setattr(inference, "records", lambda *_: True)
-    monkeypatch.setattr(inference, "SPAN", 8)  # recorded anew behind 16 positions
-    plain, model, x = make(shape), ready(make(shape)), tokens()
-    growing, fixed = plain.new_cache(3), model.new_cache(3)
+    plain, model, x = make(shape), ready(make(shape)), tokens(rows)
+    growing, fixed = plain.new_cache(rows), model.new_cache(rows)
     assert isinstance(fixed, RecordedCache)
     with torch.inference_mode():
         plain(x[:, :9], cache=growing)
@@ -171,8 +176,8 @@ def test_a_recorded_step_equals_a_growing_one(shape, monkeypatch):
             expected = plain(x[:, i : i + 1], cache=growing)
             step = model(x[:, i : i + 1], cache=fixed)
             torch.testing.assert_close(step, expected, atol=1e-4, rtol=1e-4)
-        assert fixed.replay and fixed.span == 24
-        assert fixed.lengths.tolist() == growing.lengths.tolist() == [24] * 3
+        assert fixed.replay
+        assert fixed.lengths.tolist() == growing.lengths.tolist() == [24] * rows
         with pytest.raises(ValueError, match="25"):
             model(x[:, :1], cache=fixed)
 
@@ -223,6 +228,46 @@ def test_a_recorded_cache_stays_where_it_is_when_beams_change_places(monkeypatch
     assert cache.k is known
     cache.take([0])
     assert cache.k is not known
+
+
+@pytest.mark.parametrize("heads, shared, place", [(4, 4, 0), (4, 2, 5), (6, 1, 19)])
+def test_a_token_looks_back_at_what_is_filled_and_at_nothing_else(heads, shared, place):
+    q, k, v = torch.randn(1, heads, 1, 8), *torch.randn(2, 1, shared, 1, 8)
+    keys, values = torch.full((2, 1, shared, 20, 8), torch.nan)
+    keys[:, :, :place], values[:, :, :place] = torch.randn(2, 1, shared, place, 8)
+    at = torch.tensor([[place]])
+    before = blas.threads()
+    found = torch.ops.nutshell.look_back(q, k, v, at, keys, values)[0]
+    assert blas.threads() == before
+    assert torch.equal(keys[:, :, place : place + 1], k) and keys[:, :, place + 1 :].isnan().all()
+    assert torch.equal(values[:, :, place : place + 1], v)
+    there = [z[:, :, : place + 1] for z in (keys, values)]
+    expected = F.scaled_dot_product_attention(q, *there, enable_gqa=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_recording_beside_a_busy_process_uses_one_thread(monkeypatch):
+    layer = NumpyLinear(torch.randn(8, 4), None)
+    x, used = torch.randn(1, 4), []
+    monkeypatch.setattr(recording.AllOrOne, "together", lambda self: len(used) % 2 == 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            replay = record(lambda: layer(x), [x])[1]
+            plain = np.dot
+            monkeypatch.setattr(
+                np, "dot", lambda *a, **k: used.append(blas.threads()) or plain(*a, **k)
+            )
+            blas.use_threads(2)
+            for _ in range(4):
+                x.normal_()
+                torch.testing.assert_close(replay(), layer.matrix @ x[0] + torch.zeros(1, 8))
+        assert torch.get_num_threads() == 2
+        assert used == [2, 1, 2, 1] and blas.threads() == 2 if blas.openblas() else len(used) == 4
+    finally:
+        torch.set_num_threads(before)
+        blas.use_threads(before)
 
 
 def test_int8_is_refused_on_other_devices():

@@ -245,6 +245,24 @@ def free_threads(monkeypatch, threads_in_name):
     monkeypatch.setattr(threads, "quota", lambda: float("inf"))
 
 
+def test_one_thread_works_alone_while_that_is_faster():
+    choice = threads.AllOrOne()
+
+    def together(times: int, seconds_of_all: float) -> int:
+        """Of so many times, how often all threads had the work, which takes one two seconds."""
+        count = 0
+        for _ in range(times):
+            both = choice.together()
+            choice.took(both, seconds_of_all if both else 2.0)
+            count += both
+        return count
+
+    assert together(256, 1.0) == 251  # all but the second, and each 64th
+    assert 4 <= together(256, 4.0) <= 10  # beside a busy process
+    assert together(64, 1.0) <= 2 and together(256, 1.0) >= 251  # noticed at the next try
+    assert together(256, 2.0) > 0  # alike
+
+
 def test_the_number_of_threads_is_kept_on_resume(train, capsys, free_threads):
     from engine.checkpoint import load_weights
 

@@ -17,7 +17,7 @@ from torch import nn
 import sample
 import speculate as module
 from cache import KVCache
-from engine import checkpoint, inference, opening
+from engine import checkpoint, inference, linear, opening
 from engine.inference import ready
 from engine.linear import OneOrSeveral, PackedLinear, PlainLinear, packable
 from engine.twin import twin
@@ -311,8 +311,8 @@ def test_a_wider_model_computes_the_same(run):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_for_one_and_several_has_a_form_for_each(dtype, monkeypatch):
-    choose = OneOrSeveral(dtype)
-    monkeypatch.setattr(choose, "forms", {"plain": PlainLinear})
+    monkeypatch.setattr(linear, "forms", lambda dtype: {"plain": PlainLinear})
+    choose = OneOrSeveral(dtype, [])
     plain = nn.Linear(512, 513, dtype=dtype)
     layer = choose(plain.weight, plain.bias)
     with torch.inference_mode():
