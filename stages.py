@@ -152,7 +152,7 @@ def decode(s, dtype: str, samples: int = 1, context: int = 1, quantize: str = ""
         for _ in range(count):
             next(steps)
 
-    return figure(samples * count / timed(s.calls, some), "tokens/s")
+    return figure(samples * count / timed(s.calls, some), "tokens/s", getattr(model, "form", ""))
 
 
 # --- speculate

@@ -130,3 +130,16 @@ def one_thread(wanted: bool = True):
     finally:
         if before > 1:
             use_threads(before)
+
+
+@contextmanager
+def using(number: int):
+    """Within, torch and numpy have so many threads; behind, as many as they had."""
+    before, of_numpy = torch.get_num_threads(), threads()
+    torch.set_num_threads(number)
+    use_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        use_threads(of_numpy)

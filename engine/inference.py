@@ -58,6 +58,7 @@ def ready(
     if quantize or parts:
         for module in list(model.modules()):
             replace_linears(module, kind, model.wte.weight)
+        model.form = getattr(kind, "chosen", "")
     if on_cpu and rows == 1 and like.dtype == torch.bfloat16 and not fast_bfloat16():
         widen(model)
     return model
@@ -143,6 +144,8 @@ class ReadyHead(fast.FastHead):
 
 class FastGPT(GPT):
     """A GPT that chooses the type of its KV cache, and records a step and replays it."""
+
+    form = ""  # the name of that of its large layers, where some were tried
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
         like = self.wte.weight

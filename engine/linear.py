@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import blas
 from engine.blas import NumpyLinear, openblas
 from engine.machine import fast_bfloat16
 
 EXPECTED = 8  # rows that oneDNN chooses a layout for: it is the best for 1, 2 and 4 rows, too
 FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
 WORTH_IT = 1 << 18  # weights of a layer for which a choice pays
-TRIES = 5
+TRIES = 4  # with all threads, and with one
 ENOUGH = 1 << 22  # weights of a large layer that are tried
 PAUSE = 1e-4  # seconds from one large product to the next, about, in which threads fall asleep
 CACHE = 1 << 26  # bytes that drive the weights out of the caches of a processor
@@ -46,19 +47,25 @@ class Fastest:
         return self.forms[name](weight, bias)
 
     def seconds(self, form: Callable, weights: list[Tensor]) -> float:
-        """The shortest time in which layers of that form read their weights from memory."""
+        """The shortest time in which layers of that form read their weights from memory, with all
+        threads or, which is faster beside a busy process, with one."""
         layers = [(form(w, None), w.new_ones(1, 1, w.size(1))) for w in weights]
-        times = []
-        for _ in range(1 + TRIES):
-            self.other.sum()
-            times.append(0.0)
-            for layer, x in layers:
-                start = time.perf_counter()
-                layer(x)
-                times[-1] += (end := time.perf_counter()) - start
-                while time.perf_counter() < end + PAUSE:  # norms, attention: one thread works
-                    pass
-        return min(times[1:])
+        self.once(layers)
+        times = [self.once(layers) for _ in range(TRIES)]
+        with blas.using(1):
+            return min(times + [self.once(layers) for _ in range(TRIES)])
+
+    def once(self, layers: list[tuple[nn.Module, Tensor]]) -> float:
+        self.other.sum()
+        seconds = 0.0
+        for layer, x in layers:
+            start = time.perf_counter()
+            layer(x)
+            end = time.perf_counter()
+            seconds += end - start
+            while time.perf_counter() < end + PAUSE:  # as one thread would norm, or look back
+                pass
+        return seconds
 
 
 class OneOrSeveral(Fastest):

@@ -7,7 +7,6 @@ model, but for those that it keeps in another layout or number type.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +14,8 @@ from torch import nn
 
 import generate as book
 import speculate as speculation
-from engine import blas, inference, machine
+from engine import inference, machine
+from engine.blas import using
 from model import GPT
 
 twins: WeakKeyDictionary = WeakKeyDictionary()  # of a model: {form: (state of its weights, twin)}
@@ -102,16 +102,3 @@ def mark(p: torch.Tensor) -> tuple[int, int]:
 def structure(m: nn.Module) -> tuple:
     """Of what else somebody may have changed: a part put in another's place, hooks."""
     return type(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)
-
-
-@contextmanager
-def using(threads: int):
-    """Within, torch and numpy have so many threads; behind, as many as they had."""
-    before, of_numpy = torch.get_num_threads(), blas.threads()
-    torch.set_num_threads(threads)
-    blas.use_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        blas.use_threads(of_numpy)

@@ -84,6 +84,8 @@ def test_all_large_layers_have_the_form_that_is_fastest_in_a_chain(monkeypatch):
     assert type(choose(small, None)) is PlainLinear
     assert type(choose(large, None)) is type(choose(large.T, None)) is NumpyLinear
     assert Fastest(torch.float32, [small]).chosen == "plain" and len(tried) == 3
+    model = ready(make("gpt2"))
+    assert model.form == "plain" and ready(make("gpt2"), rows=2).form == ""
 
 
 def test_numpy_has_as_many_threads_as_torch():
