@@ -6,6 +6,7 @@ are filled. docs/speed.md has the figures.
 """
 
 import ctypes
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -22,7 +23,9 @@ LIBRARY.define(
     "look_back(Tensor q, Tensor k, Tensor v, Tensor place, Tensor(a!) keys, Tensor(b!) values)"
     " -> (Tensor, Tensor(a!), Tensor(b!))"
 )
-LONG = 1 << 21  # numbers of keys for which a product of one head is worth more than one thread
+LONG = 1 << 21  # numbers of keys for which attention is worth all threads of torch
+THREADED = 9_216  # numbers of a matrix from which on OpenBLAS uses several threads
+quiet = np.errstate(all="ignore")  # torch does not warn of what is infinite, either
 
 
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Callable[[], None]:
@@ -30,6 +33,7 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Call
     x, y, matrix = x.view(-1).numpy(), out.view(-1).numpy(), matrix.numpy()
     bias = None if bias is None else bias.numpy()
 
+    @quiet
     def compute() -> None:
         np.dot(matrix, x, out=y)
         if bias is not None:
@@ -46,23 +50,31 @@ def gemv(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attention(q, k, v, place, keys, values, out: Tensor, *_) -> Callable[[], None]:
-    """What computes `look_back` from what these tensors hold when it is called, into `out`."""
+    """What computes `look_back` from what these tensors hold when it is called, into `out`: for a
+    long text with the threads that torch has now, else with one."""
     K, _, D = keys.shape[1:]  # (1, K, S, D)
-    q, out = q.view(K, -1, D).numpy(), out.view(K, -1, D).numpy()  # (K, H / K, D)
+    q, out = q.view(1, K, -1, D), out.view(1, K, -1, D)  # (1, K, G, D): G heads share keys
     k, v, place = k.view(K, D).numpy(), v.view(K, D).numpy(), place.view(-1).numpy()
-    keys, values = keys.numpy()[0], values.numpy()[0]  # (K, S, D)
-    scale = np.float32(D**-0.5)
+    query, y, stored_k, stored_v = (z.numpy()[0] for z in (q, out, keys, values))
+    scale, threads = np.float32(D**-0.5), torch.get_num_threads()
 
+    @quiet
     def compute() -> None:
-        n = int(place[0])
-        keys[:, n], values[:, n] = k, v
-        with one_thread(n * K * D < LONG):
-            score = np.matmul(keys[:, : n + 1], q.transpose(0, 2, 1))  # (K, n + 1, H / K)
+        n = int(place[0]) + 1
+        stored_k[:, n - 1], stored_v[:, n - 1] = k, v
+        if n * K * D >= LONG:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            out.copy_(F.scaled_dot_product_attention(q, keys[:, :, :n], values[:, :, :n]))
+            torch.set_num_threads(before)
+            return
+        with one_thread(n * query[0].size >= THREADED):
+            score = np.matmul(query, stored_k[:, :n].transpose(0, 2, 1))  # (K, G, n)
             score *= scale
-            score -= np.maximum.reduce(score, axis=1, keepdims=True)
+            score -= np.maximum.reduce(score, axis=-1, keepdims=True)
             np.exp(score, out=score)
-            np.matmul(score.transpose(0, 2, 1), values[:, : n + 1], out=out)
-        np.divide(out, np.add.reduce(score, axis=1)[..., None], out=out)
+            np.matmul(score, stored_v[:, :n], out=y)
+        np.divide(y, np.add.reduce(score, axis=-1, keepdims=True), out=y)
 
     return compute
 
@@ -78,7 +90,8 @@ def look_back(q: Tensor, k: Tensor, v: Tensor, place: Tensor, keys: Tensor, valu
 LIBRARY.impl("gemv", gemv, "CPU")
 LIBRARY.impl("look_back", look_back, "CPU")
 # what does the same again without torch, made of the arguments and the results
-AGAIN = {torch.ops.nutshell.gemv.default: product, torch.ops.nutshell.look_back.default: attention}
+GEMV = torch.ops.nutshell.gemv.default
+AGAIN = {GEMV: product, torch.ops.nutshell.look_back.default: attention}
 
 
 class NumpyLinear(nn.Module):
@@ -108,6 +121,11 @@ def openblas() -> ctypes.CDLL | None:
     return None
 
 
+def one_thread_can_do() -> bool:
+    """Whether numpy's small products can be kept to one thread, or are on a Mac."""
+    return openblas() is not None or sys.platform == "darwin"
+
+
 def threads() -> int:
     """How many numpy's products have, 0 where that is unknown."""
     return openblas().scipy_openblas_get_num_threads64_() if openblas() else 0
@@ -115,27 +133,37 @@ def threads() -> int:
 
 def use_threads(number: int) -> None:
     """As many for numpy's products as for torch's."""
+    global asked
+    asked = number
+    set_threads(number)
+
+
+def set_threads(number: int) -> None:
     if openblas():
         openblas().scipy_openblas_set_num_threads64_(ctypes.c_int(number))
 
 
+asked = 0  # the number that numpy's products have but for moments
+
+
 @contextmanager
 def one_thread(wanted: bool = True):
-    """Only one for numpy's products in this block, if that is `wanted`."""
+    """Only one for numpy's products in this block, if that is `wanted`: 15 microseconds, 140 where
+    there are 64 threads."""
     before = threads() if wanted else 0
     if before > 1:
-        use_threads(1)
+        set_threads(1)
     try:
         yield
     finally:
         if before > 1:
-            use_threads(before)
+            set_threads(asked or before)
 
 
 @contextmanager
 def using(number: int):
     """Within, torch and numpy have so many threads; behind, as many as they had."""
-    before, of_numpy = torch.get_num_threads(), threads()
+    before, of_numpy = torch.get_num_threads(), asked or threads()
     torch.set_num_threads(number)
     use_threads(number)
     try:

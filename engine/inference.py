@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from canon import Canon
-from engine import fast, recording
+from engine import blas, fast, recording
 from engine.linear import (
     Fastest,
     OneOrSeveral,
@@ -25,6 +25,7 @@ from engine.linear import (
     packable,
 )
 from engine.machine import fast_bfloat16
+from engine.threads import AllOrOne
 from model import GPT, Head, KVCache
 
 
@@ -49,7 +50,7 @@ def ready(
         model.__class__ = FastGPT
     if quantize:
         kind = partial(StreamedLinear, quantize=quantize)
-    elif on_cpu and rows == 1:
+    elif on_cpu and rows == 1 and parts:
         kind = (OneOrSeveral if several else Fastest)(like.dtype, matrices(model))
     elif on_cpu and rows > 1 and packable(like.dtype):
         kind = PackedLinear
@@ -59,6 +60,7 @@ def ready(
         for module in list(model.modules()):
             replace_linears(module, kind, model.wte.weight)
         model.form = getattr(kind, "chosen", "")
+        model.choice = AllOrOne()
     if on_cpu and rows == 1 and like.dtype == torch.bfloat16 and not fast_bfloat16():
         widen(model)
     return model
@@ -67,8 +69,10 @@ def ready(
 def matrices(model: GPT) -> list[Tensor]:
     """Weights that a token is multiplied with: those of a block, and of the head."""
     block, head = list(model.blocks[0].modules()), model.head
-    found = [fast.joined(m)[0] for m in block if type(m) is fast.FastAttention]
-    found += [layer.weight for layer in block if type(layer) is nn.Linear]
+    ours = [m for m in block if type(m) is fast.FastAttention]
+    found = [fast.joined(m)[0] for m in ours]
+    taken = {layer for m in ours for layer in (m.wq, m.wk, m.wv)}
+    found += [layer.weight for layer in block if type(layer) is nn.Linear and layer not in taken]
     if type(head) is fast.FastHead:
         found.append(model.wte.weight if head.weight is None else head.weight)
     return found
@@ -121,7 +125,7 @@ class JoinedAttention(fast.FastAttention):
         return self.wqkv(x)
 
     def look(self, q, k, v, mask, cache) -> Tensor:
-        if not (isinstance(cache, RecordedCache) and cache.looks_back()):
+        if not (isinstance(cache, RecordedCache) and cache.looks_back(mask)):
             return super().look(q, k, v, mask, cache)
         keys, values = cache.k[self.layer], cache.v[self.layer]
         q, k, v = (z.to(keys.dtype) for z in (q, k, v))
@@ -146,6 +150,7 @@ class FastGPT(GPT):
     """A GPT that chooses the type of its KV cache, and records a step and replays it."""
 
     form = ""  # the name of that of its large layers, where some were tried
+    choice = None  # what recorded steps know of threads
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
         like = self.wte.weight
@@ -199,18 +204,18 @@ class RecordedCache(KVCache):
         few = records(self.k.device, len(self.lengths)) and torch.is_inference_mode_enabled()
         return few and self.fit and self.waited > PATIENCE
 
-    def looks_back(self) -> bool:
-        """Whether attention is one operation, for one text on a CPU (engine/blas.py)."""
-        return self.running and not self.k.is_cuda and len(self.lengths) == 1
+    def looks_back(self, mask: Tensor | None) -> bool:
+        """Whether attention with that mask is one operation, for one text on a CPU."""
+        mine = self.running and mask is self.mask  # nobody has another
+        return mine and not mask.is_cuda and len(mask) == 1 and blas.one_thread_can_do()
 
     def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
         if not self.running:
             return super().begin(T)
         self.end = self.k.size(3)
         self.at = self.place  # (B, 1)
-        if self.looks_back():
-            return self.at, None
-        return self.at, (self.columns <= self.at[..., None])[:, None]  # (B, 1, 1, S)
+        self.mask = (self.columns <= self.at[..., None])[:, None]  # (B, 1, 1, S)
+        return self.at, self.mask
 
     def step(self, forward, tokens: Tensor) -> Tensor:
         """`forward` for one new token in each row of `tokens` (B, 1): logits (B, 1, V)."""
@@ -242,8 +247,9 @@ class RecordedCache(KVCache):
             self.fit = False
         elif device.type == "cpu":
             changing = [self.tokens, self.place, self.k, self.v, self.past]
+            step, choice = partial(self.run, forward), forward.__self__.choice
             try:
-                self.logits, self.replay = recording.record(lambda: self.run(forward), changing)
+                self.logits, self.replay = recording.record(step, changing, choice)
             except (ValueError, RuntimeError, AttributeError):  # or an operation is like no other
                 self.fit = False
         if device.type != "cuda":

@@ -29,17 +29,19 @@ COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd  # made of other opera
 UNFIT = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
 
 
-def record(function: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[Tensor, Callable]:
+def record(
+    function: Callable[[], Tensor], inputs: list[Tensor], choice: AllOrOne | None = None
+) -> tuple[Tensor, Callable]:
     """The result of `function`, and what computes it anew, into the same tensor, from what the
     tensors `inputs` hold then, which `function` may change; all else it takes to be constant.
 
-    Large products get all threads of this moment, all else one; beside a busy process, where one is
-    faster, they get one as well (`AllOrOne`). Raises ValueError where numbers in
-    tensors decide what is done next: Python is not recorded.
+    Large products get all threads of this moment, all else one; beside a busy process they get one
+    as well, if `choice`, which may know of earlier recordings, finds that faster. Raises ValueError
+    where numbers in tensors decide what is done next: Python is not recorded.
     """
     with Recorder() as recorder:
         result = function()
-    return result, recorder.program(inputs, result)
+    return result, recorder.program(inputs, result, choice or AllOrOne())
 
 
 class Recorder(TorchDispatchMode):
@@ -88,7 +90,7 @@ class Recorder(TorchDispatchMode):
         where = storage(leaf), leaf.storage_offset(), leaf.shape, leaf.stride(), leaf.dtype
         return *where, self.changes[where[0]]
 
-    def program(self, inputs: list[Tensor], result: Tensor) -> Callable[[], Tensor]:
+    def program(self, inputs: list[Tensor], result: Tensor, choice: AllOrOne) -> Callable:
         """What runs those operations again that depend on `inputs`."""
         varies, before = {*map(storage, inputs)}, 0
         done = [(*step, {*map(storage, step[3])}, {*map(storage, step[4])}) for step in self.done]
@@ -106,19 +108,20 @@ class Recorder(TorchDispatchMode):
             wide = operation not in ALONE and large(args, read, varies)
             steps += several(step, threads) if wide else [step]
             alone.append(step)
-        choice = AllOrOne()
+        by_numpy = any(step[0] is blas.GEMV for step in done)
 
         def replay() -> Tensor:
-            together = threads == 1 or choice.together()
+            together = threads > 1 and choice.together()
             start = time.perf_counter()
             torch.set_num_threads(1)
             try:
-                with blas.one_thread(not together):
+                with blas.one_thread(not (together and by_numpy)):
                     for function, args, kwargs in steps if together else alone:
                         function(*args, **kwargs)
             finally:
                 torch.set_num_threads(threads)
-            choice.took(together, time.perf_counter() - start)
+            if threads > 1:
+                choice.took(together, time.perf_counter() - start)
             return result
 
         return replay

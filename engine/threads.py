@@ -13,7 +13,7 @@ from pathlib import Path
 
 GRAIN = 65_536  # activations (tokens x width) in one pass for which one more thread pays, measured
 WEIGHTS = 500_000  # parameters for which it does, however few the tokens
-EXPLORE = 64  # times after which the slower of two ways is tried again, which costs about a percent
+EXPLORE = 64  # times, at least, until the slower of two ways is tried again: costs a percent or two
 SPIN = 3_000  # rounds, some thirty microseconds: what that costs and saves is in docs/speed.md
 
 
@@ -58,7 +58,8 @@ def choose(available: int, tokens: int, width: int, parameters: int) -> int:
     """How many threads to use for passes of `tokens` positions through a model.
 
     Small work is done before another thread is awake. The load of the machine does not count:
-    sleeping threads do no harm beside it, and equal commands should give equal bits.
+    sleeping threads do no harm beside it, and what is trained by equal commands should have equal
+    bits.
     """
     worth = max(tokens * width / GRAIN, parameters / WEIGHTS)
     return max(1, math.ceil(min(worth, available, quota())))
@@ -89,23 +90,29 @@ def quota(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -
 
 class AllOrOne:
     """Whether work that is done again and again gets all threads, or one: what took less time
-    lately. Each EXPLORE times the other is tried.
+    lately. Now and then the other way is tried, the more rarely the longer it takes.
 
     Beside a busy process threads wait for the one that shares its core; one alone does not.
     """
 
     def __init__(self):
-        self.seconds = {True: 0.0, False: 0.0}  # with all threads, with one
-        self.times = 0
+        self.seconds: dict[bool, float] = {}  # with all threads, with one
+        self.times, self.trial = 0, 3
 
     def together(self) -> bool:
         """Whether the next one gets all."""
         self.times += 1
-        better = self.seconds[True] <= self.seconds[False]
-        return better != (self.times % EXPLORE == 0)
+        better = self.seconds.get(True, 0.0) <= self.seconds.get(False, math.inf)
+        return better != (self.times == self.trial)
 
     def took(self, together: bool, seconds: float) -> None:
         """How long the last one took: of what is mostly done a mean that forgets."""
-        mean = self.seconds[together]
-        rare = self.times % EXPLORE == 0 or not mean
-        self.seconds[together] = seconds if rare else mean + (seconds - mean) / 4
+        if self.times == 1:  # which finds nothing in the caches
+            return
+        mean = self.seconds.get(together)
+        if self.times == self.trial:
+            self.seconds[together] = seconds
+            rarely = max(1.0, seconds / self.seconds[not together])
+            self.trial += math.ceil(EXPLORE * rarely)
+        else:  # what takes far longer once says little
+            self.seconds[together] = mean + (min(seconds, 2 * mean) - mean) / 4 if mean else seconds
