@@ -103,16 +103,16 @@ class AllOrOne:
         """Whether the next one gets all."""
         self.times += 1
         better = self.seconds.get(True, 0.0) <= self.seconds.get(False, math.inf)
-        return better != (self.times == self.trial)
+        return better != (self.times >= self.trial)
 
     def took(self, together: bool, seconds: float) -> None:
         """How long the last one took: of what is mostly done a mean that forgets."""
         if self.times == 1:  # which finds nothing in the caches
             return
         mean = self.seconds.get(together)
-        if self.times == self.trial:
+        if self.times >= self.trial:
             self.seconds[together] = seconds
-            rarely = max(1.0, seconds / self.seconds[not together])
-            self.trial += math.ceil(EXPLORE * rarely)
+            rarely = max(1.0, seconds / self.seconds.get(not together, seconds))
+            self.trial = self.times + math.ceil(EXPLORE * rarely)
         else:  # what takes far longer once says little
             self.seconds[together] = mean + (min(seconds, 2 * mean) - mean) / 4 if mean else seconds

@@ -264,6 +264,10 @@ def test_one_thread_works_alone_while_that_is_faster():
     assert together(2_000, 0.1) == 1_998  # the dearer a trial, the rarer
     choice.took(True, 9.0)  # by chance
     assert together(20, 0.1) == 20
+    choice = threads.AllOrOne()
+    for _ in range(3):
+        choice.together()  # and Ctrl-C: nothing is known
+    assert together(256, 1.0) == 254
 
 
 def test_the_number_of_threads_is_kept_on_resume(train, capsys, free_threads):
