@@ -69,7 +69,8 @@ def test_no_seed_shows_in_training_what_another_seed_tests(name):
     """Of sums the pair in either order, of numbers the number in any form, of facts the story."""
 
     def held(split: str, seed: int) -> set:
-        rows = islice(tasks.find(name).rows(split, seed), 1500)
+        few = dict(facts=300, tictactoe=600)  # they take long; 78 of 600 games are in both seeds
+        rows = islice(tasks.find(name).rows(split, seed), few.get(name, 1500))
         prompts = [texts(row)[0] for row in rows]
         if name == "numbers":
             return {numbers.read(prompt) for prompt in prompts}
