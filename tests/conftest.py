@@ -59,6 +59,11 @@ def on_cpu():
         TINY[:] = before
 
 
+def pytest_collection_modifyitems(items):
+    """The longest come first: at the end a worker would wait a minute for another."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     """With its fixtures, a test that is marked `cpu` runs there."""
