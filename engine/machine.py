@@ -256,7 +256,7 @@ def trial_pass(learner: nn.Module, here: Machine, inputs: list) -> None:
 def seed(*key: int) -> None:
     """Sets torch's random state to a function of `key`, so that there is no state to save."""
     number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    # as torch.manual_seed, which notes its stack for devices that are not in use: 0.4 ms a step
+    # as torch.manual_seed, which each time notes its stack for devices that are not in use
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
