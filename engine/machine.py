@@ -201,8 +201,20 @@ def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before
     blas.use_threads(torch.get_num_threads())
 
 
+def spare_compiler() -> None:
+    """torch's optimizers load its compiler, two and a half seconds of a start, in order to tell it
+    that it should leave them alone: the way past that, in the same class."""
+    for function in vars(torch.optim.Optimizer).values():
+        if plain := getattr(function, "__wrapped__", None):
+            plain.__dynamo_disable = plain  # what torch looks for before it loads the compiler
+    for kind in (torch.optim.Adam, torch.optim.NAdam):  # AdamW's step is Adam's
+        if plain := getattr(kind.step, "__wrapped__", None):
+            kind.step = torch.no_grad()(plain)
+
+
 def start(here: Machine, deterministic: bool) -> None:
     """Makes equal runs give equal bits (always on a CPU), and connects the processes."""
+    spare_compiler()
     if deterministic or here.device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         # as use_deterministic_algorithms(True), which would load torch's compiler: a second or two
@@ -255,7 +267,11 @@ def trial_pass(learner: nn.Module, here: Machine, inputs: list) -> None:
 
 def seed(*key: int) -> None:
     """Sets torch's random state to a function of `key`, so that there is no state to save."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    # as torch.manual_seed, which each time notes its stack for devices that are not in use
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
 
 
 class GradientSum:

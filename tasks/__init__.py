@@ -12,6 +12,7 @@ import importlib
 import math
 import random
 from collections.abc import Callable, Hashable, Iterator
+from itertools import chain
 from types import ModuleType
 from typing import TypeVar
 
@@ -68,8 +69,11 @@ def groups(task: str, split: str, made: dict) -> dict[str, str]:
     if not module:
         return {}
     shares = (made.get(name, share) for name, share in (("val", VAL), ("test", TEST)))
-    rows = module.rows(split, made.get("seed", 0), *shares)
-    return {row["messages"][0]["content"]: row["group"] for row in rows if "group" in row}
+    rows = iter(module.rows(split, made.get("seed", 0), *shares))
+    first = next(rows, {})
+    if "group" not in first:  # then no row has one, and to make all of them takes long
+        return {}
+    return {row["messages"][0]["content"]: row["group"] for row in chain([first], rows)}
 
 
 def row(task: str, prompt: str, answer: str, group: str = "") -> dict:

@@ -5,6 +5,7 @@ it begins is not seen in these: tests of that start a new Python.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import runpy
@@ -12,13 +13,25 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch._dynamo", "forked", "train", "evaluate", "sample", "serve"]
-)
+LOADED = ["torch.distributed.fsdp", "torch._dynamo", "safetensors.torch", "regex", "tiktoken"]
+LOADED += ["forked", "prepare", "train", "evaluate", "sample", "serve"]
+LOADED += ["engine.preflight", "engine.run", "engine.opening", "engine.sources", "engine.spool"]
+LOADED += ["objectives.next_token", "generate", "speculate"]  # what scripts load when they need it
+context.set_forkserver_preload(LOADED)
+
+
+@functools.cache
+def server_begins() -> None:
+    """With our folders on its path, wherever the test stands that asks first: what it does not find
+    it leaves out without a word, and each process would load it anew."""
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
+        forkserver.ensure_running()
 
 
 class Forked:
@@ -28,6 +41,7 @@ class Forked:
     def __init__(self, *argv, env=None, before: Callable | None = None, stdin=os.devnull):
         reading, writing = context.Pipe(duplex=False)
         arguments = (writing, [*map(str, argv)], os.environ | (env or {}), before, str(stdin))
+        server_begins()
         self.process = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         self.pid = self.process.pid

@@ -76,7 +76,7 @@ def conversations(count: int) -> list[list[dict]]:
 def test_a_conversation_has_the_same_ids_in_transformers(kind, tmp_path):
     ours = tokenizer_of(kind).extended(TASKS)
     theirs = tf.AutoTokenizer.from_pretrained(export(make_model(ours), ours, tmp_path))
-    for i, messages in enumerate(conversations(1000)):
+    for i, messages in enumerate(conversations(300)):
         task = ["", *TASKS][i % 3]
         for go_on in (False, True):
             ids = theirs.apply_chat_template(

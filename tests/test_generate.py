@@ -405,13 +405,14 @@ def best_of_all(model: GPT, prompt: list[int], most: int, ends, penalty: float) 
     """The best answer of all there are, by asking for each."""
     scored = []
     for n in range(1, most + 1):
-        for text in itertools.product(range(model.config.vocab_size), repeat=n):
+        texts = torch.tensor([*itertools.product(range(model.config.vocab_size), repeat=n)])
+        x = torch.cat([torch.tensor([prompt]).expand(len(texts), -1), texts], dim=1)
+        ln_p = model(x).log_softmax(dim=-1)[:, len(prompt) - 1 : -1]
+        scores = ln_p.gather(-1, texts[..., None]).sum(dim=(1, 2)).tolist()
+        for text, score in zip(texts.tolist(), scores, strict=True):
             if any(t in ends for t in text[:-1]) or (n < most and text[-1] not in ends):
                 continue
-            x = torch.tensor([[*prompt, *text]])
-            ln_p = model(x)[0].log_softmax(dim=-1)[len(prompt) - 1 : -1]
-            score = ln_p.gather(-1, torch.tensor(text)[:, None]).sum().item()
-            answer = list(text if text[-1] not in ends else text[:-1])
+            answer = text if text[-1] not in ends else text[:-1]
             scored.append((score / ((5 + n) / 6) ** penalty, answer))
     return max(scored)[1]
 

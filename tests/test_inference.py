@@ -226,9 +226,17 @@ def test_a_recorded_step_obeys_a_mask_of_somebody_else(monkeypatch):
     assert len(called) == len(model.blocks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "length, rows, dtype",
+    [
+        (1, 3, torch.float32),
+        (1, 3, torch.bfloat16),
+        (3, 1, torch.float32),  # another form of the layers
+        (3, 1, torch.bfloat16),
+        (40, 3, torch.float32),  # beyond the context, in whatever type
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("length, rows", [(1, 3), (3, 1), (40, 3)])
 def test_generating_with_recorded_steps_changes_nothing(shape, length, rows, dtype, monkeypatch):
     prompt = list(range(length))
     monkeypatch.setattr(inference, "records", lambda *_: False)

@@ -245,6 +245,16 @@ def free_threads(monkeypatch, threads_in_name):
     monkeypatch.setattr(threads, "quota", lambda: float("inf"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "nadamw"])
+def test_a_run_that_compiles_nothing_loads_no_compiler(optimizer, data, tmp_path):
+    arguments = [f"--data={data}", f"--out={tmp_path / 'run'}", f"--optimizer={optimizer}"]
+    arguments += ["--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=16", "--steps=2"]
+    code = f"import sys, train; train.main({arguments!r}); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+
+
 def test_one_thread_works_alone_while_that_is_faster():
     choice = threads.AllOrOne()
 

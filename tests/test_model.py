@@ -181,7 +181,9 @@ def test_one_batch_can_be_overfitted(shape):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss.item() < 0.1
+        if loss.item() < 0.1:
+            return
+    pytest.fail(f"{loss.item()} after 120 steps")
 
 
 def test_parameter_counts_are_the_published_ones():

@@ -17,6 +17,7 @@ import prepare
 from dataset import IGNORE, Dataset, layout
 from engine import pipeline, sources, spool, tables
 from engine.packing import fit, pack, shares, turns
+from tasks import sums
 from tokenizer import bytes_tokenizer, find_tokenizer
 
 BYTES = ["--tokenizer=bytes", "--workers=1"]
@@ -471,13 +472,14 @@ def test_conversations_of_one_group_go_to_one_split(tmp_path, kind):
         assert sum(map(len, found)) == 10
 
 
-def test_columns_are_for_the_tables_that_have_them(tmp_path):
+def test_columns_are_for_the_tables_that_have_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sums.ROWS, "train", 500)
     save(tmp_path / "a.jsonl", [dict(q=q, a=a, task="own") for q, a in PAIRS[:9]])
     save(tmp_path / "b.jsonl", [talk(*pair) for pair in PAIRS[9:20]])
     argv = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "sums", *COLUMNS, "--task=common"]
     data = prepared(tmp_path / "x", *argv, "--val=0", "--test=0")
     counts = Counter(row[0] for row in rows_of(data, "train"))
-    assert counts == dict(own=9, common=11, sums=20_000)
+    assert counts == dict(own=9, common=11, sums=500)
 
 
 def test_settings_of_a_line_also_set_back_to_the_default():
@@ -549,10 +551,12 @@ def test_pseudo_labels_are_taken_above_a_bound(tmp_path, capsys):
     assert "91 unsure rows" in capsys.readouterr().out
 
 
-def test_a_built_in_task_has_splits_of_its_own(tmp_path):
+def test_a_built_in_task_has_splits_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sums, "ROWS", dict(train=2000, val=100, test=100))
     data = prepared(tmp_path / "x", "sums")
     found = {split: rows_of(data, split) for split in ("train", "val", "test")}
-    assert all(found.values()) and {row[0] for row in found["test"]} == {"sums"}
+    assert {name: len(some) for name, some in found.items()} == sums.ROWS
+    assert {row[0] for row in found["test"]} == {"sums"}
     asked = [{row[1] for row in some} for some in found.values()]
     assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
 

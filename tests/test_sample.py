@@ -17,6 +17,7 @@ import forked
 import pytest
 import torch
 from conftest import ROOT
+from test_accidents import errors_into
 
 import generate
 import sample
@@ -462,11 +463,11 @@ def test_a_ctrl_c_while_things_are_loaded_is_quiet(run, moment):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_a_ctrl_c_while_it_writes_is_quiet(run):
-    command = [sys.executable, str(ROOT / "sample.py"), str(run), "--prompt=the "]
-    command += ["--max_tokens=1000000", "--temperature=0"]  # greedy text repeats itself, endlessly
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.read(20)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, b"")
+def test_a_ctrl_c_while_it_writes_is_quiet(run, tmp_path):
+    endless = ["--max_tokens=1000000", "--temperature=0"]  # greedy text repeats itself
+    apart = partial(errors_into, tmp_path / "errors.txt")
+    process = forked.Forked("sample.py", run, "--prompt=the ", *endless, before=apart)
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    process.communicate(60)
+    assert process.returncode == 130 and (tmp_path / "errors.txt").read_text() == ""

@@ -3,6 +3,7 @@
 import json
 import re
 
+import forked
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -61,12 +62,20 @@ def test_the_lowest_points_are_where_they_are():
     assert loss == pytest.approx(scaling.at(curve, N, D)) and loss <= min(tried) < loss + 0.05
 
 
+def started(command):
+    """As subprocess.run, in a process that has loaded torch before it begins."""
+    process = forked.Forked(*command[1:])
+    print(process.communicate()[0])
+    return process
+
+
 @pytest.mark.cpu
 def test_runs_are_made_by_one_command(data, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scaling, "RUNS", tmp_path / "scaling.jsonl")
     monkeypatch.setattr(scaling, "BUDGETS", {1e9: ((1, 16),)})
     monkeypatch.setattr(scaling, "OTHERS", [(1, 16, 1e9, dict(lr=0.01))])
+    monkeypatch.setattr(scaling.subprocess, "run", started)
     scaling.make(str(data))
     plain, other = map(json.loads, scaling.RUNS.read_text().splitlines())
     assert plain["tokens"] == 4 * scaling.BATCH and plain["val_loss"] != other["val_loss"]

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY
-from forked import context, environments
+from forked import context, environments, server_begins
 from safetensors.torch import load_file
 from test_train import rows
 
@@ -48,6 +48,7 @@ def processes(tmp_path_factory, data):
                 mine |= dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
                 own = [*argv, f"--data={copies[rank]}"]
             ranks.append(context.Process(target=work, args=(own, mine, reports[rank], dying, full)))
+            server_begins()
             ranks[-1].start()
         for process in ranks:
             process.join(120)

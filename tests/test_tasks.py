@@ -69,7 +69,8 @@ def test_no_seed_shows_in_training_what_another_seed_tests(name):
     """Of sums the pair in either order, of numbers the number in any form, of facts the story."""
 
     def held(split: str, seed: int) -> set:
-        rows = islice(tasks.find(name).rows(split, seed), 1500)
+        few = dict(facts=300, tictactoe=600)  # they take long; 78 of 600 games are in both seeds
+        rows = islice(tasks.find(name).rows(split, seed), few.get(name, 1500))
         prompts = [texts(row)[0] for row in rows]
         if name == "numbers":
             return {numbers.read(prompt) for prompt in prompts}
@@ -88,7 +89,7 @@ def test_no_seed_shows_in_training_what_another_seed_tests(name):
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_no_row_comes_twice_and_nothing_is_held_back_if_that_is_asked(name):
-    some = islice(tasks.find(name).rows("train", 0), 20_000)
+    some = islice(tasks.find(name).rows("train", 0), 10_000 if name == "facts" else 20_000)
     rows = [(row["task"], str(row["messages"])) for row in some]
     assert len(rows) == len(set(rows)) >= 10_000
     assert not list(tasks.find(name).rows("test", 0, test=0.0))
