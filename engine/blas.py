@@ -20,11 +20,11 @@ from torch import Tensor, nn
 LIBRARY = torch.library.Library("nutshell", "DEF")
 LIBRARY.define("gemv(Tensor x, Tensor matrix, Tensor? bias) -> Tensor")
 LIBRARY.define(
-    "look_back(Tensor q, Tensor k, Tensor v, Tensor place, Tensor(a!) keys, Tensor(b!) values)"
+    "attend_one(Tensor q, Tensor k, Tensor v, Tensor place, Tensor(a!) keys, Tensor(b!) values)"
     " -> (Tensor, Tensor(a!), Tensor(b!))"
 )
 LONG = 1 << 21  # numbers of keys for which attention is worth all threads of torch
-THREADED = 9_216  # numbers of a matrix from which on OpenBLAS uses several threads
+THREADED = 2_304 * 4  # numbers of a matrix from which on OpenBLAS (interface/gemv.c) wakes threads
 quiet = np.errstate(all="ignore")  # torch does not warn of what is infinite, either
 
 
@@ -50,7 +50,7 @@ def gemv(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attention(q, k, v, place, keys, values, out: Tensor, *_) -> Callable[[], None]:
-    """What computes `look_back` from what these tensors hold when it is called, into `out`: for a
+    """What computes `attend_one` from what these tensors hold when it is called, into `out`: for a
     long text with the threads that torch has now, else with one."""
     K, _, D = keys.shape[1:]  # (1, K, S, D)
     q, out = q.view(1, K, -1, D), out.view(1, K, -1, D)  # (1, K, G, D): G heads share keys
@@ -79,7 +79,7 @@ def attention(q, k, v, place, keys, values, out: Tensor, *_) -> Callable[[], Non
     return compute
 
 
-def look_back(q: Tensor, k: Tensor, v: Tensor, place: Tensor, keys: Tensor, values: Tensor):
+def attend_one(q: Tensor, k: Tensor, v: Tensor, place: Tensor, keys: Tensor, values: Tensor):
     """Attention of one token, q (1, H, 1, D), k and v (1, K, 1, D), which stands at `place` (1, 1):
     stores k and v there, in keys and values (1, K, S, D), and looks back from there: as q."""
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -88,10 +88,10 @@ def look_back(q: Tensor, k: Tensor, v: Tensor, place: Tensor, keys: Tensor, valu
 
 
 LIBRARY.impl("gemv", gemv, "CPU")
-LIBRARY.impl("look_back", look_back, "CPU")
+LIBRARY.impl("attend_one", attend_one, "CPU")
 # what does the same again without torch, made of the arguments and the results
 GEMV = torch.ops.nutshell.gemv.default
-AGAIN = {GEMV: product, torch.ops.nutshell.look_back.default: attention}
+AGAIN = {GEMV: product, torch.ops.nutshell.attend_one.default: attention}
 
 
 class NumpyLinear(nn.Module):
@@ -121,8 +121,9 @@ def openblas() -> ctypes.CDLL | None:
     return None
 
 
-def one_thread_can_do() -> bool:
-    """Whether numpy's small products can be kept to one thread, or are on a Mac."""
+def keeps_to_one_thread() -> bool:
+    """Whether small products have one thread: numpy's wheels can be told so, and on a Mac, where
+    numpy has Accelerate, they have it anyway. Others may wake all cores for each head."""
     return openblas() is not None or sys.platform == "darwin"
 
 

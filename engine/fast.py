@@ -91,10 +91,10 @@ class FastAttention(Attention):
             q = turn(q, *both)
             k = turn(k, *both)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
-        y = self.look(q, k, v, mask, cache)
+        y = self.attend(q, k, v, mask, cache)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))  # (B, T, C)
 
-    def look(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache) -> Tensor:
         """Attention of q (B, H, T, D) to k and v (B, K, T, D) and what the cache has: as q."""
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)

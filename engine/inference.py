@@ -124,12 +124,12 @@ class JoinedAttention(fast.FastAttention):
     def project(self, x: Tensor) -> Tensor:
         return self.wqkv(x)
 
-    def look(self, q, k, v, mask, cache) -> Tensor:
-        if not (isinstance(cache, RecordedCache) and cache.looks_back(mask)):
-            return super().look(q, k, v, mask, cache)
+    def attend(self, q, k, v, mask, cache) -> Tensor:
+        if not (isinstance(cache, RecordedCache) and cache.attends_one(mask)):
+            return super().attend(q, k, v, mask, cache)
         keys, values = cache.k[self.layer], cache.v[self.layer]
         q, k, v = (z.to(keys.dtype) for z in (q, k, v))
-        return torch.ops.nutshell.look_back(q, k, v, cache.place, keys, values)[0]
+        return torch.ops.nutshell.attend_one(q, k, v, cache.place, keys, values)[0]
 
 
 class ReadyHead(fast.FastHead):
@@ -204,10 +204,11 @@ class RecordedCache(KVCache):
         few = records(self.k.device, len(self.lengths)) and torch.is_inference_mode_enabled()
         return few and self.fit and self.waited > PATIENCE
 
-    def looks_back(self, mask: Tensor | None) -> bool:
-        """Whether attention with that mask is one operation, for one text on a CPU."""
-        mine = self.running and mask is self.mask  # nobody has another
-        return mine and not mask.is_cuda and len(mask) == 1 and blas.one_thread_can_do()
+    def attends_one(self, mask: Tensor | None) -> bool:
+        """Whether attention with that mask is one operation, that for one text on a CPU. Not if the
+        mask is another than `begin` gave: it may hide more than what is not filled."""
+        mine = self.running and mask is self.mask
+        return mine and not mask.is_cuda and len(mask) == 1 and blas.keeps_to_one_thread()
 
     def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
         if not self.running:

@@ -58,6 +58,7 @@ class Fastest:
         return min(times)
 
     def once(self, layers: list[tuple[nn.Module, Tensor]]) -> float:
+        """Seconds in which these layers, one after another, work on their inputs."""
         self.other.sum()
         seconds = 0.0
         for layer, x in layers:
@@ -65,7 +66,9 @@ class Fastest:
             layer(x)
             end = time.perf_counter()
             seconds += end - start
-            while time.perf_counter() < end + PAUSE:  # as one thread would norm, or look back
+            while (
+                time.perf_counter() < end + PAUSE
+            ):  # one thread norms or attends
                 pass
         return seconds
 

@@ -202,11 +202,12 @@ def use_threads(asked: str, here: Machine, model: nn.Module, tokens: int, before
 
 
 def spare_compiler() -> None:
-    """torch's optimizers load its compiler, two and a half seconds of a start, in order to tell it
-    that it should leave them alone: the way past that, in the same class."""
+    """torch's optimizers load its compiler, two and a half seconds of a start, only to tell it to
+    leave them alone; here nobody compiles them. What they wrap is called without that wrapping: if
+    another torch has none, nothing changes."""
     for function in vars(torch.optim.Optimizer).values():
         if plain := getattr(function, "__wrapped__", None):
-            plain.__dynamo_disable = plain  # what torch looks for before it loads the compiler
+            plain.__dynamo_disable = plain  # torch takes what is noted here, and asks no compiler
     for kind in (torch.optim.Adam, torch.optim.NAdam):  # AdamW's step is Adam's
         if plain := getattr(kind.step, "__wrapped__", None):
             kind.step = torch.no_grad()(plain)
@@ -268,10 +269,10 @@ def trial_pass(learner: nn.Module, here: Machine, inputs: list) -> None:
 def seed(*key: int) -> None:
     """Sets torch's random state to a function of `key`, so that there is no state to save."""
     number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    # as torch.manual_seed, which each time notes its stack for devices that are not in use
-    torch.default_generator.manual_seed(number)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(number)
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:  # which would note the stack each time, 0.3 ms, for a GPU that may come
+        torch.default_generator.manual_seed(number)
 
 
 class GradientSum:
