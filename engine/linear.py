@@ -66,9 +66,7 @@ class Fastest:
             layer(x)
             end = time.perf_counter()
             seconds += end - start
-            while (
-                time.perf_counter() < end + PAUSE
-            ):  # one thread norms or attends
+            while time.perf_counter() < end + PAUSE:  # one thread norms or attends
                 pass
         return seconds
 
