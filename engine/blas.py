@@ -33,7 +33,6 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Call
     x, y, matrix = x.view(-1).numpy(), out.view(-1).numpy(), matrix.numpy()
     bias = None if bias is None else bias.numpy()
 
-    @quiet
     def compute() -> None:
         np.dot(matrix, x, out=y)
         if bias is not None:
@@ -42,6 +41,7 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Call
     return compute
 
 
+@quiet
 def gemv(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """W x + b: for x (..., I), of one row in all, and a matrix W (O, I), (..., O)."""
     y = x.new_empty(*x.shape[:-1], matrix.size(0))
@@ -58,7 +58,6 @@ def attention(q, k, v, place, keys, values, out: Tensor, *_) -> Callable[[], Non
     query, y, stored_k, stored_v = (z.numpy()[0] for z in (q, out, keys, values))
     scale, threads = np.float32(D**-0.5), torch.get_num_threads()
 
-    @quiet
     def compute() -> None:
         n = int(place[0]) + 1
         stored_k[:, n - 1], stored_v[:, n - 1] = k, v
@@ -79,6 +78,7 @@ def attention(q, k, v, place, keys, values, out: Tensor, *_) -> Callable[[], Non
     return compute
 
 
+@quiet
 def attend_one(q: Tensor, k: Tensor, v: Tensor, place: Tensor, keys: Tensor, values: Tensor):
     """Attention of one token, q (1, H, 1, D), k and v (1, K, 1, D), which stands at `place` (1, 1):
     stores k and v there, in keys and values (1, K, S, D), and looks back from there: as q."""

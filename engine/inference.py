@@ -91,6 +91,8 @@ def widen(model: GPT) -> None:
     for module in model.modules():
         if type(module) is fast.FastEmbedding:
             module.__class__ = WideEmbedding
+        elif isinstance(module, StreamedLinear) and module.bias is not None:
+            module.bias = module.bias.float()
 
 
 class WideEmbedding(fast.FastEmbedding):

@@ -4,6 +4,7 @@ For one row, x W^T is a reading of W, and how fast it is read depends on the lay
 processor, and on the type. So the candidates are tried (`Fastest`). docs/speed.md has figures.
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ from engine.machine import fast_bfloat16
 EXPECTED = 8  # rows that oneDNN chooses a layout for: it is the best for 1, 2 and 4 rows, too
 FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
 WORTH_IT = 1 << 18  # weights of a layer for which a choice pays
-TRIES = 4  # with all threads, and with one
+TRIES = 5  # with all threads, and with one
 ENOUGH = 1 << 22  # weights of a large layer that are tried
 PAUSE = 1e-4  # seconds from one large product to the next, about, in which threads fall asleep
 CACHE = 1 << 26  # bytes that drive the weights out of the caches of a processor
@@ -37,31 +38,34 @@ class Fastest:
         self.chosen = next(iter(self.forms))
         weights = [w[: ENOUGH // w.size(1) + 1] for w in weights if w.numel() >= WORTH_IT]
         if weights and len(self.forms) > 1:
-            self.other = torch.ones(CACHE // 8, dtype=torch.int64)
-            times = {name: self.seconds(form, weights) for name, form in self.forms.items()}
-            self.chosen = min(times, key=times.get)
+            self.chosen = self.fastest(weights)
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         large = weight.numel() >= WORTH_IT and (self.chosen != "half" or in_half(weight))
         name = self.chosen if large else next(iter(self.forms))
         return self.forms[name](weight, bias)
 
-    def seconds(self, form: Callable, weights: list[Tensor]) -> float:
-        """The shortest time in which layers of that form read their weights from memory, with all
-        threads or, which is faster beside a busy process, with one."""
-        layers = [(form(w, None), w.new_ones(1, 1, w.size(1))) for w in weights]
-        self.once(layers)
-        times = [self.once(layers) for _ in range(TRIES)]
-        if torch.get_num_threads() > 1:
-            with blas.using(1):
-                times += [self.once(layers) for _ in range(TRIES)]
-        return min(times)
+    def fastest(self, weights: list[Tensor]) -> str:
+        """The form whose layers read their weights from memory in the shortest time, with all
+        threads or, which is faster beside a busy process, with one. In turn, since a machine that
+        is slow for a moment should be slow for all."""
+        inputs = [w.new_ones(1, 1, w.size(1)) for w in weights]
+        layers = {name: [form(w, None) for w in weights] for name, form in self.forms.items()}
+        self.other = torch.ones(CACHE // 8, dtype=torch.int64)
+        times = dict.fromkeys(layers, math.inf)
+        for number in {torch.get_num_threads(), 1}:
+            with blas.using(number):
+                for _ in range(TRIES):
+                    for name, chain in layers.items():
+                        times[name] = min(times[name], self.once(chain, inputs))
+        del self.other
+        return min(times, key=times.get)
 
-    def once(self, layers: list[tuple[nn.Module, Tensor]]) -> float:
+    def once(self, chain: list[nn.Module], inputs: list[Tensor]) -> float:
         """Seconds in which these layers, one after another, work on their inputs."""
         self.other.sum()
         seconds = 0.0
-        for layer, x in layers:
+        for layer, x in zip(chain, inputs, strict=True):
             start = time.perf_counter()
             layer(x)
             end = time.perf_counter()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import blas
+from engine.again import by_numpy
 from engine.threads import AllOrOne
 
 Tag = torch.Tag
@@ -98,24 +99,31 @@ class Recorder(TorchDispatchMode):
             for *_, sources, targets in done:
                 if not (varies.isdisjoint(sources) and varies.isdisjoint(targets)):
                     varies |= targets
-        needed = {storage(result)}.union(*(sources for *_, sources, _ in done))
+        needed = {storage(result)}
         alone, steps, threads = [], [], torch.get_num_threads()
-        for operation, args, kwargs, read, made, sources, targets in done:
-            view = not operation._schema.is_mutable and targets <= sources
+        for operation, args, kwargs, read, made, sources, targets in reversed(done):
+            mutable = operation._schema.is_mutable
+            view = not mutable and targets <= sources
             if view or varies.isdisjoint(sources | targets):
                 continue
-            step = again(operation, args, kwargs, made, needed)
+            if not mutable and needed.isdisjoint(targets):
+                continue  # nobody reads it
             wide = operation not in ALONE and large(args, read, varies)
-            steps += several(step, threads) if wide else [step]
+            step = again(operation, args, kwargs, made, needed, wide)
+            needed |= sources
+            steps.append(several(step, threads) if wide else [step])
             alone.append(step)
-        by_numpy = any(step[0] is blas.GEMV for step in done)
+        alone.reverse()
+        steps = [part for parts in reversed(steps) for part in parts]
+        of_numpy = any(step[0] is blas.GEMV for step in done)
 
+        @blas.quiet
         def replay() -> Tensor:
             together = threads > 1 and choice.together()
             start = time.perf_counter()
             torch.set_num_threads(1)
             try:
-                with blas.one_thread(not (together and by_numpy)):
+                with blas.one_thread(not (together and of_numpy)):
                     for function, args, kwargs in steps if together else alone:
                         function(*args, **kwargs)
             finally:
@@ -166,10 +174,14 @@ def storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr() if t.layout == torch.strided else 0
 
 
-def again(operation, args, kwargs, made: list[Tensor], needed: set[int]) -> tuple:
-    """(function, arguments, named ones) that computes `made` once more, where they are."""
+def again(operation, args, kwargs, made: list[Tensor], needed: set[int], wide: bool) -> tuple:
+    """(function, arguments, named ones) that computes `made` once more, where they are, if they
+    are `needed`; with several threads if it is `wide`."""
     if operation in blas.AGAIN:
         return blas.AGAIN[operation](*args, *made), (), {}
+    first_alone = needed.isdisjoint(map(storage, made[1:]))
+    if not wide and first_alone and (step := by_numpy(operation, args, kwargs, made[0])):
+        return step
     if operation._schema.is_mutable:
         return operation, args, kwargs
     there = into(operation)

@@ -80,21 +80,24 @@ def test_all_large_layers_have_the_form_that_is_fastest_in_a_chain(monkeypatch):
     monkeypatch.setattr(linear, "forms", lambda dtype: kinds)
     assert Fastest(torch.float32, [large]).chosen in kinds  # by the clock
 
-    def seconds(self, form, weights):
-        tried.append([w.shape for w in weights])
-        return [4.0, 1.0, 3.0][len(tried) % 3 - 1]
+    def once(self, chain, inputs):
+        tried.append([x.shape[-1] for x in inputs])
+        kind = type(chain[0])
+        slow = len(tried) in (2, 3)  # one that is slow for a moment
+        return {PlainLinear: 4.0, NumpyLinear: 1.0, StreamedLinear: 3.0}[kind] + 9 * slow
 
-    monkeypatch.setattr(Fastest, "seconds", seconds)
+    monkeypatch.setattr(Fastest, "once", once)
     choose = Fastest(torch.float32, [large, small, large.T])
-    assert tried == [[(512, 513), (513, 512)]] * 3 and choose.chosen == "numpy"
+    assert tried[0] == [513, 512] and choose.chosen == "numpy"
+    number = len(tried)
     assert type(choose(small, None)) is PlainLinear
     assert type(choose(large, None)) is type(choose(large.T, None)) is NumpyLinear
-    assert Fastest(torch.float32, [small]).chosen == "plain" and len(tried) == 3
+    assert Fastest(torch.float32, [small]).chosen == "plain" and len(tried) == number
     model = ready(make("gpt2"))
     assert model.form == "plain" and ready(make("gpt2"), rows=2).form == ""
     monkeypatch.setattr(linear, "WORTH_IT", 1)
     ready(make("gpt2"))  # width 32: q, k and v as one; the others; the head
-    assert tried[3] == [(96, 32), (32, 32), (128, 32), (32, 128), (61, 32)]
+    assert tried[number] == [32, 32, 32, 128, 32]
     ready(make("gpt2"), parts=False)
     assert len(tried) == 6
 
@@ -357,7 +360,8 @@ def test_a_recording_follows_what_it_was_told_changes():
             expected = step().clone()
             total.copy_(before)
             assert replay() is result
-            assert torch.equal(result, expected) and not torch.equal(total, before)
+            torch.testing.assert_close(result, expected)
+            assert not torch.equal(total, before)
         for unfit in (lambda: x * float(x[0, 0]), lambda: x[x > 0], lambda: F.dropout(x)):
             with pytest.raises(ValueError, match="cannot be recorded"):
                 record(unfit, [x])

@@ -1,0 +1,90 @@
+"""Operations by numpy in a recorded step: the numbers of torch, from what tensors hold now."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine import recording
+from engine.again import by_numpy
+from engine.recording import record
+
+torch.manual_seed(0)
+x, y = torch.randn(1, 3, 8), torch.randn(3, 1)
+weight, bias, table = torch.randn(8), torch.randn(8), torch.randn(5, 8)
+one, several = torch.tensor([[3]]), torch.tensor([[3, 0]])
+row = torch.randn(1, 8)
+
+BY_NUMPY = {
+    "sums": lambda: x + y - 0.5,
+    "products, of parts": lambda: x[..., :4] * x[..., 4:].mT[..., :1].mT * 2,
+    "angles": lambda: torch.cat((x.cos(), -x.sin()), dim=-1),
+    "squares": lambda: x.relu().square() + x**2,
+    "layer norm": lambda: F.layer_norm(x, (8,), weight, bias, 1e-5),
+    "layer norm, plain": lambda: F.layer_norm(x, (8,)),
+    "RMS norm": lambda: F.rms_norm(x, (8,), weight, 1e-5),
+    "RMS norm, of the book": lambda: x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-5),
+    "means": lambda: x.mean(dim=(0, 2)),
+    "rolled": lambda: x.roll(3, dims=-1) + x.roll(-1, dims=1),
+    "copied": lambda: x.expand(4, 1, 3, 8).reshape(-1),
+    "a row of a table": lambda: F.embedding(one, table) * 2,
+    "a product": lambda: F.linear(row, table),
+    "a product, with a bias": lambda: F.linear(row, table, bias[:5]),
+}
+BY_TORCH = {
+    "scaled": lambda: torch.add(x, y, alpha=2),
+    "cubes": lambda: x**3,
+    "rolled flat": lambda: x.roll(1),
+    "rolled twice": lambda: x.roll((1, 2), dims=(1, 2)),
+    "rows of a table": lambda: F.embedding(several, table),
+    "a product of several": lambda: F.linear(x[0], table),
+    "other numbers": lambda: x.double() * 2 + (x > 0) * 3,
+    "another kind of table": lambda: F.embedding(one, table.bfloat16()),
+    "norms over two": lambda: F.layer_norm(x, (3, 8)),
+}
+
+
+@pytest.mark.parametrize("name", BY_NUMPY | BY_TORCH)
+def test_what_is_replayed_is_what_torch_computes(name, monkeypatch):
+    used = []
+
+    def noted(operation, *arguments):
+        used.append(by_numpy(operation, *arguments))
+        return used[-1]
+
+    monkeypatch.setattr(recording, "by_numpy", noted)
+    function = (BY_NUMPY | BY_TORCH)[name]
+    inputs = [x, y, table, one, several, row]
+    with torch.inference_mode():
+        result, replay = record(function, inputs)
+        for t in inputs:
+            t.random_(5) if t.dtype == torch.int64 else t.normal_()
+        replay()
+        torch.testing.assert_close(result, function())
+        assert all(used) == (name in BY_NUMPY) and used
+
+
+def test_numbers_beyond_all_bounds_are_no_warning():
+    with torch.inference_mode():
+        result, replay = record(lambda: x * x, [x])
+        x.fill_(1e30)
+        replay()
+    assert np.isinf(result.numpy()).all()
+
+
+def test_a_token_that_is_none_is_refused():
+    with torch.inference_mode():
+        _, replay = record(lambda: F.embedding(one, table), [one])
+        for unknown in (5, -1):
+            one.fill_(unknown)
+            with pytest.raises(IndexError):
+                replay()
+        one.fill_(0)
+
+
+def test_what_nobody_reads_is_not_computed(monkeypatch):
+    made = []
+    monkeypatch.setattr(recording, "again", lambda op, *_: made.append(str(op)) or (op, (), {}))
+    with torch.inference_mode():
+        record(lambda: (x.exp()[:, :1].tanh(), x.sin())[1], [x])
+    assert made == ["aten.sin.default"]
