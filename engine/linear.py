@@ -19,7 +19,7 @@ from engine.machine import fast_bfloat16
 
 EXPECTED = 8  # rows that oneDNN chooses a layout for: it is the best for 1, 2 and 4 rows, too
 FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
-WORTH_IT = 1 << 18  # weights of a layer for which a choice pays
+WORTH_IT = 1 << 19  # weights of a layer for which a choice pays
 TRIES = 5  # with all threads, and with one
 ENOUGH = 1 << 22  # weights of a large layer that are tried
 PAUSE = 1e-4  # seconds from one large product to the next, about, in which threads fall asleep

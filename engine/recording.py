@@ -20,7 +20,7 @@ from engine.again import by_numpy
 from engine.threads import AllOrOne
 
 Tag = torch.Tag
-WEIGHTS = 1 << 18  # numbers of a matrix for whose product another thread is worth waking
+WEIGHTS = 1 << 19  # numbers of a matrix for whose product another thread is worth waking
 LARGE = 1 << 21  # and of what else an operation reads: of all of a long text's keys, say
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # no dropout here
 # operations for which no other thread of torch is woken

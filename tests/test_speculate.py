@@ -313,11 +313,11 @@ def test_a_wider_model_computes_the_same(run):
 def test_a_layer_for_one_and_several_has_a_form_for_each(dtype, monkeypatch):
     monkeypatch.setattr(linear, "forms", lambda dtype: {"plain": PlainLinear})
     choose = OneOrSeveral(dtype, [])
-    plain = nn.Linear(512, 513, dtype=dtype)
+    plain = nn.Linear(1024, 513, dtype=dtype)
     layer = choose(plain.weight, plain.bias)
     with torch.inference_mode():
         for rows in (1, 3):
-            x = torch.randn(1, rows, 512, dtype=dtype)
+            x = torch.randn(1, rows, 1024, dtype=dtype)
             error = 0.02 if dtype == torch.bfloat16 else 1e-4
             torch.testing.assert_close(layer(x), plain(x), atol=error, rtol=error)
     if packable(torch.float32):
