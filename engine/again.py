@@ -86,6 +86,8 @@ def rsqrt(out: Tensor, x: Tensor) -> tuple:
 
 
 def mean(out: Tensor, x: Tensor, dims: list[int], keep: bool = False) -> tuple | None:
+    if not dims:  # over all of them
+        return None
     x, y, dims = x.numpy(), out.numpy(), tuple(dims)
     share = np.float32(out.numel() / x.size)
 
@@ -136,7 +138,8 @@ def mm(out: Tensor, x: Tensor, matrix: Tensor) -> tuple | None:
 
 
 def addmm(out: Tensor, bias: Tensor, x: Tensor, matrix: Tensor) -> tuple | None:
-    return (blas.product(x, matrix.mT, bias, out), (), {}) if len(x) == 1 else None
+    fits = len(x) == 1 and bias.dim() == 1
+    return (blas.product(x, matrix.mT, bias, out), (), {}) if fits else None
 
 
 MAKERS = {

@@ -40,6 +40,8 @@ BY_TORCH = {
     "a product of several": lambda: F.linear(x[0], table),
     "other numbers": lambda: x.double() * 2 + (x > 0) * 3,
     "another kind of table": lambda: F.embedding(one, table.bfloat16()),
+    "means of all": lambda: x.mean(dim=()),
+    "a product, with another bias": lambda: torch.addmm(y[:1], row, table.T),
     "norms over two": lambda: F.layer_norm(x, (3, 8)),
 }
 
