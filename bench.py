@@ -44,7 +44,7 @@ class Settings:
     fast: bool = True  # train, decode: false measures model.py itself
     tokens: Positive = 64  # decode, serve: tokens to generate
     run: str = "out/small"  # speculate: a run of the default shape, made as large as that shape
-    answers: Positive = 1000  # answers: how many; the shape is that of config/small.py
+    answers: Positive = 1000  # answers: how many, by four layers of width 128
     tokenizer: str = "gpt2"  # prepare: the vocabulary
     only: str = ""  # run this variant alone, in this process, and print its figures as JSON
 

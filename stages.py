@@ -213,7 +213,7 @@ def write(s, temperature: float, guess: bool) -> dict:
     return figure(tokens / seconds, "tokens/s", more)
 
 
-# --- answers: the model of config/small.py, with the markers of rows
+# --- answers: four layers of width 128, with the markers of rows
 
 SMALL = dict(shape="modern", n_layer=4, n_head=4, n_embd=128, vocab_size=2053, block_size=256)
 SMALL |= dict(rows=6, length=256)

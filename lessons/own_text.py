@@ -43,12 +43,12 @@ def epochs() -> float:
     seen = values["steps"] * values["batch_tokens"]
     tokens = 1_000_000 * 3 / 2.5  # UTF-8 bytes, by about 2.5 bytes a token
     print(f"{values['steps']:,} steps of {values['batch_tokens']:,} tokens: {seen:,}")
-    print(f"windows in an epoch: {dataset.windows_per_epoch(int(tokens), 256):,}")
+    print(f"windows in an epoch: {dataset.windows_per_epoch(int(tokens), values['block_size']):,}")
     return seen / tokens
 
 
 def memory() -> float:
-    """Megabytes of weights, gradients and optimizer state of config/small.py, after one step."""
+    """Megabytes of weights, gradients and optimizer state of the default shape, after one step."""
     net = GPT(GPTConfig(vocab_size=2048))
     net.init_weights(seed=1)
     s = train.Settings()

@@ -73,7 +73,7 @@ def surprise() -> dict:
 
 
 def block() -> dict:
-    """Shapes behind the parts of one block of config/small.py, for six tokens."""
+    """Shapes behind the parts of one block of the default shape, for six tokens."""
     net = model.GPT(GPTConfig(vocab_size=2048))
     net.init_weights(seed=1)
     shapes: dict = {}

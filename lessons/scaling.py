@@ -64,7 +64,8 @@ def make(data: str) -> None:
         words = [f"--{name}={value}" for name, value in other.items()]
         out = Path("out", "scaling", "".join([f"{short(budget)}-{layers}x{width}", *words]))
         c, steps = shape(layers, width), round(budget / cost(layers, width) / BATCH)
-        argv = [f"--{name}={getattr(c, name)}" for name in ("n_layer", "n_head", "n_embd")]
+        names = ("block_size", "n_layer", "n_head", "n_embd")
+        argv = [f"--{name}={getattr(c, name)}" for name in names]
         argv += [f"--{name}={steps}" for name in ("steps", "eval_every", "save_every")]
         argv += [f"--batch_tokens={BATCH}", f"--data={data}", f"--out={out}", "--sample_tokens=0"]
         command = [sys.executable, ROOT / "train.py", ROOT / "config" / "small.py", *argv, *words]

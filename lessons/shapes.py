@@ -12,7 +12,7 @@ from shape import GPTConfig
 from tasks import repeat
 
 BOOK = "model"
-SMALL = dict(vocab_size=2048)  # config/small.py, whose shape is otherwise the default
+SMALL = dict(vocab_size=2048)  # otherwise the default shape
 
 
 def parameters() -> int:

@@ -56,7 +56,7 @@ def garbled() -> int:
 
 
 def share() -> float:
-    """Of config/small.py's parameters, the part that stands in embedding and head, in percent."""
+    """Of the default shape's parameters, the part that stands in embedding and head, in percent."""
     for size in (257, 2048, 50257):
         c = GPTConfig(vocab_size=size)
         tables = 2 * size * c.n_embd

@@ -79,7 +79,7 @@ def positions() -> int:
 
 
 def memory() -> int:
-    config = GPTConfig(vocab_size=2048, block_size=128)  # the shape of config/small.py
+    config = GPTConfig(vocab_size=2048, block_size=128)  # the default shape, 4 layers
     cache = GPT(config).new_cache()
     print("k", tuple(cache.k.shape), " v", tuple(cache.v.shape), cache.k.dtype)
     return cache.k.nbytes + cache.v.nbytes
