@@ -28,26 +28,29 @@ def by_numpy(operation, args: tuple, kwargs: dict, out: Tensor) -> tuple | None:
     make, function = MAKERS.get(operation), ELEMENTWISE.get(operation)
     if (make or function) is None or kwargs.keys() - {"memory_format"}:
         return None
-    floats = [t for value in args for t in (value if isinstance(value, list) else [value])]
-    floats = floats[:1] if operation is aten.embedding.default else floats
-    if not all(is_float(t) for t in (*floats, out) if isinstance(t, Tensor)):
+    values = [v for value in args for v in (value if isinstance(value, list) else [value])]
+    read = [v for v in values if isinstance(v, Tensor)]
+    if operation is aten.embedding.default:
+        read = read[:1]  # behind it stands whose rows
+    if not all(map(suits, (*read, out))):
         return None
     if make is not None:
         return make(out, *args)
     arrays = [a.numpy() if isinstance(a, Tensor) else a for a in args]
-    return (function, arrays, {"out": out.numpy()}) if len(arrays) == function.nin else None
+    return function, arrays, {"out": out.numpy()}
 
 
-def is_float(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and t.device.type == "cpu" and t.layout == torch.strided
+def suits(t: Tensor) -> bool:
+    kind = t.dtype == torch.float32 and t.device.type == "cpu" and t.layout == torch.strided
+    return kind and t.numel() > 0 and t.dim() > 0 and not t.is_neg()
 
 
 def power(out: Tensor, x: Tensor, exponent) -> tuple | None:
     return (np.square, (x.numpy(),), {"out": out.numpy()}) if exponent == 2 else None
 
 
-def add_to(_, x: Tensor, number) -> tuple:
-    return np.add, (x.numpy(), number), {"out": x.numpy()}
+def add_to(_, x: Tensor, number, times=1) -> tuple:
+    return np.add, (x.numpy(), number * times), {"out": x.numpy()}
 
 
 def relu(out: Tensor, x: Tensor) -> tuple:
@@ -65,7 +68,8 @@ def cat(out: Tensor, parts: list[Tensor], dim: int = 0) -> tuple:
 def roll(out: Tensor, x: Tensor, shifts: list[int], dims: list[int] = ()) -> tuple | None:
     if len(dims) != 1:
         return None
-    shift, cut = shifts[0] % x.size(dims[0]), -shifts[0] % x.size(dims[0])
+    shift = shifts[0] % x.size(dims[0])
+    cut = x.size(dims[0]) - shift
     x, out = (z.movedim(dims[0], 0).numpy() for z in (x, out))
     front, back, first, last = out[:shift], out[shift:], x[:cut], x[cut:]
 
@@ -133,13 +137,14 @@ def embedding(out: Tensor, table: Tensor, ids: Tensor, *_) -> tuple | None:
 
 
 def mm(out: Tensor, x: Tensor, matrix: Tensor) -> tuple | None:
+    return addmm(out, None, x, matrix)
+
+
+def addmm(out: Tensor, bias: Tensor | None, x: Tensor, matrix: Tensor) -> tuple | None:
     """Of one row."""
-    return (blas.product(x, matrix.mT, None, out), (), {}) if len(x) == 1 else None
-
-
-def addmm(out: Tensor, bias: Tensor, x: Tensor, matrix: Tensor) -> tuple | None:
-    fits = len(x) == 1 and bias.dim() == 1
-    return (blas.product(x, matrix.mT, bias, out), (), {}) if fits else None
+    if len(x) > 1 or not blas.keeps_to_one_thread() or (bias is not None and bias.dim() > 1):
+        return None
+    return blas.product(x, matrix.mT, bias, out), (), {}
 
 
 MAKERS = {

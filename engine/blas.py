@@ -24,7 +24,7 @@ LIBRARY.define(
     " -> (Tensor, Tensor(a!), Tensor(b!))"
 )
 LONG = 1 << 21  # numbers of keys for which attention is worth all threads of torch
-THREADED = 2_304 * 4  # numbers of a matrix from which on OpenBLAS (interface/gemv.c) wakes threads
+THREADED = 2_304 * 4  # numbers of a matrix from which on an OpenBLAS may wake threads
 quiet = np.errstate(all="ignore")  # torch does not warn of what is infinite, either
 
 

@@ -51,19 +51,19 @@ class Fastest:
         is slow for a moment should be slow for all."""
         inputs = [w.new_ones(1, 1, w.size(1)) for w in weights]
         layers = {name: [form(w, None) for w in weights] for name, form in self.forms.items()}
-        self.other = torch.ones(CACHE // 8, dtype=torch.int64)
+        other = torch.ones(CACHE // 8, dtype=torch.int64)
         times = dict.fromkeys(layers, math.inf)
         for number in {torch.get_num_threads(), 1}:
             with blas.using(number):
                 for _ in range(TRIES):
                     for name, chain in layers.items():
-                        times[name] = min(times[name], self.once(chain, inputs))
-        del self.other
+                        times[name] = min(times[name], self.once(chain, inputs, other))
         return min(times, key=times.get)
 
-    def once(self, chain: list[nn.Module], inputs: list[Tensor]) -> float:
-        """Seconds in which these layers, one after another, work on their inputs."""
-        self.other.sum()
+    def once(self, chain: list[nn.Module], inputs: list[Tensor], other: Tensor) -> float:
+        """Seconds in which these layers, one after another, work on their inputs, once `other` has
+        driven their weights out of the caches."""
+        other.sum()
         seconds = 0.0
         for layer, x in zip(chain, inputs, strict=True):
             start = time.perf_counter()

@@ -28,6 +28,8 @@ ALONE = {torch.ops.aten.embedding.default}  # it reads a row of a matrix and not
 ALONE |= blas.AGAIN.keys()  # with threads of their own
 COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd  # made of other operations
 UNFIT = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
+UNFIT |= {Tag.inplace_view}  # another shape for a tensor that is known
+FIT = {ATTENTION, torch.ops.aten.detach_.default}  # in spite of their tags
 
 
 def record(
@@ -99,37 +101,35 @@ class Recorder(TorchDispatchMode):
             for *_, sources, targets in done:
                 if not (varies.isdisjoint(sources) and varies.isdisjoint(targets)):
                     varies |= targets
-        needed = {storage(result)}
-        alone, steps, threads = [], [], torch.get_num_threads()
+        varies.discard(0)  # of nothing, or of a layout of oneDNN's
+        needed, kept, threads = {storage(result)}, [], torch.get_num_threads()
         for operation, args, kwargs, read, made, sources, targets in reversed(done):
-            mutable = operation._schema.is_mutable
-            view = not mutable and targets <= sources
-            if view or varies.isdisjoint(sources | targets):
+            constant = varies.isdisjoint(sources | targets)
+            view = targets <= sources
+            unread = not operation._schema.is_mutable and (view or needed.isdisjoint(targets))
+            if constant or unread:
                 continue
-            if not mutable and needed.isdisjoint(targets):
-                continue  # nobody reads it
             wide = operation not in ALONE and large(args, read, varies)
-            step = again(operation, args, kwargs, made, needed, wide)
+            kept.append((again(operation, args, kwargs, made, needed, wide), wide))
             needed |= sources
-            steps.append(several(step, threads) if wide else [step])
-            alone.append(step)
-        alone.reverse()
-        steps = [part for parts in reversed(steps) for part in parts]
+        alone = [step for step, _ in reversed(kept)]
+        together = [several(step, threads) if wide else [step] for step, wide in reversed(kept)]
+        together = [part for steps in together for part in steps]
         of_numpy = any(step[0] is blas.GEMV for step in done)
 
         @blas.quiet
         def replay() -> Tensor:
-            together = threads > 1 and choice.together()
+            all_threads = threads > 1 and choice.together()
             start = time.perf_counter()
             torch.set_num_threads(1)
             try:
-                with blas.one_thread(not (together and of_numpy)):
-                    for function, args, kwargs in steps if together else alone:
+                with blas.one_thread(not (all_threads and of_numpy)):
+                    for function, args, kwargs in together if all_threads else alone:
                         function(*args, **kwargs)
             finally:
                 torch.set_num_threads(threads)
             if threads > 1:
-                choice.took(together, time.perf_counter() - start)
+                choice.took(all_threads, time.perf_counter() - start)
             return result
 
         return replay
@@ -152,7 +152,7 @@ def kind(operation) -> tuple[bool, bool]:
     for one whose results may differ for reasons that are not recorded."""
     if operation.has_kernel_for_dispatch_key(COMPOSED):
         return True, False
-    if UNFIT & set(operation.tags) and operation is not ATTENTION:
+    if UNFIT & set(operation.tags) and operation not in FIT:
         raise ValueError(f"{operation} cannot be recorded")
     return False, operation._schema.is_mutable
 
@@ -179,8 +179,8 @@ def again(operation, args, kwargs, made: list[Tensor], needed: set[int], wide: b
     are `needed`; with several threads if it is `wide`."""
     if operation in blas.AGAIN:
         return blas.AGAIN[operation](*args, *made), (), {}
-    first_alone = needed.isdisjoint(map(storage, made[1:]))
-    if not wide and first_alone and (step := by_numpy(operation, args, kwargs, made[0])):
+    only_first = bool(made) and needed.isdisjoint(map(storage, made[1:]))
+    if only_first and not wide and (step := by_numpy(operation, args, kwargs, made[0])):
         return step
     if operation._schema.is_mutable:
         return operation, args, kwargs

@@ -74,21 +74,25 @@ def test_every_layer_equals_a_plain_one(kind, dtype, outputs, inputs, bias):
             assert error < (0.01 if kind == "int8" else rounding)
 
 
-def test_all_large_layers_have_the_form_that_is_fastest_in_a_chain(monkeypatch):
-    small, large, tried = torch.randn(8, 4), torch.randn(1024, 513), []
+def test_all_large_layers_have_the_form_that_is_fastest_in_a_chain(two_threads, monkeypatch):
+    small, large = torch.randn(8, 4), torch.randn(1024, 513)
+    tried, turns = [], []
     kinds = {"plain": PlainLinear, "numpy": NumpyLinear, "streamed": StreamedLinear}
     monkeypatch.setattr(linear, "forms", lambda dtype: kinds)
     assert Fastest(torch.float32, [large]).chosen in kinds  # by the clock
 
-    def once(self, chain, inputs):
-        tried.append([x.shape[-1] for x in inputs])
+    def once(self, chain, inputs, other):
         kind = type(chain[0])
+        tried.append([x.shape[-1] for x in inputs])
+        turns.append((kind, torch.get_num_threads()))
         slow = len(tried) in (2, 3)  # one that is slow for a moment
         return {PlainLinear: 4.0, NumpyLinear: 1.0, StreamedLinear: 3.0}[kind] + 9 * slow
 
     monkeypatch.setattr(Fastest, "once", once)
     choose = Fastest(torch.float32, [large, small, large.T])
     assert tried[0] == [513, 1024] and choose.chosen == "numpy"
+    assert [kind for kind, _ in turns[:3]] == [*kinds.values()]  # in turn
+    assert {threads for _, threads in turns} == {1, 2}
     number = len(tried)
     assert type(choose(small, None)) is PlainLinear
     assert type(choose(large, None)) is type(choose(large.T, None)) is NumpyLinear
@@ -390,4 +394,6 @@ def test_bfloat16_is_widened_where_it_would_be_emulated(monkeypatch):
         rounded = make(shape).bfloat16().float()(x)  # the same weights
         model = ready(model)
         assert model.blocks[0].attn_norm(torch.ones(1, 32)).dtype == torch.float32
+        biases = [m.bias for m in model.modules() if isinstance(m, StreamedLinear)]
+        assert all(b is None or b.dtype == torch.float32 for b in biases)
         assert (model(x) - rounded).norm() < 0.02 * plain(x).norm()
