@@ -176,7 +176,7 @@ def storage(t: Tensor) -> int:
 
 def again(operation, args, kwargs, made: list[Tensor], needed: set[int], wide: bool) -> tuple:
     """(function, arguments, named ones) that computes `made` once more, where they are, if they
-    are `needed`; with several threads if it is `wide`."""
+    are `needed`; what is `wide`, with several threads maybe, by torch."""
     if operation in blas.AGAIN:
         return blas.AGAIN[operation](*args, *made), (), {}
     only_first = bool(made) and needed.isdisjoint(map(storage, made[1:]))

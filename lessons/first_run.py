@@ -88,9 +88,7 @@ def drawn(data: dict) -> str:
             axes.text(last, bits + 0.02, f"{name}  {bits:.3f}", ha="right")
         for (step, bits), color in zip(points, colors, strict=True):
             axes.plot([step], [bits], "o", ms=5, color=color, zorder=3)
-            x, y = (
-                (step, bits + 0.08) if step else (0.09 * last, bits - 0.03)
-            )  # above, or beside it
+            x, y = (step, bits + 0.08) if step else (0.09 * last, bits - 0.03)
             axes.text(x, y, f"{bits:.3f}", color=color, weight="bold", ha="center")
         axes.set(xlabel="step", ylabel="bits / byte", xlim=(-0.02 * last, 1.06 * last))
         axes.set(ylim=(1.1, 3.25), yticks=(1.5, 2, 2.5, 3))

@@ -9,11 +9,20 @@ from engine import blas, recording
 from engine.again import by_numpy
 from engine.recording import record
 
-torch.manual_seed(0)
 x, y = torch.randn(1, 3, 8), torch.randn(3, 1)
 weight, bias, table = torch.randn(8), torch.randn(8), torch.randn(5, 8)
 one, several = torch.tensor([[3]]), torch.tensor([[3, 0]])
 row, number = torch.randn(1, 8), x[0, 0, 0]
+
+
+@pytest.fixture(autouse=True)
+def drawn():
+    """All numbers anew, whatever the test before has left in them."""
+    torch.manual_seed(0)
+    for t in (x, y, weight, bias, table, row):
+        t.normal_()
+    one.fill_(3)
+    several.copy_(torch.tensor([[3, 0]]))
 
 
 def moments():
@@ -76,7 +85,7 @@ def test_what_is_replayed_is_what_torch_computes(name, monkeypatch):
         assert used and all(used) if name in BY_NUMPY else not all(used)
 
 
-def test_each_thread_of_an_unknown_library_might_wake_all_cores(monkeypatch):
+def test_small_products_stay_with_torch_where_numpy_may_wake_all_cores(monkeypatch):
     monkeypatch.setattr(blas, "keeps_to_one_thread", lambda: False)
     mm, addmm = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
     assert by_numpy(mm, (row, table.T), {}, torch.empty(1, 5)) is None
