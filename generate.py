@@ -356,7 +356,7 @@ def beam(
     for n in range(1, answer.most + 1):
         # 1. each beam with each token after it, the likeliest first: so many that `width` of them
         #    go on even if each beam comes with all ends there are
-        require_finite(logits)
+        require_finite(logits.amax(dim=-1))
         logits = logits.index_fill(-1, left_out, -math.inf)
         ln_p = scores[:, None] + logits.cpu().log_softmax(dim=-1)  # (beams, V)
         count = min(width * (1 + len(tokenizer.ends)), ln_p.numel())

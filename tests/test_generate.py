@@ -14,7 +14,7 @@ from dataset import layout
 from engine.inference import ready
 from generate import TextStream, answers, beam, generate
 from model import GPT, GPTConfig
-from pick import penalise, pick
+from pick import FIRST, penalise, pick, probabilities
 from tokenizer import bytes_tokenizer
 
 
@@ -109,6 +109,22 @@ def test_a_token_of_no_probability_is_never_picked():
     uniform = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert pick(logits, uniform).tolist() == [0, 2, 2]
     assert set(pick(logits, uniform, top_p=0.999).tolist()) <= {0, 2}
+
+
+def test_top_p_is_the_fewest_tokens_however_many_these_are():
+    """By definition, in rows of which one has its nucleus in two tokens, one in most of 12,000."""
+    noise = torch.randn(3, 12_000, generator=torch.Generator().manual_seed(0))
+    logits = noise * torch.tensor([[30.0], [2.0], [0.1]])
+    p = probabilities(logits, top_p=0.9)
+    kept = []
+    for row, found in zip(logits.softmax(dim=-1).double(), p, strict=True):
+        order = row.argsort(descending=True, stable=True)
+        before = row[order].cumsum(dim=0) - row[order]  # what the likelier ones have
+        nucleus = order[before < 0.9]
+        wanted = torch.zeros_like(row).index_copy(0, nucleus, row[nucleus] / row[nucleus].sum())
+        assert torch.allclose(found, wanted, atol=1e-9)
+        kept.append(len(nucleus))
+    assert kept[0] < FIRST < kept[1] < 8 * FIRST < kept[2]
 
 
 def test_rare_tokens_of_a_large_vocabulary_keep_their_share():
