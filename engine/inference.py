@@ -8,6 +8,7 @@ once, or a prompt of many tokens, cost little more than one token, since all sha
 docs/speed.md has the figures.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -153,6 +154,7 @@ class FastGPT(GPT):
 
     form = ""  # the name of that of its large layers, where some were tried
     choice = None  # what recorded steps know of threads
+    last = None  # what the last text on a CPU had, for the next
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
         like = self.wte.weight
@@ -161,7 +163,15 @@ class FastGPT(GPT):
             dtype = torch.float32  # attention is several times faster, its memory traffic small
         ours = not on_cpu or all(type(block.attn) is JoinedAttention for block in self.blocks)
         kind = RecordedCache if ours and records(like.device, batch) else KVCache
-        return kind(self.config, batch, like.device, dtype, size, whole)
+        if kind is KVCache or not on_cpu or whole or batch > 1:
+            return kind(self.config, batch, like.device, dtype, size, whole)
+        last, size = vars(self).pop("last", None), size or self.config.block_size
+        cache = last and last.again(self, size, dtype)
+        if not cache:
+            longer = min(self.config.block_size, -(-size // LONGER) * LONGER)
+            cache = RecordedCache(self.config, 1, dtype=dtype, size=max(size, longer))
+        self.last = Last(cache)
+        return cache
 
     def forward(self, tokens: Tensor, *more, cache: KVCache | None = None, **options) -> Tensor:
         if isinstance(cache, RecordedCache) and tokens.size(1) == 1 and cache.ready():
@@ -177,6 +187,44 @@ def records(device: torch.device, batch: int = 1) -> bool:
     return device.type == "cpu" and batch == 1
 
 
+LONGER = 256  # tokens: a cache has a multiple of them, so that a longer text finds room, too
+
+
+class Last:
+    """The memory of a text's cache and the step that was recorded there: for the next text, if
+    nobody has that cache any more."""
+
+    def __init__(self, cache: "RecordedCache"):
+        self.cache, self.states = weakref.ref(cache), [vars(cache)]
+
+    def __reduce__(self):
+        return type(None), ()  # copies of a model have nothing
+
+    def again(self, model: GPT, size: int, dtype: torch.dtype) -> "RecordedCache | None":
+        """An empty cache of that memory, for `size` tokens; None if it does not fit, or if the
+        model is another than it was when its step was recorded."""
+        state = self.states.pop() if self.states and self.cache() is None else None
+        if not state or state.get("structure") not in (None, structure(model)):
+            return None
+        k = state["k"]
+        fits = k.dtype == dtype and k.size(1) == 1 and k.size(3) >= size
+        if not fits or k.is_inference() != torch.is_inference_mode_enabled():
+            return None
+        cache = RecordedCache.__new__(RecordedCache)
+        vars(cache).update(state)
+        cache.clear()
+        return cache
+
+
+def structure(model: GPT) -> list[tuple]:
+    """Of what somebody may have changed but for numbers: parts in another's place, hooks."""
+    own = ("_forward_hooks", "_forward_pre_hooks")
+    return [
+        (id(m), type(m), *(len(getattr(m, name)) for name in own), "forward" in vars(m))
+        for m in model.modules()
+    ]
+
+
 WORTH_KERNELS = 512  # tokens of a process after which these pay: to find them takes 0.2 to 7 s
 PATIENCE = 16  # tokens without, on a CPU: recording takes as long as it saves in some twenty
 
@@ -187,12 +235,14 @@ class RecordedCache(KVCache):
     text, as a list of operations (engine/recording.py).
 
     Shapes and addresses are fixed: attention spans the whole cache, unless it is one operation that
-    knows better, and where each row stands is a tensor on the device, `place`. A result is valid
-    until the next call.
+    knows better, and where each row stands is a tensor on the device, `place`. On a GPU a result is
+    valid until the next call.
     """
 
     fixed = True
     recorded = None  # the buffers that the recording knows
+    structure = None  # that of the model then, on a CPU
+    inherited = False  # whether the recording is of another text, and was not compared yet
     running = False  # whether a step is computed, or recorded, at this moment
     waited = 0  # tokens since a recording became possible
     fit = True  # whether Python decides nothing in a step
@@ -235,9 +285,32 @@ class RecordedCache(KVCache):
             self.replay()
         else:
             self.logits = self.run(forward)
+        if self.inherited and not self.agrees(forward):
+            self.record(forward, tokens)
+        self.inherited = False
         self.lengths += 1
         RecordedCache.written += self.k.is_cuda
-        return self.logits
+        return self.logits if self.k.is_cuda else self.logits.clone()
+
+    def agrees(self, forward) -> bool:
+        """Whether the recorded step has done what the model does, for this token."""
+        true = self.run(forward)
+        return bool((self.logits - true).norm() <= 1e-3 * true.norm())
+
+    def clear(self) -> None:
+        """For another text."""
+        end = int(self.lengths.max())
+        self.k[:, :, :, :end] = self.v[:, :, :, :end] = 0
+        self.past[:, :, : self.reach + end] = 0
+        self.lengths = torch.zeros(1, dtype=torch.long)
+        self.inherited = self.recorded is self.k and self.fit
+        if not self.inherited:  # that text was too short, or Python had a part in it
+            self.recorded, self.fit = None, True
+
+    def rows(self, begin: int, end: int) -> KVCache:
+        part = super().rows(begin, end)
+        part.source = self  # so that no other text gets this memory meanwhile
+        return part
 
     def record(self, forward, tokens: Tensor) -> None:
         device = self.k.device
@@ -249,6 +322,7 @@ class RecordedCache(KVCache):
         if device.type == "cpu" and hooked:  # which would not be called
             self.fit = False
         elif device.type == "cpu":
+            self.structure = structure(forward.__self__)
             changing = [self.tokens, self.place, self.k, self.v, self.past]
             step, choice = partial(self.run, forward), forward.__self__.choice
             try:

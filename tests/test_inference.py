@@ -1,5 +1,6 @@
 """A model made ready to generate computes what it did before."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -384,6 +385,117 @@ def test_a_step_that_python_has_a_part_in_is_not_recorded(kind, monkeypatch):
     assert len(seen) >= 20
     monkeypatch.setattr(inference, "records", lambda *_: False)
     assert list(generate(model, [1, 2, 3], 20, temperature=0)) == text
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """The tokens of which a step was recorded."""
+    made = []
+
+    def noted(self, forward, tokens):
+        made.append(tokens.item())
+        RECORD(self, forward, tokens)
+
+    monkeypatch.setattr(RecordedCache, "record", noted)
+    return made
+
+
+RECORD = RecordedCache.record
+
+
+def text(model, *prompt, length=20):
+    return [token for [token] in generate(model, list(prompt), length, temperature=0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_is_recorded_for_the_first_text_and_serves_the_next(shape, recordings):
+    model, prompts = ready(make(shape)), ([1, 2, 3], [9], [7, 5, 8, 2])
+    alone = [text(ready(make(shape)), *prompt) for prompt in prompts]
+    recordings.clear()
+    assert [text(model, *prompt) for prompt in prompts] == alone
+    assert len(recordings) == 1
+
+
+def test_texts_side_by_side_have_memory_of_their_own(recordings):
+    model = ready(make("gpt2"))
+    one, other = text(model, 1, 2, 3), text(model, 9)
+    both = generate(model, [1, 2, 3], 20, temperature=0), generate(model, [9], 20, temperature=0)
+    assert [*zip(*both, strict=True)] == [([a], [b]) for a, b in zip(one, other, strict=True)]
+    cache = model.new_cache()
+    with torch.inference_mode():
+        model(torch.tensor([[1, 2, 3]]), cache=cache)
+        part = cache.rows(0, 1)
+        kept = cache.k.clone()
+        del cache
+        text(model, 9)
+        assert torch.equal(part.k, kept)  # a part keeps the memory of the whole
+
+
+def test_what_a_step_gave_stays_when_the_next_text_begins():
+    model, given = ready(make("gpt2")), []
+    with torch.inference_mode():
+        for prompt in ([1, 2], [3, 4], [5, 6]):
+            cache = model.new_cache(size=9)
+            model(torch.tensor([prompt]), cache=cache)
+            given.append(model(torch.tensor([[7]]), cache=cache))
+        wanted = [model(torch.tensor([[*p, 7]]))[:, -1:] for p in ([1, 2], [3, 4], [5, 6])]
+    assert torch.allclose(torch.cat(given), torch.cat(wanted), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "other weights", "a hook", "a part", "its forward", "its class"]
+)
+def test_whoever_changes_a_model_between_two_texts_is_obeyed(change, monkeypatch):
+    """By the next, of which the first text's step knows nothing."""
+
+    def changed(model):
+        block = model.blocks[-1]
+        if change == "weights":
+            with torch.no_grad():
+                model.norm.weight[:9] *= -1
+        elif change == "other weights":
+            model.norm.weight = nn.Parameter(-model.norm.weight.detach())
+        elif change == "a hook":
+            block.mlp.register_forward_hook(lambda *_: torch.zeros(1, 1, 32))
+        elif change == "a part":
+            block.mlp = nn.Identity()
+        elif change == "its forward":
+            block.mlp.forward = lambda x: -x
+        else:
+            monkeypatch.setattr(type(block), "forward", lambda self, x, *_: 0.5 * x)
+
+    with monkeypatch.context():
+        model, other = ready(make("gpt2")), ready(make("gpt2"))
+        before = text(model, 1, 2, 3)
+        changed(model)
+        if change != "its class":
+            changed(other)
+        assert text(model, 1, 2, 3) == text(other, 1, 2, 3) != before
+
+
+def test_a_longer_text_gets_more_memory_and_a_copy_of_a_model_its_own(recordings, monkeypatch):
+    monkeypatch.setattr(inference, "LONGER", 8)
+    model = ready(make("gpt2"))
+    for length, recorded in ((4, 1), (7, 1), (12, 2), (3, 2), (12, 2)):
+        text(model, 1, length=length)
+        assert len(recordings) == recorded
+    assert model.last.states[0]["k"].size(3) == 16
+    copied = copy.deepcopy(model)
+    assert copied.last is None and model.last is not None
+    assert text(copied, 1) == text(model, 1)
+
+
+def test_a_text_that_failed_leaves_nothing_behind(monkeypatch):
+    """Nor does attention that looks at the whole memory meet its numbers."""
+    monkeypatch.setattr(blas, "keeps_to_one_thread", lambda: False)
+    model = ready(make("gpt2"))
+    wanted, table = text(model, 1), model.wte.weight.data
+    right = table[5].clone()
+    table[5] = torch.inf
+    with pytest.raises(ValueError, match="finite"):
+        text(model, 1, 2, 3, 5)
+    table[5] = right
+    assert text(model, 1) == wanted
 
 
 def test_bfloat16_is_widened_where_it_would_be_emulated(monkeypatch):
