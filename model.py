@@ -295,8 +295,8 @@ class Attention(nn.Module):
         if mask is None:  # causal
             mask = causal_mask(T, k.size(2), x.device)
         # a sum of D independent products of mean 0 and variance 1 has variance D, so size sqrt(D).
-        # Divided by it, softmax begins soft; undivided, most of the weight would lie on one place,
-        # where moving a score changes hardly anything: almost no gradient comes through
+        # Divided by it, softmax begins soft, and a head can learn where to look; undivided, most of
+        # the weight would lie on one place, by chance, and each small change of q throw it about
         scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
         scores = scores.masked_fill(~mask, -math.inf)  # e^-inf = 0: no weight at all
         weights = self.drop(scores.softmax(dim=-1))  # each row sums to 1

@@ -11,8 +11,8 @@ cores, to a validation loss of about 1.75 nats.
               next one (logits); softmax makes probabilities p of them
     loss      how surprised it was by the byte that did come next: -ln p, in nats. 1.75 nats is as
               unsure as among six bytes (e^1.75) equally likely; it begins at ln 256 = 5.55
-    step      every parameter is moved a little, in a direction that should lower the loss, by this
-              batch and the last few
+    step      the parameters are moved a little, in a direction that should lower the loss, judged
+              by this batch and the last few
     place     a position in the window, from 0 to T - 1
     writing   a byte is drawn by its probability (made a little sharper: `temperature`) and
               appended, and the GPT is asked again
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 BATCH, CONTEXT = 16, 64  # B, windows in a batch; T, bytes in one: as far as it can look back
-WIDTH, HEADS, LAYERS = 128, 4, 4  # C, a multiple of 2 H; H; how many blocks
+WIDTH, HEADS, LAYERS = 128, 4, 4  # C, a multiple of 2 H (`rotate` has pairs); H; blocks
 STEPS = 1000  # how often it is corrected: 1.0 million bytes are read, tiny Shakespeare about once
 RATE = 4e-3  # the first learning rate, found by trying; a wider model wants less, 1e-3 or so
 
@@ -61,11 +61,12 @@ def norm(x):
 
 def rotate(x):
     """Marks x (B, H, T, D), queries or keys, with its place (rotary positions, arXiv:2104.09864);
-    without that, a score would know what two bytes are, and not how far apart they stand.
+    without that, a score would know what two bytes are, and not how far apart they stand (later
+    blocks could guess it: the first place has looked back at one, the tenth at ten).
 
     Channels i and i + D/2 are a point (a, b), which is turned about the origin, from each place to
-    the next by the angle f = 10000^(-i / (D/2)): like the hands of a clock. The fast ones tell
-    neighbours apart, the slow ones far places.
+    the next by f = 10000^(-i / (D/2)) radians: like the hands of a clock. The fast ones tell
+    neighbours apart; the slow ones would tell far places, and in 64 bytes hardly turn.
 
     A query at place m is turned by m f, a key at place n by n f. To turn both by the same angle
     changes nothing in their dot product. If both were turned back by m f, the query would stand as
@@ -81,9 +82,9 @@ def rotate(x):
 class Attention(nn.Module):
     """Looks back: each place takes from itself and earlier ones what it needs.
 
-    Each place has a query q (what it looks for), a key k (what it offers) and a value v (what it
-    gives). The better a key fits a query, the more of its value is taken. H heads do so side by
-    side, and can look for H things.
+    Each place has a query q (what it looks for), a key k (by which it is found) and a value v (what
+    is taken from it then). The better a key fits a query, the more of its value is taken. H heads
+    do so side by side, and can look for H things.
     """
 
     def __init__(self):
@@ -98,13 +99,12 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, T, HEADS, -1).transpose(1, 2)  # (B, H, T, D)
         k = self.wk(x).view(B, T, HEADS, -1).transpose(1, 2)
         v = self.wv(x).view(B, T, HEADS, -1).transpose(1, 2)
-        # normed to length sqrt(D), so that no score exceeds sqrt(D), however large wq and wk grow:
-        # else all attention may end on one place
+        # normed to length sqrt(D), so that a score, below, stays between -sqrt(D) and sqrt(D),
+        # however large wq and wk grow: else softmax may end all on one place, where it is flat
         q, k = rotate(norm(q)), rotate(norm(k))
-        # two such vectors, taken at random, have a dot product of about sqrt(D) or -sqrt(D), as a
-        # sum of D products of about 1, of either sign. Undivided, most attention would lie on one
-        # place from the start, where other scores change it little: so hardly any gradient would
-        # reach wq and wk
+        # two such vectors, taken at random, have a dot product around 0, of size sqrt(D), as a sum
+        # of D products of either sign. Undivided, attention would begin hard, two thirds of it on
+        # one place picked by chance, and each small change of q or k would throw it about
         scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T): a row asks, a column is asked
         # the causal mask: what comes later gets no attention, or each place would read its answer
         later = torch.ones(T, T, dtype=torch.bool).triu(1)  # true where the column is later
@@ -133,9 +133,9 @@ class Block(nn.Module):
 
     `wo` and `down` begin at zero, so nothing is added at first: sums of random blocks would drown
     what the embedding says. They learn all the same, since the gradient of W is its input times
-    what comes back from the loss. But nothing comes back through a zero: the first step moves the
-    head alone, the second also `wo`, `down` and the embedding, the third everything (of the
-    embedding, the bytes that have occurred).
+    what comes back from the loss. But nothing comes back through a zero: the first step moves
+    `head` alone, the last matrix of the GPT, the second also `wo`, `down` and the embedding, the
+    third everything (of the embedding, the bytes that have occurred).
     """
 
     def __init__(self):
@@ -153,7 +153,7 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.wte = nn.Embedding(256, WIDTH)  # C numbers for each byte, at first random, of size 1
+        self.wte = nn.Embedding(256, WIDTH)  # the embedding: C numbers for each byte, first random
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.head = matrix(WIDTH, 256, zero=True)  # at first all logits are equal: ln 256 nats
 
@@ -170,7 +170,7 @@ class GPT(nn.Module):
 def batch_of(tokens):
     """Random windows x of a text, and their targets y: the same moved by one. Both (B, T).
 
-    Some of the text comes twice and some never; dataset.py deals windows out like cards.
+    Some of the text comes twice and some never; dataset.py takes each window once in a round.
     """
     starts = torch.randint(len(tokens) - CONTEXT, (BATCH,)).tolist()
     x = torch.stack([tokens[i : i + CONTEXT] for i in starts])
@@ -187,20 +187,21 @@ def loss_of(model, x, y):
 
 @torch.no_grad()  # keeps nothing for a backward(): less memory, and faster
 def report(model, step, train_batches, val_batches):
-    """Prints the loss on batches of text that it learns from, and of text that it does not: always
-    the same ones, so that two runs can be compared. By itself a loss is rough, of 20,000 bytes."""
+    """Prints the loss on 20,480 bytes that it learns from, and on as many that it does not: few, so
+    each is a rough estimate; always the same ones, so that two runs can be compared."""
     train_loss = sum(loss_of(model, x, y).item() for x, y in train_batches) / len(train_batches)
     val_loss = sum(loss_of(model, x, y).item() for x, y in val_batches) / len(val_batches)
     line = f"step {step}: training loss {train_loss:.2f}, validation loss {val_loss:.2f} nats"
-    print(f"{line} = {val_loss / math.log(2):.2f} bits a byte (stored plainly: 8)", flush=True)
+    print(f"{line} ({val_loss / math.log(2):.2f} bits a byte; stored plainly, 8)", flush=True)
 
 
 @torch.no_grad()
 def write(model, prompt, count, temperature=0.8):
     """`prompt`, which has a byte at least, and `count` bytes written after it, as text.
 
-    A `temperature` below 1, and above 0, makes what is likely likelier. For each byte the last
-    window is read anew, its places counted from 0 again: only distances matter, see `rotate`.
+    A `temperature` below 1, and above 0, makes what is likely likelier: the likeliest alone soon
+    goes in circles, and drawn as they are, unlikely bytes come up often enough to spoil words. For
+    each byte the last window is read anew, its places counted from 0: only distances matter.
     generate.py keeps what was read (a KV cache), and pick.py can leave out what is unlikely.
     """
     tokens = torch.tensor([list(prompt)])  # (1, T)
@@ -214,8 +215,10 @@ def write(model, prompt, count, temperature=0.8):
 def main(argv):
     parser = argparse.ArgumentParser(description="A GPT on one page: it reads a text, and writes.")
     parser.add_argument("files", nargs="*", help="texts to read; none: Python's own library")
+    parser.add_argument("--prompt", default="\n", help="what it goes on from in the end")
     library = Path(sysconfig.get_path("stdlib")).glob("*.py")
-    files = parser.parse_args(argv).files or sorted(library)
+    args = parser.parse_args(argv)
+    files = args.files or sorted(library)
     try:
         text = b"".join(Path(file).read_bytes() for file in files)
     except OSError as error:
@@ -226,7 +229,7 @@ def main(argv):
     torch.manual_seed(1)
     tokens = torch.tensor(list(text))
     cut = len(tokens) * 9 // 10
-    train, val = tokens[:cut], tokens[cut:]  # what a model learned from, it may know by heart
+    train, val = tokens[:cut], tokens[cut:]  # to be tested on: what it has read it may remember
     train_batches = [batch_of(train) for _ in range(20)]  # the same for each report
     val_batches = [batch_of(val) for _ in range(20)]
 
@@ -239,15 +242,15 @@ def main(argv):
             report(model, step, train_batches, val_batches)
         # large steps first, smaller and smaller ones to settle
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        loss_of(model, *batch_of(train)).backward()  # p.grad: how the loss would change with p
-        # Adam (arXiv:1412.6980): m is the mean of the last ten or so p.grad (beta 0.9), v that of
-        # the last twenty or so squares (0.95), both corrected for beginning at 0; p moves by
-        # -lr * m / (sqrt(v) + 1e-8): by the rate where these gradients agree, by less where they do
-        # not, and not at all where there are none
+        loss_of(model, *batch_of(train)).backward()  # w.grad: how the loss would change with w
+        # Adam (arXiv:1412.6980): mean is that of the last ten or so gradients (beta 0.9), square
+        # that of the last twenty or so squared (0.95), both corrected for beginning at 0. w moves
+        # by -lr * mean / (sqrt(square) + 1e-8): by the rate where these gradients agree, by less
+        # where they do not, and not at all where there are none
         optimizer.step()
         optimizer.zero_grad()  # or the next gradient would be added to this one
     report(model, STEPS, train_batches, val_batches)
-    print(write(model, b"\n", 500))
+    print(write(model, args.prompt.encode() or b"\n", 500))
 
 
 if __name__ == "__main__":

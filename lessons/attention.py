@@ -37,14 +37,19 @@ def third_token() -> float:
 
 
 def undivided() -> float:
-    """Scores of 64 channels: how large they are, and how softmax begins."""
+    """Scores of 64 channels: how large they are, how softmax begins, and what comes back of it."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1000, 64, generator=generator)
     scores = q @ k.mT  # a million of them
     print(f"D = 64   std(q.k) = {scores.std():.2f}   std(q.k / sqrt(D)) = {scores.std() / 8:.2f}")
-    for name, s in (("q.k", scores), ("q.k / sqrt(D)", scores / math.sqrt(64))):
-        largest = s[:, :16].softmax(-1).amax(-1).mean()
-        print(f"largest of 16 weights, mean: {largest:.2f}   softmax({name})")
+    k, v = k[:16], torch.randn(16, 64, generator=generator)
+    gradient = torch.randn(1000, 64, generator=generator)  # at what attention gives
+    for name, root in (("q.k", 1), ("q.k / sqrt(D)", math.sqrt(64))):
+        q = q.detach().requires_grad_()
+        weights = (q @ k.mT / root).softmax(-1)  # (1000, 16)
+        (weights @ v).backward(gradient)
+        largest, size = weights.amax(-1).mean().item(), q.grad.square().mean().sqrt().item()
+        print(f"largest of 16 weights {largest:.2f}   gradient at q {size:.2f}   softmax({name})")
     return scores.std().item()
 
 

@@ -460,7 +460,7 @@ def test_mistakes_are_told_in_the_language_of_the_lesson(tmp_path, monkeypatch, 
     learn.main(["4", "--language=zh"])
     told = capsys.readouterr().out
     assert "预测 'many' 应是一个数\n" in told
-    assert "16 个权重里最大的，平均：0.83   softmax(q.k)\n" in told
+    assert "16 个权重里最大的 0.83   查询处的梯度 1.96   softmax(q.k)\n" in told
 
 
 def test_a_file_that_is_wrong_ends_with_status_2(tmp_path):
