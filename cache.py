@@ -14,10 +14,10 @@ from shape import GPTConfig
 class KVCache:
     """Keys and values of all positions so far, preallocated for `size` (0: the whole context).
 
-    Tokens that have been read never change their keys and values, since no position looks ahead:
-    with these stored, only the new token passes through the layers, and looks back at S of them. It
-    costs memory for 2 n_layer K D `size` numbers a text, and with canon layers 2 n_layer C `size`
-    more. Each row is a slot for a text, of any length:
+    Tokens that have been read never change their keys and values, since they see nothing that is
+    read later: with these stored, only the new token passes through the layers, and looks back at S
+    of them. It costs memory for 2 n_layer K D `size` numbers a text, and with canon layers
+    2 n_layer C `size` more. Each row is a slot for a text, of any length:
 
         slot 0   A l l _ m e n      lengths 7, 2, 0: a mask hides what is left behind a text's end,
         slot 1   N o - - - - -      from the text that had the slot before

@@ -77,7 +77,7 @@ def converse(
                     go_on(line, s)
                     continue
                 turns = [*said, turn("user", line)]
-                text = answer(turns, s)
+                text = answer(turns, s)  # which removes the oldest turns, where room is short
                 if s.chat:
                     said = [*turns, turn("assistant", text)]
         except KeyboardInterrupt:

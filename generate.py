@@ -30,7 +30,7 @@ from cache import KVCache
 from model import GPT
 from pick import penalise, pick, require_finite
 
-PASS = 512  # tokens of prompts that are read in one pass: one of fewer costs as much
+PASS = 512  # tokens of prompts that are read in one pass: a shorter one takes as long
 NO_TOKEN = "the prompt has no token: a new document begins with end-of-text"
 
 
@@ -70,8 +70,8 @@ def visible(model: GPT, tokens: Tensor, markers) -> Tensor | None:
 def decode_one_token(model: GPT, token: Tensor, cache: KVCache) -> Tensor:
     """Appends one token to each sample, token (B,); logits of the one after it: (B, V).
 
-    Why a cache: attention looks back at the keys and values of all positions, and since no position
-    sees a later one, those never change. Without a cache each new token means reading the whole
+    Why a cache: attention looks back at the keys and values of all positions, and since none sees
+    what is read later, those never change. Without a cache each new token means reading the whole
     text again, T^2 / 2 positions for T tokens; with it only the token itself, T positions. For 200
     tokens after a prompt of 56 that is 31,100 positions against 255.
     """

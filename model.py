@@ -23,7 +23,8 @@ Settings, in shape.py, choose the parts; these combinations are published:
               a head of its own; capped logits (karpathy/nanochat): the default
     Llama     rotary, RMSNorm with weights, SwiGLU, no biases, a head of its own (arXiv:2302.13971);
               grouped heads in the largest of Llama 2 (arXiv:2307.09288) and all since Llama 3
-    Qwen3     Llama's, with a norm of queries and keys (arXiv:2505.09388)
+    Qwen3     Llama's, with a norm of queries and keys (arXiv:2505.09388); the small ones of both
+              have a tied head
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary. In config/small.py B is
@@ -31,8 +32,9 @@ Shapes in comments: B batch, T time (positions in this call), S positions attend
 
 This file says what is computed. Faster forms of most modules (engine/fast.py) take their places,
 each only if, when a run starts, it gives the same numbers and gradients for random weights: so a
-change of the numbers here is obeyed. For prints, breakpoints and the like give --fast=false, with
-which no other form is used. To see whether it still is a GPT:
+change that shows there is obeyed. For one that shows only elsewhere (in very large scores, say),
+for prints and breakpoints give --fast=false, with which no other form is used. To see whether it
+still is a GPT:
 
     python -m pytest tests/test_model.py -k "later or cached"
 
@@ -190,6 +192,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     them, so R(m) q . R(n) k = q . R(n - m) k: a score depends on q, k and how far apart they stand,
     and no longer on where. Channels i and i + D/2 are a pair, as in GPT-NeoX and transformers;
     Meta's own Llama pairs 2i with 2i + 1, which is the same with other rows of wq and wk.
+    (nutshell.py swaps T and H before it turns, and so has other shapes for the same.)
     """
     cos, sin = (z.unsqueeze(-2).to(x.dtype) for z in rope)  # (T, 1, D/2): the same for all heads
     a, b = x.chunk(2, dim=-1)
@@ -409,7 +412,7 @@ def embedding(c: GPTConfig, rows: int) -> nn.Embedding:
 
     Where a norm follows, the size of a vector says only how fast it learns: 1 is as good as any.
     But a tied table is the head as well, and would make logits of size sqrt(C): it has 0.02, as in
-    GPT-2; so has one that no norm follows, since GPT-2's parts come together.
+    GPT-2; so has one that no norm follows, for there GPT-2 is followed.
     """
     table = nn.Embedding(rows, c.n_embd)
     table.std = 1.0 if c.embed_norm and c.zero_init and not c.tied else 0.02

@@ -12,9 +12,10 @@ Adam        The embedding of a rare token has tiny gradients, the head large one
             hence too small at first, and are divided by 1 - beta^step, each by its own.
             arXiv:1412.6980
 AdamW       Weights that nothing pulls back grow and fit noise. w -= lr * decay * w pulls them back,
-            apart from m / sqrt(v), whose division would make it uneven (arXiv:1711.05101). Only
-            matrices decay: a bias or a norm's weight is one number a channel and has little to
-            overfit with, and a norm's weight, which begins at 1, would shrink what its layer sees.
+            apart from the gradient, or it would be divided by sqrt(v), too, and those with large
+            gradients would be pulled less (arXiv:1711.05101). Only matrices decay: a bias or a
+            norm's weight is one number a channel and has little to overfit with, and a norm's
+            weight, which begins at 1, would shrink what its layer sees.
 Muon        Adam treats a matrix as a list of numbers. Muon treats it as a map: see below.
 
 Before the step, `update` in train.py undoes loss scaling (`LossScale`) and then clips the gradient:

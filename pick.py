@@ -26,8 +26,8 @@ def pick(
     highest, likeliest = logits.max(dim=-1)  # (B) both
     require_finite(highest)
 
-    # 0. greedy: the likeliest token. It soon repeats itself, since nothing is likelier behind a
-    # sentence that stands there twice than to stand there again (arXiv:1904.09751, figure 4)
+    # 0. greedy: the likeliest token. It soon repeats itself: behind a sentence that stands there
+    # twice, nothing is likelier than the same sentence once more (arXiv:1904.09751, figure 4)
     if temperature < COLDEST:
         return likeliest
 

@@ -15,10 +15,10 @@ At its plainest, from Python, that is
     tokens = [token[0] for token in new]                            # one entry for each sample
     print("def " + tokenizer.decode(tokens))                        # also beyond an end-of-text
 
-(this `generate` is that of generate.py, with faster parts in its model), and what follows is the
-command around it. How a token is picked is told in pick.py, how text is made of them in
-generate.py, what a conversation is to a model in chat.py. torch takes a second to load, so what
-needs it is imported where it is used: a mistake in the arguments is answered at once.
+(this `generate` is that of generate.py, with faster parts in its model, see engine/twin.py), and
+what follows is the command around it. How a token is picked is told in pick.py, how text is made of
+them in generate.py, what a conversation is to a model in chat.py. torch takes a second to load, so
+what needs it is imported where it is used: a mistake in the arguments is answered at once.
 """
 
 from engine import console

@@ -14,8 +14,8 @@ A model learns from text by predicting each next token, and being corrected. At 
                 p.grad = None
 
 `update` is the inside of that loop, also for batches too large for memory, for several processes
-and for 16-bit numbers; `train` is the loop, with all windows in random order, a rate that rises and
-falls (optim.py), and a log. Both speak of
+and for 16-bit numbers; `train` is the loop, with all windows in random order, a rate that holds and
+then falls (optim.py), and a log. Both speak of
 
     s           the settings below, as the command line has them
     here        where it is computed: device, type of numbers, other processes   engine/machine.py
@@ -100,8 +100,8 @@ def update(
     from engine import machine
 
     # how many targets the batch has, in all processes. The loss is their mean: each pass below
-    # gives a sum, divided by this number. (Of rows the answers count alone, so passes differ in how
-    # many targets they have: a mean of their means would weigh those of some more than of others)
+    # gives a sum, divided by this number. (Passes may hold different numbers of targets, since in
+    # rows only answers count: a mean of their means would give those of small passes more weight)
     in_all = here.sum(counts)
     mean_loss = torch.zeros((), device=here.device)
     share = len(inputs[0])
@@ -136,8 +136,8 @@ def update(
     # lowered for the next; any other that is not finite ends the run
     (mean,) = here.sum([mean_loss.item()])  # of all processes
     finite = math.isfinite(mean) and math.isfinite(norm)
-    overflow = math.isfinite(mean) and scale.value > 1
-    if not finite and not overflow:
+    smaller_scale_helps = math.isfinite(mean) and scale.value > 1
+    if not finite and not smaller_scale_helps:
         raise FloatingPointError(f"its loss is {mean} and its gradient norm {norm}")
     if finite:
         for optimizer in optimizers:

@@ -42,13 +42,13 @@ def test_model_py_gives_the_same_scores_and_the_same_loss(small):
 
 def test_it_learns_and_writes(small, tmp_path, capsys):
     (tmp_path / "abc.txt").write_text("abcdefghij\n" * 200)
-    nutshell.main([str(tmp_path / "abc.txt")])
+    nutshell.main([str(tmp_path / "abc.txt"), "--prompt=efg"])
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("step ")]
     nats = [float(line.split()[7]) for line in lines]
     assert len(nats) == 2 and nats[0] == 5.55  # ln 256
     assert nats[1] < 0.5
-    assert "abcdefghij\nabcdefghij\n" in out
+    assert "\nefghij\nabcdefghij\nabcdefghij\n" in out
 
 
 def test_each_step_follows_the_gradient_of_its_own_batch(small, tmp_path, monkeypatch):
