@@ -29,7 +29,8 @@ ALONE |= blas.AGAIN.keys()  # with threads of their own
 COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd  # made of other operations
 UNFIT = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
 UNFIT |= {Tag.inplace_view}  # another shape for a tensor that is known
-FIT = {ATTENTION, torch.ops.aten.detach_.default}  # in spite of their tags
+LIFT, DETACH = torch.ops.aten.lift_fresh.default, torch.ops.aten.detach_.default
+FIT = {ATTENTION, DETACH}  # in spite of their tags
 
 
 def record(
@@ -55,7 +56,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.done: list[tuple] = []  # (operation, arguments, named ones, what it reads, results)
         self.known: dict[tuple, tuple] = {}
-        self.shared: set[int] = set()  # storages of results that were given out twice
+        self.shared: set[int] = set()  # storages of results that were given out twice, or made once
         self.changes: Counter[int] = Counter()  # of each storage, in place
 
     @classmethod
@@ -84,6 +85,8 @@ class Recorder(TorchDispatchMode):
                 raise ValueError(f"{operation} changes what others read")
         else:
             self.known[same] = result, made
+            if operation == LIFT:  # by torch.tensor(...), which no replay calls
+                self.shared.update(map(storage, made))
         self.done.append((operation, args, kwargs, read, made))
         return result
 
@@ -154,7 +157,7 @@ def kind(operation) -> tuple[bool, bool]:
         return True, False
     if UNFIT & set(operation.tags) and operation not in FIT:
         raise ValueError(f"{operation} cannot be recorded")
-    return False, operation._schema.is_mutable
+    return False, operation._schema.is_mutable and operation != DETACH  # changes no number
 
 
 def flat(values) -> list:

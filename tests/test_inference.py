@@ -371,6 +371,9 @@ def test_a_recording_follows_what_it_was_told_changes():
         for unfit in (lambda: x * float(x[0, 0]), lambda: x[x > 0], lambda: F.dropout(x)):
             with pytest.raises(ValueError, match="cannot be recorded"):
                 record(unfit, [x])
+        with pytest.raises(ValueError, match="others read"):  # it would add up over replays
+            record(lambda: torch.tensor([1.0]).add_(x.sum()), [x])
+        assert record(lambda: torch.tensor([1.0]) + x, [x])[1]() is not None
 
 
 @pytest.mark.parametrize("kind", ["a hook", "a decision"])
