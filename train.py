@@ -158,21 +158,22 @@ def train(s: "Settings", stop: Stop) -> int:
     from engine.learner import Learner
     from optim import LossScale, learning_rate, make_optimizers, set_rates
 
+    # device and processes; the tokens; what is learned of them; the run's folder, where it stands
     here, data, objective, run = preflight.set_up(s, stop, START)
     split, held_out, T = data.split("train"), data.split("val"), s.model.block_size
     B = s.batch_tokens // T  # windows in a batch, of which each process has its share
-    # all that learns, new or as the newest checkpoint of the run has it
+    # all that learns, with random weights or those of the run's newest checkpoint
     model = run.load_model() if run.step else preflight.new_model(s, data, here)
     learner = Learner(model, objective)
-    preflight.make_ready(learner, split, s, here, run)
+    preflight.make_ready(learner, split, s, here, run)  # to the device, with faster parts
     optimizers = make_optimizers(learner, s, here.dtype)
     scale = LossScale(here.dtype, run.state["loss_scale"])
     validate = partial(evaluate, learner, held_out, here, stop, s.device_batch, s.eval_tokens)
-    run.begin(data, learner, optimizers, scale, validate)
+    run.begin(data, learner, optimizers, scale, validate)  # moments of the checkpoint; the log
     if run.finished():
         return 0
-    preflight.compile_kernels(learner, split, s, here)
-    with run:
+    preflight.compile_kernels(learner, split, s, here)  # on a GPU
+    with run:  # a request to stop waits for the end of a step; a loss that is not finite is told
         for step in run.steps():
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)
             set_rates(optimizers, factor)
