@@ -89,12 +89,16 @@ class ActivatedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         _, wants_weight, wants_bias, _ = ctx.needs_input_grad
         rows, flat = g.flatten(0, -2), x.flatten(0, -2)  # (N, outputs), (N, inputs)
-        da = rows @ weight.to(g.dtype)
+        dw = root = None
         if ctx.activation is gelu:
+            da = rows @ weight.to(g.dtype)
             dx = torch.ops.aten.gelu_backward(da, flat, approximate="tanh")
-        else:
-            dx = da.mul_(flat.relu()).mul_(2)
-        dw = (rows.mT @ ctx.activation(flat)).to(weight.dtype) if wants_weight else None
+        else:  # relu(x)^2, whose derivative is 2 relu(x)
+            root = flat.relu()
+            dx = (rows @ (2 * weight).to(g.dtype)).mul_(root)
+        if wants_weight:
+            a = gelu(flat) if root is None else root.square_()
+            dw = (rows.mT @ a).to(weight.dtype)
         db = rows.sum(dim=0).to(weight.dtype) if wants_bias else None
         return dx.view(x.shape), dw, db, None
 
