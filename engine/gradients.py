@@ -31,7 +31,7 @@ class RMSNormalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (length.square() / x.size(-1) + eps).rsqrt().to(x.dtype)  # (..., 1)
+        scale = length.square_().div_(x.size(-1)).add_(eps).rsqrt_().to(x.dtype)  # (..., 1)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -40,7 +40,7 @@ class RMSNormalise(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         y, scale = ctx.saved_tensors
         along = (g * y).mean(dim=-1, keepdim=True)  # moving x along itself changes nothing
-        return torch.addcmul(g, y, along, value=-1) * scale, None
+        return torch.addcmul(g, y, along, value=-1).mul_(scale), None
 
 
 class ShortConvolution(torch.autograd.Function):
