@@ -245,13 +245,21 @@ def free_threads(monkeypatch, threads_in_name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["muon", "nadamw"])
-def test_a_run_that_compiles_nothing_loads_no_compiler(optimizer, data, tmp_path):
-    arguments = [f"--data={data}", f"--out={tmp_path / 'run'}", f"--optimizer={optimizer}"]
-    arguments += ["--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=16", "--steps=2"]
-    code = f"import sys, train; train.main({arguments!r}); print('torch._dynamo' in sys.modules)"
+def test_what_compiles_nothing_loads_no_compiler(data, tmp_path):
+    run = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=16", "--steps=2"]
+    calls = [
+        ("train", [f"--data={data}", f"--out={tmp_path / name}", f"--optimizer={name}", *run])
+        for name in ("muon", "nadamw")
+    ]
+    calls += [("sample", [str(tmp_path / "muon"), "--prompt=a", "--max_tokens=2"])]
+    calls += [("evaluate", [str(tmp_path / "muon")])]
+    code = f"""import importlib, sys
+for name, argv in {calls!r}:
+    importlib.import_module(name).main(argv)
+    print(f"\\n{{name}} has loaded it: {{'torch._dynamo' in sys.modules}}")"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+    loaded = re.findall(r"has loaded it: (\w+)", done.stdout)
+    assert loaded == ["False"] * 4, done.stdout + done.stderr
 
 
 def test_one_thread_works_alone_while_that_is_faster():
