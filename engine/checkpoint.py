@@ -226,9 +226,7 @@ def load_weights(
     skip = ["optimizer.safetensors", *locked.names(path)]
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(verify, path, NEEDED, skip) if not sound else None
-        import torch  # meanwhile
-
-        import lora
+        import lora  # and torch, meanwhile
         from engine.machine import shapes_only
         from model import GPT
     if verified:
