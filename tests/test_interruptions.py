@@ -175,7 +175,10 @@ def test_torchrun_restarts_a_killed_rank(data, tmp_path, kills, uninterrupted):
 
 
 @pytest.mark.slow
-def test_compiled_runs_resume_to_the_same_bits(train, monkeypatch):
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_compiled_runs_resume_to_the_same_bits(train, monkeypatch, kernels):
+    """With kernels of torch's own the compiler does all that it does but call g++, twenty times."""
+    monkeypatch.setattr("torch._inductor.config.fallback_by_default", not kernels)
     settings = ["--compile=true", "--dropout=0.1", "--dtype=bfloat16", "--n_layer=1"]
     whole = train("whole", *settings)
 
