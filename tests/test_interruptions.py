@@ -91,7 +91,7 @@ def assert_equal_runs(run, whole) -> None:
 def wait_for(condition, process) -> None:
     while not condition():
         assert process.poll() is None, process.stdout.read()
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 # --- killed
