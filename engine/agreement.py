@@ -53,7 +53,7 @@ def largest_error(
         module.train(learn)
         kind = torch.float32 if training and not with_gradients else dtype
         true = results(call, x, module, torch.float32, learn)
-        slow = results(call, x, module, kind, learn)
+        slow = true if kind == torch.float32 else results(call, x, module, kind, learn)
         module.__class__ = part
         fast = results(call, x, module, kind, learn)
         module.__class__ = reference
@@ -74,8 +74,10 @@ def rms(x: Tensor) -> float:
 def results(call: Callable, x: Tensor, module, dtype: torch.dtype, learn: bool) -> list[Tensor]:
     """What `call(module, x)` gives in `dtype`, and if asked for, all gradients; as float32."""
     if not learn:
+        if dtype != torch.float32:
+            module = copy.deepcopy(module).to(dtype)
         with torch.no_grad():
-            y = call(copy.deepcopy(module).to(dtype), x if x.dtype == torch.long else x.to(dtype))
+            y = call(module, x if x.dtype == torch.long else x.to(dtype))
         return [y.float()]
     wanted = list(module.parameters())  # they stay float32
     if x.is_floating_point():

@@ -226,9 +226,8 @@ def load_weights(
     skip = ["optimizer.safetensors", *locked.names(path)]
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(verify, path, NEEDED, skip) if not sound else None
-        import torch  # meanwhile
-
-        import lora
+        import lora  # and torch, meanwhile
+        from engine.machine import shapes_only
         from model import GPT
     if verified:
         verified.result()
@@ -238,7 +237,7 @@ def load_weights(
     weights = load_tensors(file, adapted["base"] if adapted else "")
     with named(file):
         # the model has shapes only, until it is given the weights of the file
-        with torch.device("meta"):
+        with shapes_only():
             model = GPT(config)
         model.load_state_dict(weights, assign=True)
     if adapted:

@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from engine.machine import shapes_only
 from engine.settings import convert, settings_of
 from engine.tensors import FLOATS, Stored
 from model import GPT
@@ -235,7 +236,7 @@ def with_biases(family: Family, c: GPTConfig) -> GPTConfig:
 
 def layout(family: Family, c: GPTConfig) -> dict[str, dict[str, Tensor]]:
     """Each tensor there, by name: the parameters of GPT that it joins, by name and without data."""
-    with torch.device("meta"):  # shapes only
+    with shapes_only():
         state = GPT(c).state_dict()
     there: dict[str, dict[str, Tensor]] = {}
     for name, w in state.items():

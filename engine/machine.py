@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from engine import blas, threads
 
@@ -211,6 +212,22 @@ def spare_compiler() -> None:
     for kind in (torch.optim.Adam, torch.optim.NAdam):  # AdamW's step is Adam's
         if plain := getattr(kind.step, "__wrapped__", None):
             kind.step = torch.no_grad()(plain)
+
+
+@contextmanager
+def shapes_only():
+    """Within, a model that is made has shapes and no numbers."""
+    with torch.device("meta"), Unfilled():
+        yield
+
+
+class Unfilled(TorchFunctionMode):
+    """Within, no table draws its first numbers. With shapes only it has none to draw, but torch
+    would load its compiler to find that out: two and a half seconds of a start."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not nn.init.normal_:
+            return function(*args, **(kwargs or {}))
 
 
 def start(here: Machine, deterministic: bool) -> None:

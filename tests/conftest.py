@@ -1,5 +1,6 @@
 """What the tests share: one small text, one prepared data set, one way to train."""
 
+import gc
 import os
 import sys
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Runs on the CPU even where there is a GPU, unless a GPU is asked for."""
+    gc.disable()  # what is imported stays
     device = config.getoption("--device")
     TINY.append(f"--device={device}")
     if device == "cpu":
@@ -62,6 +64,12 @@ def on_cpu():
 def pytest_collection_modifyitems(items):
     """The longest come first: at the end a worker would wait a minute for another."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """What all modules hold need not be looked through again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,11 +9,12 @@ import functools
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from multiprocessing import forkserver
+from multiprocessing import forkserver, popen_fork
 from pathlib import Path
 from unittest import mock
 
@@ -78,6 +79,11 @@ def work(writing, argv: list[str], env: dict, before: Callable | None, stdin: st
     for number in (1, 2):
         os.dup2(writing.fileno(), number)
     writing.close()
+    run_script(argv, env, before, stdin)
+
+
+def run_script(argv: list[str], env: dict, before: Callable | None = None, stdin: str = os.devnull):
+    """Python's command line, in this process."""
     sys.stdin = open(stdin, encoding="utf-8")
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
@@ -94,12 +100,46 @@ def work(writing, argv: list[str], env: dict, before: Callable | None, stdin: st
         runpy.run_path(str(ROOT / argv[0]), run_name="__main__")  # which may be absolute
 
 
+def torchrun(*argv, env=None, restarts: int = 0, anew: bool = False) -> Forked:
+    """Two processes of a script that torchrun looks after. Unless they begin `anew`, as Pythons of
+    their own, it forks them from its own process: its children all the same, in a session of their
+    own, with no handler of a signal."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher += [f"--max-restarts={restarts}", *argv]
+    return Forked(*launcher, env=env, before=None if anew else fork_children)
+
+
+def fork_children() -> None:
+    """torchrun in this process forks where it would start Pythons."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    def fork(self, command: tuple, env: dict) -> popen_fork.Popen:
+        return popen_fork.Popen(multiprocessing.Process(target=begin, args=(command, env)))
+
+    SubprocessHandler._popen = fork
+
+
+def begin(command: tuple, env: dict) -> None:
+    """What a process does that torchrun has forked."""
+    python, unbuffered, *argv = command
+    assert (python, unbuffered) == (sys.executable, "-u")
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_script(argv, env, before=lambda: sys.stdout.reconfigure(write_through=True))
+
+
 def run(*argv, status: int = 0, **options) -> str:
     """What a script says, once it has ended with that status."""
-    process = Forked(*argv, **options)
-    said, _ = process.communicate()
-    assert process.returncode == status, said
-    return said
+    return said(Forked(*argv, **options), status)
+
+
+def said(process: Forked, status: int = 0) -> str:
+    """The same, of one that has begun."""
+    text, _ = process.communicate()
+    assert process.returncode == status, text
+    return text
 
 
 def environments(world: int) -> list[dict]:

@@ -10,6 +10,7 @@ import pytest
 import servers
 from servers import JSON, httpx, serving, wait, web
 
+import serve
 from engine import guard, protocol
 from engine.checkpoint import load_model
 
@@ -180,9 +181,17 @@ def test_half_sent_heads_and_bodies_do_not_stay(served, monkeypatch):
 
 
 def test_streams_that_nobody_reads_keep_nobody_out(run, monkeypatch):
+    bound = serve.bound
+
+    def narrow(s):
+        listener = bound(s)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or it takes a whole answer
+        return listener
+
+    monkeypatch.setattr(serve, "bound", narrow)
     monkeypatch.setattr(guard, "UNREAD", 0.5)
     with serving(run, connections=60, slots=8, queue=500) as running:
-        body = json.dumps(dict(prompt="a", max_tokens=100, stream=True, logprobs=20, n=4))
+        body = json.dumps(dict(prompt="a", max_tokens=40, stream=True, logprobs=20, n=4))
         unread = []
         for _ in range(7):
             one = socket.socket()

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import forked
@@ -27,7 +27,6 @@ from engine.metrics import read_metrics
 from engine.resume import lock
 
 BUSY = ["--steps=80", "--eval_every=20", "--save_every=7", "--dropout=0.1", "--device_batch=4"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 class Killed(BaseException):
@@ -40,9 +39,9 @@ def arguments(data, out, *settings) -> list[str]:
     return [str(empty), f"--data={data}", f"--out={out}", *TINY, *settings]
 
 
-def start(data, out, *settings, launcher=(), anew=False):
+def start(data, out, *settings, anew=False):
     """A process that trains. What it does while it loads torch is seen in those begun `anew`."""
-    argv = [*launcher, str(ROOT / "train.py"), *arguments(data, out, *settings)]
+    argv = [str(ROOT / "train.py"), *arguments(data, out, *settings)]
     if not anew:
         return Forked(*argv)
     return subprocess.Popen(
@@ -54,27 +53,31 @@ def start(data, out, *settings, launcher=(), anew=False):
     )
 
 
-def finish(data, out, launcher=()) -> None:
+def start_two(data, out, *settings, restarts: int = 0):
+    """torchrun, and two processes that train."""
+    argv = arguments(data, out, *settings)
+    return forked.torchrun(ROOT / "train.py", *argv, restarts=restarts)
+
+
+def finish(data, out, processes: int = 1) -> None:
     """A run with the settings BUSY to its end: one process of it needs none of its own."""
-    if not launcher:
+    if processes == 1:
         import train
 
         assert train.main(arguments(data, out, *BUSY)) == 0
         return
-    forked.together(2, "train.py", *arguments(data, out, *BUSY))
+    forked.together(processes, "train.py", *arguments(data, out, *BUSY))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    """uninterrupted(launcher): a run with the settings BUSY that nothing has disturbed."""
-    runs = {}
+    """uninterrupted(processes): a run with the settings BUSY that nothing has disturbed."""
 
-    def run(launcher=()):
-        key = len(launcher) > 0
-        if key not in runs:
-            runs[key] = tmp_path_factory.mktemp("uninterrupted") / "run"
-            finish(data, runs[key], launcher)
-        return runs[key]
+    @cache
+    def run(processes: int = 1):
+        out = tmp_path_factory.mktemp("uninterrupted") / "run"
+        finish(data, out, processes)
+        return out
 
     return run
 
@@ -88,7 +91,7 @@ def assert_equal_runs(run, whole) -> None:
 def wait_for(condition, process) -> None:
     while not condition():
         assert process.poll() is None, process.stdout.read()
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 # --- killed
@@ -154,8 +157,7 @@ def test_killed_at_random_moments(data, tmp_path, kills, uninterrupted):
     [pytest.param(1, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)],
 )
 def test_torchrun_restarts_a_killed_rank(data, tmp_path, kills, uninterrupted):
-    launcher = [*TORCHRUN, f"--max-restarts={kills}"]
-    process = start(data, tmp_path / "parts", *BUSY, launcher=launcher)
+    process = start_two(data, tmp_path / "parts", *BUSY, restarts=kills)
     for kill in range(kills):
         want = (kill + 1) * 70 // (kills + 1)
         wait_for(lambda n=want: len(training(tmp_path / "parts")) > n, process)
@@ -169,11 +171,14 @@ def test_torchrun_restarts_a_killed_rank(data, tmp_path, kills, uninterrupted):
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "resumed from step" in output
-    assert_equal_runs(tmp_path / "parts", uninterrupted(TORCHRUN))
+    assert_equal_runs(tmp_path / "parts", uninterrupted(2))
 
 
 @pytest.mark.slow
-def test_compiled_runs_resume_to_the_same_bits(train, monkeypatch):
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_compiled_runs_resume_to_the_same_bits(train, monkeypatch, kernels):
+    """With kernels of torch's own the compiler does all that it does but call g++, twenty times."""
+    monkeypatch.setattr("torch._inductor.config.fallback_by_default", not kernels)
     settings = ["--compile=true", "--dropout=0.1", "--dtype=bfloat16", "--n_layer=1"]
     whole = train("whole", *settings)
 
@@ -330,32 +335,31 @@ def test_a_file_that_cannot_grow_is_an_error_of_one_sentence(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "launcher, stops",
+    "processes, stops",
     [
-        pytest.param([], 1, id="one process"),
-        pytest.param([], 20, id="one process, often", marks=pytest.mark.soak),
-        pytest.param(TORCHRUN, 1, id="two processes", marks=[pytest.mark.slow, pytest.mark.cpu]),
-        pytest.param(
-            TORCHRUN, 20, id="two processes, often", marks=[pytest.mark.soak, pytest.mark.cpu]
-        ),
+        pytest.param(1, 1, id="one process"),
+        pytest.param(1, 20, id="one process, often", marks=pytest.mark.soak),
+        pytest.param(2, 1, id="two processes", marks=[pytest.mark.slow, pytest.mark.cpu]),
+        pytest.param(2, 20, id="two processes, often", marks=[pytest.mark.soak, pytest.mark.cpu]),
     ],
 )
-def test_stopped_at_random_moments(data, tmp_path, stops, launcher, uninterrupted):
+def test_stopped_at_random_moments(data, tmp_path, stops, processes, uninterrupted):
     rng = random.Random(stops)
+    alone, run = processes == 1, tmp_path / "parts"
     for i in range(stops):
-        process = start(data, tmp_path / "parts", *BUSY, launcher=launcher, anew=not launcher)
+        process = start(data, run, *BUSY, anew=True) if alone else start_two(data, run, *BUSY)
         process.stdout.readline()
         time.sleep(rng.uniform(0, 3))
         asked = time.monotonic()
-        number = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1][i % (1 if launcher else 3)]
+        number = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1][i % (3 if alone else 1)]
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
         assert time.monotonic() - asked < 10
-        assert launcher or process.returncode == 0, output
+        assert process.returncode == 0 or not alone, output
         assert any(text in output for text in ("same command continues", "nothing to", "next:"))
-        assert launcher or "Traceback" not in output  # torchrun has its own
-    finish(data, tmp_path / "parts", launcher)
-    assert_equal_runs(tmp_path / "parts", uninterrupted(launcher))
+        assert "Traceback" not in output or not alone  # torchrun has its own
+    finish(data, run, processes)
+    assert_equal_runs(run, uninterrupted(processes))
 
 
 @pytest.mark.cpu  # where a step takes long enough

@@ -4,13 +4,14 @@ hold."""
 import ast
 import doctest
 import json
+import math
 import re
 import shlex
 import shutil
 import statistics
 import subprocess
 from collections import Counter
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import forked
@@ -496,8 +497,13 @@ def rows(path: Path) -> dict[str, list[float]]:
     return {name: [float(x) for x in re.split(r"[|±]", cells)] for name, cells in found}
 
 
+def told() -> dict[str, list[float]]:
+    """Those of all English pages."""
+    return {k: v for number in NUMBERS for k, v in rows(lessons.page(number)).items()}
+
+
 def test_every_ablation_stands_on_a_page_and_only_large_effects_are_told():
-    english = {k: v for number in NUMBERS for k, v in rows(lessons.page(number)).items()}
+    english = told()
     assert english.keys() == ablations.ABLATIONS.keys()
     for name, (*_, apart) in english.items():
         effect = ablations.ABLATIONS[name].effect
@@ -508,20 +514,33 @@ def test_every_ablation_stands_on_a_page_and_only_large_effects_are_told():
 
 TOLD = [name for name, change in ablations.ABLATIONS.items() if change.effect]
 USUAL = [n for n in TOLD if not (ablations.ABLATIONS[n].base or ablations.ABLATIONS[n].few)]
-OTHER = [n for n in TOLD if n not in USUAL]  # about as much work: one for each of two cores
+OTHER = [n for n in TOLD if n not in USUAL]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "names", [USUAL, pytest.param(OTHER, marks=pytest.mark.soak)], ids=["usual", "other"]
-)
-def test_what_the_pages_tell_of_ablations_is_found_again(names):
+def test_what_the_pages_tell_of_ablations_is_found_again():
+    """The base with all seeds, each change with one of them, in turn."""
     torch.set_num_threads(1)
-    told = {k: v for number in NUMBERS for k, v in rows(lessons.page(number)).items()}
+    base = [ablations.learn(seed, ablations.Ablation())["behind"] for seed in ablations.SEEDS]
+    for name, seed in zip(USUAL, cycle(ablations.SEEDS)):
+        change = ablations.ABLATIONS[name]
+        assert change.measure == "behind"
+        mean, spread, changed, wider, _ = told()[name]
+        found = ablations.learn(seed, change)["behind"]
+        assert statistics.mean(base) == pytest.approx(mean, abs=0.1 + 3 * spread), name
+        assert found == pytest.approx(changed, abs=0.1 + 3 * wider), name
+        apart = (found - statistics.mean(base)) / math.hypot(statistics.stdev(base), wider)
+        assert change.effect * apart >= ablations.BEYOND, f"{name}: {base}, {found}"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("names", [USUAL, OTHER], ids=["usual", "other"])
+def test_what_the_pages_tell_of_ablations_is_found_again_with_all_seeds(names):
+    torch.set_num_threads(1)
     for name, found in ablations.measure(names).items():
         change = ablations.ABLATIONS[name]
         assert change.effect * found.apart() >= ablations.BEYOND, f"{name}: {found}"
-        base, spread, changed, wider, _ = told[name]
+        base, spread, changed, wider, _ = told()[name]
         means = [statistics.mean(losses) for losses in found]
         assert means[0] == pytest.approx(base, abs=0.1 + 3 * spread), name
         assert means[1] == pytest.approx(changed, abs=0.1 + 3 * wider), name
