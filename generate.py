@@ -30,7 +30,7 @@ from cache import KVCache
 from model import GPT
 from pick import penalise, pick, require_finite
 
-PASS = 512  # tokens of prompts that are read in one pass: a shorter one takes as long
+PASS = 512  # tokens of prompts in one pass: of fewer, each takes longer
 NO_TOKEN = "the prompt has no token: a new document begins with end-of-text"
 
 

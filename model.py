@@ -150,7 +150,8 @@ class GPT(nn.Module):
                 draw(module, self.config, generator)
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
-        """An empty KV cache for `batch` texts of up to `size` tokens (0: the whole context)."""
+        """An empty KV cache for `batch` texts of `size` tokens (0: the whole context), or more. One
+        made ready to generate may take the memory of a cache that nobody has any more."""
         like = self.wte.weight
         return KVCache(self.config, batch, like.device, like.dtype, size, whole)
 

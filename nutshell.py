@@ -103,7 +103,7 @@ class Attention(nn.Module):
         # however large wq and wk grow: else softmax may end all on one place, where it is flat
         q, k = rotate(norm(q)), rotate(norm(k))
         # two such vectors, taken at random, have a dot product around 0, of size sqrt(D), as a sum
-        # of D products of either sign. Undivided, attention would begin hard, two thirds of it on
+        # of D products of either sign. Undivided, attention would begin hard, seven tenths of it on
         # one place picked by chance, and each small change of q or k would throw it about
         scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T): a row asks, a column is asked
         # the causal mask: what comes later gets no attention, or each place would read its answer

@@ -84,7 +84,7 @@ def likeliest_first(probabilities: Tensor, share: float) -> tuple[Tensor, Tensor
     n, V = FIRST, probabilities.size(-1)
     while True:
         some, ids = probabilities.topk(min(n, V))
-        if n >= V or (some.sum(dim=-1).cpu() >= share).all():
+        if n >= V or (some.cpu().double().sum(dim=-1) >= share).all():
             return some, ids
         n *= 8  # rarely: the model is that unsure
 
@@ -110,7 +110,7 @@ def probabilities(
 
 
 def require_finite(highest: Tensor) -> None:
-    """That the highest logit (B,) of each row is a number: it is NaN if one of them is."""
+    """Raises ValueError unless the highest logit (B,) of each row is finite; a NaN makes it NaN."""
     if not highest.cpu().isfinite().all():
         raise ValueError("the logits are not finite: try --dtype=float32")
 

@@ -15,7 +15,7 @@ A model learns from text by predicting each next token, and being corrected. At 
 
 `update` is the inside of that loop, also for batches too large for memory, for several processes
 and for 16-bit numbers; `train` is the loop, with all windows in random order, a rate that holds and
-then falls (optim.py), and a log. Both speak of
+then falls (and rises first, if asked), and a log. Both speak of
 
     s           the settings below, as the command line has them
     here        where it is computed: device, type of numbers, other processes   engine/machine.py

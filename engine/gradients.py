@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.machine import no_triton
 from model import IGNORE, gelu
 
-PIECE = 2**20  # logits in a piece: 4 MB, which stay in the cache between one use and the next
+PIECE = 2**20  # logits in a piece, if it has 64 rows: 4 MB, which stay in the cache between uses
 GPU_PIECE = 2**28  # a GPU wants large products: 1 GB
 TRITON = not no_triton()
 
@@ -182,12 +182,12 @@ def add_loss(
         z = s * (2 * cap)
     p = z.softmax(dim=-1)
     at_target, known = y[:, None].clamp(min=0), (y != IGNORE)[:, None]  # (n, 1) both
-    # ln p = z - ln of the sum: that of the largest, which no underflow has touched, tells the sum
-    log_sum = z.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log()
-    ln_p = (1 - smoothing) * (z.gather(-1, at_target) - log_sum)
+    # ln p by how far a logit is below the largest, whose p no underflow has touched
+    largest, ln_largest = z.amax(dim=-1, keepdim=True), p.amax(dim=-1, keepdim=True).log()
+    ln_p = (1 - smoothing) * (z.gather(-1, at_target) - largest + ln_largest)
     if smoothing:
-        ln_p += smoothing * (z.mean(dim=-1, keepdim=True) - log_sum)
-    loss -= (ln_p * known).sum()
+        ln_p += smoothing * (z.mean(dim=-1, keepdim=True) - largest + ln_largest)
+    loss -= ln_p.masked_fill(~known, 0).sum()
     if not learn:
         return None
     g = p  # the gradient of the logits: softmax less the target

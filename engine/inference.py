@@ -166,7 +166,7 @@ class FastGPT(GPT):
         if kind is KVCache or not on_cpu or whole or batch > 1:
             return kind(self.config, batch, like.device, dtype, size, whole)
         last, size = vars(self).pop("last", None), size or self.config.block_size
-        cache = last and last.again(self, size, dtype)
+        cache = last and last.again(size, dtype)
         if not cache:
             longer = min(self.config.block_size, -(-size // LONGER) * LONGER)
             cache = RecordedCache(self.config, 1, dtype=dtype, size=max(size, longer))
@@ -200,15 +200,13 @@ class Last:
     def __reduce__(self):
         return type(None), ()  # copies of a model have nothing
 
-    def again(self, model: GPT, size: int, dtype: torch.dtype) -> "RecordedCache | None":
-        """An empty cache of that memory, for `size` tokens; None if it does not fit, or if the
-        model is another than it was when its step was recorded."""
+    def again(self, size: int, dtype: torch.dtype) -> "RecordedCache | None":
+        """An empty cache of that memory, for `size` tokens; None if it does not fit."""
         state = self.states.pop() if self.states and self.cache() is None else None
-        if not state or state.get("structure") not in (None, structure(model)):
+        k = state and state["k"]
+        if k is None or k.dtype != dtype or k.size(1) > 1 or k.size(3) < size:
             return None
-        k = state["k"]
-        fits = k.dtype == dtype and k.size(1) == 1 and k.size(3) >= size
-        if not fits or k.is_inference() != torch.is_inference_mode_enabled():
+        if k.is_inference() != torch.is_inference_mode_enabled():
             return None
         cache = RecordedCache.__new__(RecordedCache)
         vars(cache).update(state)
@@ -216,13 +214,28 @@ class Last:
         return cache
 
 
-def structure(model: GPT) -> list[tuple]:
-    """Of what somebody may have changed but for numbers: parts in another's place, hooks."""
-    own = ("_forward_hooks", "_forward_pre_hooks")
-    return [
-        (id(m), type(m), *(len(getattr(m, name)) for name in own), "forward" in vars(m))
-        for m in model.modules()
-    ]
+def structure(model: GPT) -> list:
+    """What somebody may have changed between two texts: settings, parts, hooks, functions, weights
+    in another place. Numbers in their place are read anew by each step, or by `agrees`."""
+
+    def mark(value):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            return id(value), value.data_ptr(), value.shape
+        if isinstance(value, dict):
+            return [(key, mark(v)) for key, v in value.items() if key != "last"]
+        return value if isinstance(value, (bool, int, float, str, nn.Module)) else id(value)
+
+    parts = list(model.modules())
+    kinds = {kind for part in parts for kind in type(part).__mro__ if kind is not object}
+    found = [dict(vars(model.config)), *((kind, dict(vars(kind))) for kind in kinds)]
+    return [*found, *map(dict, hooks(model)), *((type(part), mark(vars(part))) for part in parts)]
+
+
+def hooks(model: GPT) -> list[dict]:
+    """Of all modules, and of each, where a forward pass calls them."""
+    everywhere = nn.modules.module
+    found = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
+    return found + [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 WORTH_KERNELS = 512  # tokens of a process after which these pay: to find them takes 0.2 to 7 s
@@ -276,8 +289,9 @@ class RecordedCache(KVCache):
         if longest == size:
             raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
         how = torch.get_num_threads(), RecordedCache.written >= WORTH_KERNELS
-        if self.recorded is not self.k or self.how != how:  # or before `take` had other rows
-            self.how = how
+        changed = self.inherited and self.structure != structure(forward.__self__)
+        if self.recorded is not self.k or self.how != how or changed:  # or `take` had other rows
+            self.how, self.inherited = how, False
             self.record(forward, tokens)
         self.tokens.copy_(tokens)
         self.place.copy_(self.lengths[:, None])
@@ -285,23 +299,19 @@ class RecordedCache(KVCache):
             self.replay()
         else:
             self.logits = self.run(forward)
-        if self.inherited and not self.agrees(forward):
-            self.record(forward, tokens)
-        self.inherited = False
+        if self.inherited:
+            self.inherited, true = False, self.run(forward)
+            if (self.logits - true).norm() > 1e-3 * true.norm():  # a function was changed
+                self.record(forward, tokens)
+                self.logits = self.logits if self.replay else true
         self.lengths += 1
         RecordedCache.written += self.k.is_cuda
         return self.logits if self.k.is_cuda else self.logits.clone()
 
-    def agrees(self, forward) -> bool:
-        """Whether the recorded step has done what the model does, for this token."""
-        true = self.run(forward)
-        return bool((self.logits - true).norm() <= 1e-3 * true.norm())
-
     def clear(self) -> None:
-        """For another text."""
-        end = int(self.lengths.max())
-        self.k[:, :, :, :end] = self.v[:, :, :, :end] = 0
-        self.past[:, :, : self.reach + end] = 0
+        """For another text. Attention may span what is not filled, and 0 times inf is nan."""
+        for memory in (self.k, self.v, self.past):
+            memory.zero_()
         self.lengths = torch.zeros(1, dtype=torch.long)
         self.inherited = self.recorded is self.k and self.fit
         if not self.inherited:  # that text was too short, or Python had a part in it
@@ -314,11 +324,11 @@ class RecordedCache(KVCache):
 
     def record(self, forward, tokens: Tensor) -> None:
         device = self.k.device
-        self.recorded, self.replay = self.k, None
+        self.recorded = self.replay = None  # if it is interrupted
         self.tokens = tokens.clone()
         self.place = self.lengths[:, None].to(device, copy=True)
         self.columns = torch.arange(self.k.size(3), device=device)
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in forward.__self__.modules())
+        hooked = any(hooks(forward.__self__))
         if device.type == "cpu" and hooked:  # which would not be called
             self.fit = False
         elif device.type == "cpu":
@@ -330,6 +340,7 @@ class RecordedCache(KVCache):
             except Exception:  # it cannot be recorded, or an operation is like no other
                 self.fit = False
         if device.type != "cuda":
+            self.recorded = self.k
             return
         with torch.cuda.device(device):
             if self.how[-1] and not hooked:
@@ -344,7 +355,7 @@ class RecordedCache(KVCache):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=side):
                 self.logits = self.run(forward)
-            self.replay = graph.replay
+            self.recorded, self.replay = self.k, graph.replay
 
     def few_kernels(self, forward) -> Callable | None:
         """What computes a step in fewer kernels (engine/one_token.py), if it agrees with the book

@@ -79,6 +79,8 @@ class Recorder(TorchDispatchMode):
                 return result
         result = operation(*args, **kwargs)
         made = tensors(flat([result]))
+        if changes and not made:
+            raise ValueError(f"{operation} does not tell what it changes")
         if changes:
             self.changes.update(map(storage, made))
             if self.shared.intersection(map(storage, made)):

@@ -25,7 +25,7 @@ from engine.linear import (
 )
 from engine.recording import record
 from generate import answers, beam, generate
-from model import Attention
+from model import MLP, Attention
 
 
 @pytest.fixture(autouse=True)
@@ -374,6 +374,8 @@ def test_a_recording_follows_what_it_was_told_changes():
         with pytest.raises(ValueError, match="others read"):  # it would add up over replays
             record(lambda: torch.tensor([1.0]).add_(x.sum()), [x])
         assert record(lambda: torch.tensor([1.0]) + x, [x])[1]() is not None
+        with pytest.raises(ValueError, match="does not tell"):
+            record(lambda: torch._foreach_add_([total], [x[0]]), [x, total])
 
 
 @pytest.mark.parametrize("kind", ["a hook", "a decision"])
@@ -445,35 +447,89 @@ def test_what_a_step_gave_stays_when_the_next_text_begins():
     assert torch.allclose(torch.cat(given), torch.cat(wanted), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "change", ["weights", "other weights", "a hook", "a part", "its forward", "its class"]
-)
+def late(forward):
+    """A forward that does something else from the ninth position on."""
+
+    def changed(x, rope, mask, cache):
+        return forward(x, rope, mask, cache) * (-1 if cache.lengths[0] > 8 else 1)
+
+    return changed
+
+
+def window(self, q, k, v, mask, cache):
+    """Attention to the last two positions."""
+    where, now = torch.arange(cache.end), torch.arange(cache.end - q.size(2), cache.end)
+    now = now[:, None] if mask is None else mask.sum(dim=-1, keepdim=True) - 1
+    mask = ((where > now - 2) & (where <= now)).view(1, 1, q.size(2), -1)
+    return fast.FastAttention.attend(self, q, k, v, mask, cache)
+
+
+CHANGES = {
+    "weights": lambda m, patch: m.norm.weight.data[:9].neg_(),
+    "weights elsewhere": lambda m, patch: setattr(m.norm.weight, "data", -m.norm.weight.data),
+    "other weights": lambda m, patch: setattr(m, "norm", nn.LayerNorm(32).requires_grad_(False)),
+    "a row that comes late": lambda m, patch: setattr(
+        m.wte.weight, "data", m.wte.weight.data.roll(1, 0)
+    ),
+    "a setting": lambda m, patch: setattr(m.blocks[0].attn_norm, "eps", 3.0),
+    "a hook": lambda m, patch: m.blocks[0].mlp.register_forward_hook(lambda *_: torch.ones(32)),
+    "a hook of all": lambda m, patch: patch.setitem(
+        nn.modules.module._global_forward_hooks,
+        -1,
+        lambda part, _, y: -y if isinstance(part, MLP) else y,
+    ),
+    "a part": lambda m, patch: setattr(m.blocks[0], "mlp", nn.Identity()),
+    "its forward": lambda m, patch: setattr(m.blocks[0].mlp, "forward", lambda x: -x),
+    "another forward": lambda m, patch: setattr(m.blocks[0], "forward", late(m.blocks[0].forward)),
+    "its class": lambda m, patch: patch.setattr(
+        type(m.blocks[0]), "forward", lambda self, x, *_: 0.5 * x
+    ),
+    "attention": lambda m, patch: patch.setattr(type(m.blocks[0].attn), "attend", window),
+    "a decision": lambda m, patch: patch.setattr(
+        type(m.blocks[0]), "forward", lambda self, x, *_: x if float(x.sum()) > 0 else -x
+    ),
+    "a function": lambda m, patch: patch.setattr("model.F.gelu", lambda x, approximate="": x.abs()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_whoever_changes_a_model_between_two_texts_is_obeyed(change, monkeypatch):
-    """By the next, of which the first text's step knows nothing."""
+    """By the next, of which the first text's step knows nothing. As if nothing were recorded."""
+    models = ready(make("gpt2")), ready(make("gpt2"))
+    for model in models:
+        model.blocks[0].forward = late(model.blocks[0].forward)  # one that may be exchanged
+    before = [text(model, 1, 2, 3) for model in models]
+    for model in models:
+        CHANGES[change](model, monkeypatch)
+    after = text(models[0], 1, 2, 3)
+    monkeypatch.setattr(RecordedCache, "ready", lambda self: False)
+    assert after == text(models[1], 1, 2, 3)
+    assert after != before[0] == before[1]
 
-    def changed(model):
-        block = model.blocks[-1]
-        if change == "weights":
-            with torch.no_grad():
-                model.norm.weight[:9] *= -1
-        elif change == "other weights":
-            model.norm.weight = nn.Parameter(-model.norm.weight.detach())
-        elif change == "a hook":
-            block.mlp.register_forward_hook(lambda *_: torch.zeros(1, 1, 32))
-        elif change == "a part":
-            block.mlp = nn.Identity()
-        elif change == "its forward":
-            block.mlp.forward = lambda x: -x
-        else:
-            monkeypatch.setattr(type(block), "forward", lambda self, x, *_: 0.5 * x)
 
-    with monkeypatch.context():
-        model, other = ready(make("gpt2")), ready(make("gpt2"))
-        before = text(model, 1, 2, 3)
-        changed(model)
-        if change != "its class":
-            changed(other)
-        assert text(model, 1, 2, 3) == text(other, 1, 2, 3) != before
+def test_a_hook_that_comes_behind_the_prompt_is_called():
+    model, seen = ready(make("gpt2")), []
+    text(model, 1, 2, 3)
+    steps = generate(model, [1, 2, 3], 20, temperature=0)
+    next(steps)
+    model.norm.register_forward_hook(lambda *_: seen.append(1))
+    list(steps)
+    assert len(seen) >= 19
+
+
+def test_after_an_interrupted_recording_the_next_text_is_recorded(monkeypatch, recordings):
+    model = ready(make("gpt2"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(recording, "record", interrupted)
+        text(model, 1)
+    recordings.clear()
+    text(model, 1)
+    text(model, 2)
+    assert len(recordings) == 1
 
 
 def test_a_longer_text_gets_more_memory_and_a_copy_of_a_model_its_own(recordings, monkeypatch):
