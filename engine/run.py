@@ -17,7 +17,7 @@ import torch
 
 import lora
 import objectives
-from engine import checkpoint, fast, resume, settings, side_by_side
+from engine import checkpoint, fast, resume, settings
 from engine.files import write_durably
 from engine.learner import Learner, told
 from engine.machine import Machine
@@ -102,8 +102,6 @@ class Run:
 
             sharding.share_work(optimizers)
             here.say(sharding.describe(learner))
-        elif s.fast and here.device.type == "cpu":
-            side_by_side.use_threads(optimizers)
         if self.step:
             checkpoint.load_optimizers(self.path, learner.by_name(), optimizers)
         here.first_does(partial(resume.take_up, self))  # the first that changes anything

@@ -6,8 +6,6 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from engine import side_by_side
-from engine.blas import using
 from model import GPT, GPTConfig
 from optim import LossScale, Muon, make_optimizers, orthogonalise
 from train import Settings
@@ -203,54 +201,6 @@ def test_muons_momentum_is_nesterovs_and_rises_from_085_in_300_steps():
         seen = u.T @ (before - p.detach()).double() @ vt.T
         assert (seen - seen.diag().diag()).abs().max() < 1e-3, f"update {t + 1}"
         assert seen.diag().min() > 0, f"update {t + 1}"
-
-
-def of_three_shapes() -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(8, 24)] * 5 + [(24, 8)] * 2 + [(8, 8)]
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-
-
-SHARES = {1: set(), 2: {3, 1}, 3: {2}}  # of five of a shape, two, and one: how many others have
-
-
-@pytest.mark.parametrize("threads", SHARES)
-def test_matrices_side_by_side_are_moved_as_one_after_another(threads, monkeypatch):
-    params, others = of_three_shapes(), of_three_shapes()
-    plain, threaded = Muon(params, weight_decay=0.1), Muon(others, weight_decay=0.1)
-    side_by_side.use_threads([threaded])
-    shares, alone = [], side_by_side.ThreadedMuon.alone
-
-    def noted(self, part):
-        shares.append((len(part), torch.get_num_threads()))
-        return alone(self, part)
-
-    monkeypatch.setattr(side_by_side.ThreadedMuon, "alone", noted)
-    with using(threads):
-        for step in range(3):
-            for p, q in zip(params, others, strict=True):
-                p.grad = (p.detach() * (step + 1)).sin()
-                q.grad = p.grad.clone()
-            plain.step()
-            threaded.step()
-        assert torch.get_num_threads() == threads
-    for p, q in zip(params, others, strict=True):
-        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
-    assert set(shares) == {(share, 1) for share in SHARES[threads]}
-
-
-def test_what_goes_wrong_in_a_thread_is_told_and_threads_are_as_before(monkeypatch):
-    optimizer = Muon(of_three_shapes())
-    side_by_side.use_threads([optimizer])
-    for p in optimizer.param_groups[0]["params"]:
-        p.grad = torch.ones_like(p)
-
-    def broken(self, part):
-        raise RuntimeError("no room")
-
-    monkeypatch.setattr(side_by_side.ThreadedMuon, "alone", broken)
-    with using(2), pytest.raises(RuntimeError, match="no room"):
-        optimizer.step()
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.95])
