@@ -5,7 +5,7 @@
 # Expected result: 1.36 bits per byte of unseen files (xz -9e 1.69, gzip -9 1.95) after all
 # steps; the figures of another Python's library differ. A slow machine makes fewer steps, as many
 # as fit into `minutes` by its speed until the rate begins to fall; if it becomes slower after that,
-# they take longer. Two shared cores with AVX2 made 1,238 and came to 1.50, and beside a busy
+# they take longer. Two shared cores with AVX2 made 1,315 and came to 1.49, and beside a busy
 # process 544, for 1.66.
 
 data = "data/python"
