@@ -215,8 +215,8 @@ class Last:
 
 
 def structure(model: GPT) -> list:
-    """What somebody may have changed between two texts: settings, parts, hooks, functions, weights
-    in another place. Numbers in their place are read anew by each step, or by `agrees`."""
+    """What somebody may have changed between two texts: settings, parts, hooks, methods, weights in
+    another place. Of all else, functions and numbers in their place, the next token tells."""
 
     def mark(value):
         if isinstance(value, Tensor) and value.layout == torch.strided:

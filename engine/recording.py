@@ -79,8 +79,9 @@ class Recorder(TorchDispatchMode):
                 return result
         result = operation(*args, **kwargs)
         made = tensors(flat([result]))
-        if changes and not made:
-            raise ValueError(f"{operation} does not tell what it changes")
+        if changes and not made:  # what changes lists of tensors gives nothing back
+            known = zip(args, operation._schema.arguments, strict=False)
+            made = tensors(flat([arg for arg, told in known if told.alias_info is not None]))
         if changes:
             self.changes.update(map(storage, made))
             if self.shared.intersection(map(storage, made)):
