@@ -150,8 +150,7 @@ class GPT(nn.Module):
                 draw(module, self.config, generator)
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
-        """An empty KV cache for `batch` texts of `size` tokens (0: the whole context), or more. One
-        made ready to generate may take the memory of a cache that nobody has any more."""
+        """An empty KV cache for `batch` texts of up to `size` tokens (0: the whole context)."""
         like = self.wte.weight
         return KVCache(self.config, batch, like.device, like.dtype, size, whole)
 
@@ -413,7 +412,7 @@ def embedding(c: GPTConfig, rows: int) -> nn.Embedding:
 
     Where a norm follows, the size of a vector says only how fast it learns: 1 is as good as any.
     But a tied table is the head as well, and would make logits of size sqrt(C): it has 0.02, as in
-    GPT-2; so has one that no norm follows, for there GPT-2 is followed.
+    GPT-2; so has one that no norm follows, as GPT-2's.
     """
     table = nn.Embedding(rows, c.n_embd)
     table.std = 1.0 if c.embed_norm and c.zero_init and not c.tied else 0.02

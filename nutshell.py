@@ -229,7 +229,7 @@ def main(argv):
     torch.manual_seed(1)
     tokens = torch.tensor(list(text))
     cut = len(tokens) * 9 // 10
-    train, val = tokens[:cut], tokens[cut:]  # to be tested on: what it has read it may remember
+    train, val = tokens[:cut], tokens[cut:]  # val to be tested on: what it has read it may know
     train_batches = [batch_of(train) for _ in range(20)]  # the same for each report
     val_batches = [batch_of(val) for _ in range(20)]
 
@@ -250,7 +250,7 @@ def main(argv):
         optimizer.step()
         optimizer.zero_grad()  # or the next gradient would be added to this one
     report(model, STEPS, train_batches, val_batches)
-    print(write(model, args.prompt.encode() or b"\n", 500))
+    print(write(model, args.prompt.encode(errors="surrogateescape") or b"\n", 500))
 
 
 if __name__ == "__main__":

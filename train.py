@@ -172,7 +172,7 @@ def train(s: "Settings", stop: Stop) -> int:
     run.begin(data, learner, optimizers, scale, validate)  # moments of the checkpoint; the log
     if run.finished():
         return 0
-    preflight.compile_kernels(learner, split, s, here)  # on a GPU
+    preflight.compile_kernels(learner, split, s, here)  # if asked, and by itself on a GPU
     with run:  # a request to stop waits for the end of a step; a loss that is not finite is told
         for step in run.steps():
             factor = learning_rate(step - 1, s.steps, s.warmup, s.decay, s.final_lr, s.schedule)

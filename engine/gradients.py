@@ -178,8 +178,8 @@ def add_loss(
     """Adds to `loss` that of logits z (n, V), before the cap, and targets y (n); the gradient of
     z, if it should `learn`."""
     z = z.float()
-    if cap:  # as in FastHead, but for a constant, which changes no probability: twice the cap,
-        s = z.mul_(2 / cap).sigmoid_()  # times what has the derivative s (1 - s)
+    if cap:  # cap * tanh(z / cap) = 2 cap s - cap; what is subtracted changes no probability
+        s = z.mul_(2 / cap).sigmoid_()
         z = s * (2 * cap)
     p = z.softmax(dim=-1)
     at_target, known = y[:, None].clamp(min=0), (y != IGNORE)[:, None]  # (n, 1) both
@@ -196,7 +196,7 @@ def add_loss(
     if smoothing:
         g -= smoothing / V
     if cap:
-        g *= 4 * known  # 2 cap of s, times 2 / cap
+        g *= 4 * known  # by the chain rule: 2 cap, times s (1 - s), below, times 2 / cap
         g = torch.ops.aten.sigmoid_backward.grad_input(g, s, grad_input=g)
     elif not known.all():
         g *= known

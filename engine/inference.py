@@ -157,6 +157,8 @@ class FastGPT(GPT):
     last = None  # what the last text on a CPU had, for the next
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
+        """As GPT's. For one text on a CPU it may have room for more, and the memory of an earlier
+        cache that nobody has any more: who wants to keep its tensors keeps the cache, too."""
         like = self.wte.weight
         dtype, on_cpu = like.dtype, like.device.type == "cpu"
         if on_cpu and isinstance(self.blocks[0].attn, fast.FastAttention):
@@ -222,7 +224,7 @@ def structure(model: GPT) -> list:
         if isinstance(value, Tensor) and value.layout == torch.strided:
             return id(value), value.data_ptr(), value.shape
         if isinstance(value, dict):
-            return [(key, mark(v)) for key, v in value.items() if key != "last"]
+            return [(key, mark(v)) for key, v in value.items() if not isinstance(v, Last)]
         return value if isinstance(value, (bool, int, float, str, nn.Module)) else id(value)
 
     parts = list(model.modules())
@@ -301,7 +303,7 @@ class RecordedCache(KVCache):
             self.logits = self.run(forward)
         if self.inherited:
             self.inherited, true = False, self.run(forward)
-            if (self.logits - true).norm() > 1e-3 * true.norm():  # a function was changed
+            if (self.logits - true).norm() > 1e-3 * true.norm():  # more than rounding: was changed
                 self.record(forward, tokens)
                 self.logits = self.logits if self.replay else true
         self.lengths += 1

@@ -81,7 +81,7 @@ def twin(model: GPT, rows: int, dtype: str, several: bool = False) -> tuple[GPT,
         threads = torch.get_num_threads()
     if isinstance(model, inference.FastGPT):  # is ready itself
         return model, threads
-    state = [*map(mark, parameters), *map(structure, model.modules())]
+    state = [*map(mark, parameters), inference.structure(model)]
     made, form = twins.setdefault(model, {}), (rows > 1, several, here.dtype)
     if form not in made or made[form][0] != state:
         like = dict(requires_grad=False)
@@ -97,8 +97,3 @@ def mark(p: torch.Tensor) -> tuple[int, int]:
     """Changes with the numbers of p. Its version does not: a fused optimizer leaves that alone."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
     return p.data_ptr(), int(p.detach().contiguous().view(bits).sum(dtype=torch.int64))
-
-
-def structure(m: nn.Module) -> tuple:
-    """Of what else somebody may have changed: a part put in another's place, hooks."""
-    return type(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)

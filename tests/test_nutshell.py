@@ -51,6 +51,13 @@ def test_it_learns_and_writes(small, tmp_path, capsys):
     assert "\nefghij\nabcdefghij\nabcdefghij\n" in out
 
 
+def test_it_goes_on_from_a_prompt_that_is_no_text(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(nutshell, "STEPS", 0)
+    (tmp_path / "abc.txt").write_text("abcdefghij\n" * 200)
+    nutshell.main([str(tmp_path / "abc.txt"), "--prompt=\udcffx"])  # a byte that is no UTF-8
+    assert "\ufffdx" in capsys.readouterr().out
+
+
 def test_each_step_follows_the_gradient_of_its_own_batch(small, tmp_path, monkeypatch):
     (tmp_path / "abc.txt").write_text("abcdefghij\n" * 200)
     x, y = nutshell.batch_of(torch.randint(256, (1000,)))
