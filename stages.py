@@ -136,10 +136,10 @@ def train(
 def decode(s, dtype: str, samples: int = 1, context: int = 1, quantize: str = "") -> dict:
     import torch
 
-    from engine import inference
+    from engine import replay
     from generate import generate
 
-    inference.WORTH_KERNELS = 0  # those of a GPU, as after many tokens
+    replay.WORTH_KERNELS = replay.WORTH_NUMBA = 0  # as after many tokens
     # one row at a time waits for memory and not for products, whatever their type
     here = machine_for(dtype, products=samples > 1)
     model = writer(s, here, our_model(s), samples, quantize)
@@ -152,7 +152,11 @@ def decode(s, dtype: str, samples: int = 1, context: int = 1, quantize: str = ""
         for _ in range(count):
             next(steps)
 
-    return figure(samples * count / timed(s.calls, some), "tokens/s", getattr(model, "form", ""))
+    speed = samples * count / timed(s.calls, some)
+    compiled = "engine.one_token_cpu" in sys.modules and "numba"  # or the model has no such pass
+    return figure(
+        speed, "tokens/s", ", ".join(filter(None, [getattr(model, "form", ""), compiled]))
+    )
 
 
 # --- speculate

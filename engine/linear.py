@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -95,16 +96,20 @@ class OneOrSeveral(Fastest):
 
 
 def forms(dtype: torch.dtype) -> dict[str, Callable]:
-    """The candidates by name, that for small layers first."""
+    """The candidates by name, that for small layers first. With numba, but where AVX512 makes their
+    own speed high, only those whose weights its loops can read (engine/one_token_cpu.py)."""
     wide = torch.cpu.get_capabilities().get("avx512_f")
+    opaque = wide or not find_spec("numba")
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in widths()}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
-        if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines:
+        fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+        if dtype == torch.bfloat16 and fbgemm and opaque:
             streamed["half"] = HalfLinear
         return streamed  # products would be emulated
     found = {"plain": PlainLinear}
-    found |= {"packed": PackedLinear} if packable(dtype) else {}
-    found = streamed | found if wide else found | streamed  # small layers take the first
+    found |= {"packed": PackedLinear} if packable(dtype) and opaque else {}
+    if opaque or dtype != torch.float32:
+        found = streamed | found if wide else found | streamed  # small layers take the first
     return found | ({"numpy": NumpyLinear} if dtype == torch.float32 and openblas() else {})
 
 

@@ -12,7 +12,7 @@ that each begins to read at once. Each of these does also what stands around its
 
 Each of the many programs of a kernel computes the norm of the whole vector for itself, since that
 is small and near. The kernels of a step are replayed as one CUDA graph (`RecordedCache` in
-engine/inference.py). docs/speed.md has the figures.
+engine/replay.py). docs/speed.md has the figures.
 """
 
 import re

@@ -14,7 +14,7 @@ from torch import nn
 
 import generate as book
 import speculate as speculation
-from engine import inference, machine
+from engine import inference, machine, replay
 from engine.blas import using
 from model import GPT
 
@@ -81,7 +81,7 @@ def twin(model: GPT, rows: int, dtype: str, several: bool = False) -> tuple[GPT,
         threads = torch.get_num_threads()
     if isinstance(model, inference.FastGPT):  # is ready itself
         return model, threads
-    state = [*map(mark, parameters), inference.structure(model)]
+    state = [*map(mark, parameters), replay.structure(model)]
     made, form = twins.setdefault(model, {}), (rows > 1, several, here.dtype)
     if form not in made or made[form][0] != state:
         like = dict(requires_grad=False)

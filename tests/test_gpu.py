@@ -13,9 +13,10 @@ from conftest import on_gpu
 from test_model import SHAPES, make, tokens
 from test_train import rows, training, weights
 
-from engine import checkpoint, fast, inference
-from engine.inference import RecordedCache, ready
+from engine import checkpoint, fast, replay
+from engine.inference import ready
 from engine.machine import pick, pick_device
+from engine.replay import RecordedCache
 from generate import answers, beam, generate
 
 
@@ -115,8 +116,8 @@ def test_blocks_that_compute_again_take_less_memory_and_give_the_same_bits(train
 
 
 def on(shape: str, recorded: bool, monkeypatch, dtype=torch.float32, rows: int = 1):
-    monkeypatch.setattr(inference, "records", lambda device, batch=1: recorded)
-    monkeypatch.setattr(inference, "WORTH_KERNELS", 0)  # at once
+    monkeypatch.setattr(replay, "records", lambda device, batch=1: recorded)
+    monkeypatch.setattr(replay, "WORTH_KERNELS", 0)  # at once
     return ready(make(shape).to(CUDA, dtype), rows=rows)
 
 
@@ -161,7 +162,7 @@ def test_answers_that_move_in_and_out_and_beams_are_the_same(monkeypatch):
 
 
 def test_where_all_is_deterministic_nothing_is_recorded():
-    assert inference.records(CUDA)
+    assert replay.records(CUDA)
     torch.set_deterministic_debug_mode("error")
     try:
         model = ready(make("modern").to(CUDA))

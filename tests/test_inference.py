@@ -1,6 +1,7 @@
 """A model made ready to generate computes what it did before."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from test_model import SHAPES, make, tokens
 from torch import nn
 
-from engine import blas, fast, inference, linear, machine, recording, twin
+from engine import blas, fast, inference, linear, machine, recording, replay, twin
 from engine.blas import NumpyLinear
-from engine.inference import RecordedCache, ready
+from engine.inference import ready
 from engine.linear import (
     FEW,
     Fastest,
@@ -24,13 +25,15 @@ from engine.linear import (
     packable,
 )
 from engine.recording import record
+from engine.replay import RecordedCache
 from generate import answers, beam, generate
 from model import MLP, Attention
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(inference, "PATIENCE", 0)
+    monkeypatch.setattr(replay, "PATIENCE", 0)
+    monkeypatch.setattr(replay, "WORTH_NUMBA", math.inf)  # that is test_one_token_cpu.py's
 
 
 @pytest.fixture
@@ -197,7 +200,7 @@ def same_steps(plain, growing, model, fixed, x):
 @pytest.mark.parametrize("rows", [1, 3])  # one looks back by an operation of its own
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_recorded_step_equals_a_growing_one(shape, rows, monkeypatch):
-    monkeypatch.setattr(inference, "records", lambda *_: True)
+    monkeypatch.setattr(replay, "records", lambda *_: True)
     plain, model, x = make(shape), ready(make(shape)), tokens(rows)
     growing, fixed = plain.new_cache(rows), model.new_cache(rows)
     assert isinstance(fixed, RecordedCache)
@@ -248,10 +251,10 @@ def test_a_recorded_step_obeys_a_mask_of_somebody_else(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_generating_with_recorded_steps_changes_nothing(shape, length, rows, dtype, monkeypatch):
     prompt = list(range(length))
-    monkeypatch.setattr(inference, "records", lambda *_: False)
+    monkeypatch.setattr(replay, "records", lambda *_: False)
     plain = list(generate(ready(make(shape).to(dtype), rows=rows), prompt, 36, num_samples=rows))
     calls = []
-    monkeypatch.setattr(inference, "records", lambda *_: True)
+    monkeypatch.setattr(replay, "records", lambda *_: True)
     step = RecordedCache.step
     monkeypatch.setattr(RecordedCache, "step", lambda *a: calls.append(1) or step(*a))
     model = ready(make(shape).to(dtype), rows=rows)
@@ -270,9 +273,9 @@ def test_recorded_steps_serve_rows_of_different_lengths(shape, monkeypatch):
         found = dict(answers(model, tokenizer, prompts, 12, slots=4))
         return found, [beam(model, tokenizer, prompt, 12) for prompt in prompts[:3]]
 
-    monkeypatch.setattr(inference, "records", lambda *_: False)
+    monkeypatch.setattr(replay, "records", lambda *_: False)
     plain, places = run(), []
-    monkeypatch.setattr(inference, "records", lambda *_: True)
+    monkeypatch.setattr(replay, "records", lambda *_: True)
     step = RecordedCache.step
     monkeypatch.setattr(
         RecordedCache, "step", lambda *a: places.append(a[0].lengths.tolist()) or step(*a)
@@ -282,7 +285,7 @@ def test_recorded_steps_serve_rows_of_different_lengths(shape, monkeypatch):
 
 
 def test_a_recorded_cache_stays_where_it_is_when_beams_change_places(monkeypatch):
-    monkeypatch.setattr(inference, "records", lambda *_: True)
+    monkeypatch.setattr(replay, "records", lambda *_: True)
     cache = ready(make("modern")).new_cache(3)
     known = cache.k
     cache.take([2, 2, 0])
@@ -388,7 +391,7 @@ def test_a_step_that_python_has_a_part_in_is_not_recorded(kind, monkeypatch):
         model.norm.forward = lambda x: seen.append(1) or plain(x if x.sum() > 0 else -x)
     text = list(generate(model, [1, 2, 3], 20, temperature=0))
     assert len(seen) >= 20
-    monkeypatch.setattr(inference, "records", lambda *_: False)
+    monkeypatch.setattr(replay, "records", lambda *_: False)
     assert list(generate(model, [1, 2, 3], 20, temperature=0)) == text
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import sample
 import speculate as module
 from cache import KVCache
-from engine import checkpoint, inference, linear, opening
+from engine import checkpoint, linear, opening, replay
 from engine.inference import ready
 from engine.linear import OneOrSeveral, PackedLinear, PlainLinear, packable
 from engine.twin import twin
@@ -68,7 +68,7 @@ def test_a_certain_guess_changes_no_token_even_when_sampled(shape, options, gues
 def test_the_cache_takes_back_what_was_refused_in_every_form(parts, monkeypatch):
     model = make("modern", **(dict(mask="prefix") if parts == "prefix" else {}))
     if parts == "recorded":
-        monkeypatch.setattr(inference, "records", lambda *_: True)
+        monkeypatch.setattr(replay, "records", lambda *_: True)
     if parts != "prefix":
         model = ready(model, "int8" if parts == "int8" else "", several=True)
     markers = type("Markers", (), dict(assistant=60, end_of_text=59, user=58, end=57, system=56))

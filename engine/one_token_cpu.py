@@ -1,0 +1,351 @@
+"""The pass of one token through a model on a CPU, a block in one call, compiled by numba.
+
+What a token costs beside the reading of its weights are hundreds of small operations: each is
+called by Python, on one core, while the threads of the next product fall asleep. Here they stand
+in the loops that read the matrices, or between two of them with nothing to call; so the threads
+of one loop are still awake when the next begins. The weights are read where they are: in the
+layouts of engine/linear.py, of float32, bfloat16 or eight bits. docs/speed.md has the figures.
+
+numba compiles these functions when they are called first, some seconds for each of the three kinds
+of weights, and keeps what it made beside this file, or in a folder of the user's.
+"""
+
+import os
+from collections.abc import Callable
+from threading import Lock
+from time import perf_counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import njit, prange, set_num_threads, types
+from numba.core.config import NUMBA_NUM_THREADS
+from numba.extending import overload
+from torch import Tensor, nn
+
+from cache import KVCache
+from engine.blas import NumpyLinear
+from engine.linear import OneOrSeveralLinear, PlainLinear, StreamedLinear
+from engine.threads import AllOrOne
+from model import GPT, gelu, relu2, rotary
+
+f32, u32 = np.float32, np.uint32
+# sums in whatever order; but what is not finite stays so
+MATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
+WITH = dict(nogil=True, cache=True, fastmath=MATH, error_model="numpy")
+PLAIN, ADDED, TIMES, GELU, RELU2, SILU, CAPPED = np.arange(7)  # what becomes of a product
+ACTIVATIONS = {gelu: GELU, relu2: RELU2, F.silu: SILU}
+NONE, RMS, LAYER = np.arange(3)  # norms
+
+
+def number(w):
+    """A weight as float32; of bfloat16 numpy knows the bits alone."""
+
+
+@overload(number, inline="always")
+def number_of(w):
+    if w == types.uint16:
+        return lambda w: u32(u32(w) << u32(16)).view(f32)
+    return lambda w: f32(w)
+
+
+def multiply(W, part, x, z):
+    """The outputs of one part of W x, as many as z has."""
+
+
+@overload(multiply, jit_options=dict(fastmath=MATH, error_model="numpy"))
+def multiply_by(W, part, x, z):
+    def rows(W, part, x, z):  # (O, I)
+        first = part * len(z)
+        for o in range(first, min(first + len(z), len(W))):
+            s = f32(0)
+            for i in range(len(x)):
+                s += number(W[o, i]) * x[i]
+            z[o - first] = s
+
+    def columns(W, part, x, z):  # (parts, I, width), as `StreamedLinear` has them
+        z[:] = f32(0)
+        for i in range(len(x)):
+            for j in range(len(z)):
+                z[j] += x[i] * number(W[part, i, j])
+
+    def eight_bits(W, part, x, z):  # and each row ends with its scale and its offset
+        z[:] = f32(0)
+        last, offset = W[part].view(f32), f32(0)
+        for i in range(len(x)):
+            scale = x[i] * last[i, -2]
+            offset += x[i] * last[i, -1]
+            for j in range(len(z)):
+                z[j] += scale * f32(W[part, i, j])
+        z += offset
+
+    return rows if W.ndim == 2 else eight_bits if W.dtype == types.uint8 else columns
+
+
+@njit(inline="always")
+def finished(z, y, how, cap):
+    """What stands in the place of y once its product z is known."""
+    if how == ADDED:
+        return y + z
+    if how == TIMES:
+        return y * z
+    if how == GELU:
+        return z / (f32(1) + np.exp(f32(-1.5957691216057308) * (z + f32(0.044715) * z * z * z)))
+    if how == RELU2:
+        return max(z, f32(0)) * z
+    if how == SILU:
+        return z / (f32(1) + np.exp(-z))
+    if how == CAPPED:
+        return cap * np.tanh(z / cap)
+    return z
+
+
+@njit(**WITH)
+def some(layer, part, x, how, cap, z, y):
+    """One part of `product`."""
+    W, b = layer
+    first = part * len(z)
+    multiply(W, part, x, z)
+    for o in range(first, min(first + len(z), len(y))):
+        y[o] = finished(z[o - first] + b[o], y[o], how, cap)
+
+
+@njit(parallel=True, **WITH)
+def product(layer, x, how, cap, parts, y):
+    """W x + b into y (O), as `how` says, in parts of as many outputs as a row of `parts` has."""
+    width = parts.shape[1]
+    for part in prange((len(y) + width - 1) // width):
+        some(layer, part, x, how, cap, parts[part], y)
+
+
+@njit(**WITH)
+def normed(x, norm, out):
+    """A norm of model.py, of x into `out`, which may be x."""
+    kind, weight, bias, eps = norm
+    mean, square = f32(0), f32(0)
+    if kind == LAYER:
+        for i in range(len(x)):
+            mean += x[i]
+        mean /= f32(len(x))
+    for i in range(len(x)):
+        square += (x[i] - mean) * (x[i] - mean)
+    scale = f32(1) / np.sqrt(square / f32(len(x)) + eps)
+    for i in range(len(x)):
+        out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
+
+
+@njit(**WITH)
+def ready_head(x, norm, cos, sin):
+    """A head's query or key, normed and turned by its position's angles, in place."""
+    if norm[0] != NONE:
+        normed(x, norm, x)
+    half = len(cos)  # 0 where positions are learned
+    for i in range(half):
+        a, b = x[i], x[i + half]
+        x[i], x[i + half] = a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]
+
+
+@njit(**WITH)
+def look(q, keys, values, place, score, y):
+    """Attention of one head, of q (D) to `keys` and `values` (S, D) up to `place`, into y (D)."""
+    top, whole, scale = f32(-np.inf), f32(0), f32(1) / np.sqrt(f32(len(q)))
+    for t in range(place + 1):
+        z = f32(0)
+        for d in range(len(q)):
+            z += q[d] * keys[t, d]
+        score[t] = z * scale
+        top = max(top, score[t])
+    for d in range(len(q)):
+        y[d] = f32(0)
+    for t in range(place + 1):
+        p = np.exp(score[t] - top)
+        whole += p
+        for d in range(len(q)):
+            y[d] += p * values[t, d]
+    for d in range(len(q)):
+        y[d] /= whole
+
+
+@njit(**WITH)
+def remember(qkv, place, k_norm, cos, sin, keys, values):
+    """The token's key and value join `keys` and `values` (K, S, D)."""
+    K, _, D = keys.shape
+    new = qkv[len(qkv) - 2 * K * D :]
+    for g in range(K):
+        ready_head(new[g * D : (g + 1) * D], k_norm, cos, sin)
+        for d in range(D):
+            keys[g, place, d] = new[g * D + d]
+            values[g, place, d] = new[(K + g) * D + d]
+
+
+@njit(**WITH)
+def one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y):
+    (K, _, D), H = keys.shape, len(scores)
+    q, g = qkv[h * D : (h + 1) * D], h * K // H
+    ready_head(q, q_norm, cos, sin)
+    look(q, keys[g], values[g], place, scores[h], y[h * D : (h + 1) * D])
+
+
+@njit(parallel=True, **WITH)
+def attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y):
+    """Attention of the token at `place` into y (H D): its key and value join `keys` and `values`
+    (K, S, D)."""
+    remember(qkv, place, k_norm, cos, sin, keys, values)
+    for h in prange(len(scores)):
+        one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y)
+
+
+@njit(**WITH)
+def block(x, place, attention, mlp, cos, sin, memory, buffers):
+    """A block of model.py, in place of its x (C)."""
+    attn_norm, wqkv, q_norm, k_norm, wo = attention
+    mlp_norm, gate, up, down, activation = mlp
+    keys, values = memory
+    h, qkv, y, wide, scores, sums = buffers
+    normed(x, attn_norm, h)
+    product(wqkv, h, PLAIN, f32(0), sums, qkv)
+    attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y)
+    product(wo, y, ADDED, f32(0), sums, x)
+    normed(x, mlp_norm, h)
+    if activation == SILU:
+        product(gate, h, SILU, f32(0), sums, wide)
+        product(up, h, TIMES, f32(0), sums, wide)
+    else:
+        product(up, h, activation, f32(0), sums, wide)
+    product(down, wide, ADDED, f32(0), sums, x)
+
+
+@njit(**WITH)
+def head(x, norm, layer, cap, buffers, logits):
+    h, _, _, _, _, sums = buffers
+    normed(x, norm, h)
+    product(layer, h, CAPPED if cap > 0 else PLAIN, cap, sums, logits)
+
+
+LOCK = Lock()  # numba's own threads, which it uses where there is no OpenMP, serve one at a time
+ROWS = 8  # outputs of a part where a matrix has no blocks
+OURS = {"model", "engine.fast", "engine.inference", "engine.linear", "engine.blas"}
+PLACES = 1024  # of a cache in which a model and its compiled pass are compared, at most
+TRIES = 3  # of each, to find which is faster
+
+
+class OneToken:
+    """Computes `logits` (1, 1, V) for the token and the place that a cache holds then, as
+    `GPT.forward` does, but that it does not count the token. ValueError for another kind of model.
+    """
+
+    def __init__(self, model: GPT, cache, tokens: Tensor, place: Tensor):
+        c, kinds = model.config, {type(m).__module__ for m in model.modules()}
+        ours = all(name in OURS or name.startswith("torch.nn.") for name in kinds)
+        if not ours or any("forward" in vars(m) for m in model.modules()):
+            raise ValueError(f"a model of {kinds}, or one that was changed")
+        if cache.k.size(1) != 1 or cache.k.dtype != torch.float32 or cache.past.numel():
+            raise ValueError("no loops for such a cache")
+        self.model, self.tokens, self.place = model, tokens, place
+        # what those layers round in the type of the weights is not rounded here
+        self.rounding = 1e-3 if model.wte.weight.dtype == torch.float32 else 0.03
+        self.threads, self.choice, self.process = torch.get_num_threads(), AllOrOne(), os.getpid()
+        size, self.angles = cache.k.size(3), (np.zeros((cache.k.size(3), 0), f32),) * 2
+        if c.position == "rotary":
+            self.angles = [z.numpy() for z in rotary(torch.arange(size), c)]
+        self.blocks = [
+            (*self.of_block(block, c), (k.numpy()[0], v.numpy()[0]))
+            for block, k, v in zip(model.blocks, cache.k, cache.v, strict=True)
+        ]
+        self.x = np.zeros(c.n_embd, f32)
+        self.logits = torch.empty(1, 1, c.vocab_size)
+        top = layer_of(model.head.layer)
+        self.head = norm_of(model.norm, c.n_embd), top, f32(c.logit_cap)
+        width = model.head.layer.width if top[0].ndim == 3 else ROWS
+        most = max(c.vocab_size, c.mlp_dim, (c.n_head + 2 * c.n_kv_head) * c.head_dim)
+        shapes = c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, c.n_head * c.head_dim
+        shapes += c.mlp_dim, (c.n_head, size), (-(-most // width), width)
+        self.buffers = tuple(np.zeros(shape, f32) for shape in shapes)
+
+    @staticmethod
+    def of_block(block: nn.Module, c) -> tuple:
+        """What the function `block` wants to know of one."""
+        attn, mlp = block.attn, block.mlp
+        attention = norm_of(block.attn_norm, c.n_embd), layer_of(attn.wqkv)
+        attention += norm_of(attn.q_norm, c.head_dim), norm_of(attn.k_norm, c.head_dim)
+        up = layer_of(mlp.up)
+        gate = up if mlp.gate is None else layer_of(mlp.gate)
+        activation = ACTIVATIONS[mlp.activation]
+        more = norm_of(block.mlp_norm, c.n_embd), gate, up, layer_of(mlp.down), activation
+        return (*attention, layer_of(attn.wo)), more
+
+    def __call__(self) -> None:
+        if os.getpid() != self.process:  # GNU's OpenMP would end one that was forked
+            raise RuntimeError("a compiled step cannot be used in a forked process")
+        model, place = self.model, int(self.place)
+        x = model.wte(self.tokens)
+        if model.config.position == "learned":
+            x = x + model.wpe(self.place)
+        self.x[:] = model.embed_norm(x).view(-1).float().numpy()
+        cos, sin = (z[place] for z in self.angles)
+        together = self.choice.together()
+        start = perf_counter()
+        with LOCK:
+            set_num_threads(min(self.threads, NUMBA_NUM_THREADS) if together else 1)
+            for attention, mlp, memory in self.blocks:
+                block(self.x, place, attention, mlp, cos, sin, memory, self.buffers)
+            head(self.x, *self.head, self.buffers, self.logits.view(-1).numpy())
+        self.choice.took(together, perf_counter() - start)
+
+
+def agrees(model: GPT, forward: Callable, size: int) -> bool:
+    """Whether these functions compute what `forward`, that of the model, does, at an early and at
+    the last place of a cache."""
+    cache = KVCache(model.config, 1, size=min(size, PLACES))
+    g, size = torch.Generator().manual_seed(0), cache.k.size(3)
+    for z in (cache.k, cache.v):
+        z.normal_(generator=g)
+    for place in (min(2, size - 1), size - 1):
+        cache.lengths.fill_(place)
+        tokens = torch.randint(model.config.vocab_size, (1, 1), generator=g)
+        true = forward(tokens, cache=cache)
+        step = OneToken(model, cache, tokens, torch.tensor([[place]]))
+        step()
+        if not (step.logits - true).norm() <= step.rounding * true.norm():
+            return False
+    return True
+
+
+def faster(one: Callable, other: Callable) -> bool:
+    """Whether `one` takes less time than `other`, both in turn."""
+    times: dict[Callable, list[float]] = {one: [], other: []}
+    for _ in range(TRIES):
+        for function in times:
+            start = perf_counter()
+            function()
+            times[function].append(perf_counter() - start)
+    return min(times[one]) < min(times[other])
+
+
+def array(t: Tensor) -> np.ndarray:
+    t = t.detach()
+    return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
+
+
+def layer_of(layer: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias as `product` reads them. ValueError if nobody can read the weight."""
+    if type(layer) is OneOrSeveralLinear:
+        layer = layer.one
+    if type(layer) is StreamedLinear:
+        weight, outputs = layer.rows.view(layer.blocks, layer.inputs, -1), layer.outputs
+    elif type(layer) in (NumpyLinear, PlainLinear):
+        weight, outputs = layer.matrix.contiguous(), len(layer.matrix)
+    else:
+        raise ValueError(f"the weights of {type(layer)} have a layout of somebody else's")
+    bias = np.zeros(outputs, f32) if layer.bias is None else array(layer.bias.float())
+    return array(weight), bias
+
+
+def norm_of(norm: nn.Module, width: int) -> tuple:
+    """As `normed` wants it."""
+    ones, zeros = np.ones(width, f32), np.zeros(width, f32)
+    if type(norm) is nn.Identity:
+        return NONE, ones, zeros, f32(0)
+    weight = ones if norm.weight is None else array(norm.weight.float())
+    bias = zeros if norm.bias is None else array(norm.bias.float())
+    return LAYER if norm.centre else RMS, weight, bias, f32(norm.eps)
