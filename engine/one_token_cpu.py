@@ -11,8 +11,9 @@ of weights, and keeps what it made beside this file, or in a folder of the user'
 """
 
 import os
+import sys
 from collections.abc import Callable
-from threading import Lock
+from threading import Lock, Timer
 from time import perf_counter
 
 import numpy as np
@@ -33,7 +34,8 @@ f32, u32 = np.float32, np.uint32
 # sums in whatever order; but what is not finite stays so
 MATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
 WITH = dict(nogil=True, cache=True, fastmath=MATH, error_model="numpy")
-PLAIN, ADDED, TIMES, GELU, RELU2, SILU, CAPPED = np.arange(7)  # what becomes of a product
+# what becomes of a product; numpy's numbers, since for each of Python's numba compiles anew
+PLAIN, ADDED, TIMES, GELU, RELU2, SILU, CAPPED = np.arange(7)
 ACTIVATIONS = {gelu: GELU, relu2: RELU2, F.silu: SILU}
 NONE, RMS, LAYER = np.arange(3)  # norms
 
@@ -202,28 +204,29 @@ def block(x, place, attention, mlp, cos, sin, memory, buffers):
     attn_norm, wqkv, q_norm, k_norm, wo = attention
     mlp_norm, gate, up, down, activation = mlp
     keys, values = memory
-    h, qkv, y, wide, scores, sums = buffers
+    h, qkv, y, wide, scores, parts = buffers
     normed(x, attn_norm, h)
-    product(wqkv, h, PLAIN, f32(0), sums, qkv)
+    product(wqkv, h, PLAIN, f32(0), parts, qkv)
     attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y)
-    product(wo, y, ADDED, f32(0), sums, x)
+    product(wo, y, ADDED, f32(0), parts, x)
     normed(x, mlp_norm, h)
     if activation == SILU:
-        product(gate, h, SILU, f32(0), sums, wide)
-        product(up, h, TIMES, f32(0), sums, wide)
+        product(gate, h, SILU, f32(0), parts, wide)
+        product(up, h, TIMES, f32(0), parts, wide)
     else:
-        product(up, h, activation, f32(0), sums, wide)
-    product(down, wide, ADDED, f32(0), sums, x)
+        product(up, h, activation, f32(0), parts, wide)
+    product(down, wide, ADDED, f32(0), parts, x)
 
 
 @njit(**WITH)
 def head(x, norm, layer, cap, buffers, logits):
-    h, _, _, _, _, sums = buffers
+    h, _, _, _, _, parts = buffers
     normed(x, norm, h)
-    product(layer, h, CAPPED if cap > 0 else PLAIN, cap, sums, logits)
+    product(layer, h, CAPPED if cap > 0 else PLAIN, cap, parts, logits)
 
 
 LOCK = Lock()  # numba's own threads, which it uses where there is no OpenMP, serve one at a time
+PROCESS = os.getpid()  # GNU's OpenMP ends a forked one that uses it
 ROWS = 64  # outputs of a part where a matrix has no blocks: with fewer a twentieth slower
 OURS = {"model", "engine.fast", "engine.inference", "engine.linear", "engine.blas"}
 PLACES = 1024  # of a cache in which a model and its compiled pass are compared, at most
@@ -231,84 +234,85 @@ TRIES = 3  # of each, to find which is faster
 
 
 class OneToken:
-    """Computes `logits` (1, 1, V) for the token and the place that a cache holds then, as
-    `GPT.forward` does, but that it does not count the token. ValueError for another kind of model.
-    """
+    """Computes `logits` (1, 1, V) for the token and the place that it is bound to, as `GPT.forward`
+    does, but that it does not count the token. Raises ValueError for another kind of model."""
 
-    def __init__(self, model: GPT, cache, tokens: Tensor, place: Tensor):
+    def __init__(self, model: GPT):
         c, kinds = model.config, {type(m).__module__ for m in model.modules()}
         ours = all(name in OURS or name.startswith("torch.nn.") for name in kinds)
         if not ours or any("forward" in vars(m) for m in model.modules()):
             raise ValueError(f"a model of {kinds}, or one that was changed")
-        if cache.k.size(1) != 1 or cache.k.dtype != torch.float32 or cache.past.numel():
-            raise ValueError("no loops for such a cache")
-        self.model, self.tokens, self.place = model, tokens, place
-        # what those layers round in the type of the weights is not rounded here
+        if os.getpid() != PROCESS:
+            raise ValueError("a forked process")
+        self.model, self.choice = model, AllOrOne()
+        # what layers round in the type of their weights is not rounded here
         self.rounding = 1e-3 if model.wte.weight.dtype == torch.float32 else 0.03
-        self.threads, self.choice, self.process = torch.get_num_threads(), AllOrOne(), os.getpid()
-        size, self.angles = cache.k.size(3), (np.zeros((cache.k.size(3), 0), f32),) * 2
-        if c.position == "rotary":
-            self.angles = [z.numpy() for z in rotary(torch.arange(size), c)]
-        self.blocks = [
-            (*self.of_block(block, c), (k.numpy()[0], v.numpy()[0]))
-            for block, k, v in zip(model.blocks, cache.k, cache.v, strict=True)
-        ]
-        self.x = np.zeros(c.n_embd, f32)
-        self.logits = torch.empty(1, 1, c.vocab_size)
+        self.blocks = [of_block(block, c) for block in model.blocks]
         top = layer_of(model.head.layer)
         self.head = norm_of(model.norm, c.n_embd), top, f32(c.logit_cap)
-        width = model.head.layer.width if top[0].ndim == 3 else ROWS
-        most = max(c.vocab_size, c.mlp_dim, (c.n_head + 2 * c.n_kv_head) * c.head_dim)
-        shapes = c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, c.n_head * c.head_dim
-        shapes += c.mlp_dim, (c.n_head, size), (-(-most // width), width)
-        self.buffers = tuple(np.zeros(shape, f32) for shape in shapes)
+        layers = [top, *(layer for block in self.blocks for layer in matrices(*block))]
+        parts = {part_of(W) for W, _, _ in layers}
+        if len(parts) > 1:
+            raise ValueError("layers of several kinds, or with blocks of several widths")
+        self.width = parts.pop()[1]
+        self.logits = torch.empty(1, 1, c.vocab_size)
 
-    @staticmethod
-    def of_block(block: nn.Module, c) -> tuple:
-        """What the function `block` wants to know of one."""
-        attn, mlp = block.attn, block.mlp
-        attention = norm_of(block.attn_norm, c.n_embd), layer_of(attn.wqkv)
-        attention += norm_of(attn.q_norm, c.head_dim), norm_of(attn.k_norm, c.head_dim)
-        up = layer_of(mlp.up)
-        gate = up if mlp.gate is None else layer_of(mlp.gate)
-        activation = ACTIVATIONS[mlp.activation]
-        more = norm_of(block.mlp_norm, c.n_embd), gate, up, layer_of(mlp.down), activation
-        return (*attention, layer_of(attn.wo)), more
+    def bind(self, cache: KVCache, tokens: Tensor, place: Tensor) -> None:
+        """To what a cache of one text, `tokens` (1, 1) and `place` (1, 1) hold when it is called.
+        Raises ValueError for a cache of another kind."""
+        c, size = self.model.config, cache.k.size(3)
+        if cache.k.size(1) != 1 or cache.k.dtype != torch.float32:
+            raise ValueError(f"a cache of {cache.k.dtype}, or for several texts")
+        self.tokens, self.place, self.threads = tokens, place, torch.get_num_threads()
+        self.memory = [(k.numpy()[0], v.numpy()[0]) for k, v in zip(cache.k, cache.v, strict=True)]
+        self.angles = [np.zeros((size, 0), f32)] * 2
+        if c.position == "rotary":
+            self.angles = [z.numpy() for z in rotary(torch.arange(size), c)]
+        joined = (c.n_head + 2 * c.n_kv_head) * c.head_dim
+        parts = -(-max(c.vocab_size, c.mlp_dim, joined, c.n_embd) // self.width)
+        shapes = c.n_embd, joined, c.n_head * c.head_dim, c.mlp_dim, (c.n_head, size)
+        self.buffers = tuple(np.zeros(n, f32) for n in (*shapes, (parts, self.width)))
 
     def __call__(self) -> None:
-        if os.getpid() != self.process:  # GNU's OpenMP would end one that was forked
-            raise RuntimeError("a compiled step cannot be used in a forked process")
         model, place = self.model, int(self.place)
         x = model.wte(self.tokens)
         if model.config.position == "learned":
             x = x + model.wpe(self.place)
-        self.x[:] = model.embed_norm(x).view(-1).float().numpy()
+        x = model.embed_norm(x).view(-1).float().numpy().copy()
         cos, sin = (z[place] for z in self.angles)
         together = self.choice.together()
         start = perf_counter()
         with LOCK:
             set_num_threads(min(self.threads, NUMBA_NUM_THREADS) if together else 1)
-            for attention, mlp, memory in self.blocks:
-                block(self.x, place, attention, mlp, cos, sin, memory, self.buffers)
-            head(self.x, *self.head, self.buffers, self.logits.view(-1).numpy())
+            for layers, memory in zip(self.blocks, self.memory, strict=True):
+                block(x, place, *layers, cos, sin, memory, self.buffers)
+            head(x, *self.head, self.buffers, self.logits.view(-1).numpy())
         self.choice.took(together, perf_counter() - start)
 
 
-def agrees(model: GPT, forward: Callable, size: int) -> bool:
-    """Whether these functions compute what `forward`, that of the model, does, at an early and at
-    the last place of a cache."""
-    cache = KVCache(model.config, 1, size=min(size, PLACES))
+def agrees(step: OneToken, forward: Callable, size: int) -> bool:
+    """Whether it computes what `forward`, that of its model, does, at an early and at the last
+    place of a cache for `size` tokens. Where numba compiles for long, it says so."""
+    cache, c = KVCache(step.model.config, 1, size=min(size, PLACES)), step.model.config
     g, size = torch.Generator().manual_seed(0), cache.k.size(3)
     for z in (cache.k, cache.v):
         z.normal_(generator=g)
-    for place in (min(2, size - 1), size - 1):
-        cache.lengths.fill_(place)
-        tokens = torch.randint(model.config.vocab_size, (1, 1), generator=g)
-        true = forward(tokens, cache=cache)
-        step = OneToken(model, cache, tokens, torch.tensor([[place]]))
-        step()
-        if not (step.logits - true).norm() <= step.rounding * true.norm():
-            return False
+    patience = Timer(
+        2.0, print, ["\nnumba compiles for this processor, once"], {"file": sys.stderr}
+    )
+    patience.daemon = True
+    patience.start()
+    try:
+        for place in (min(2, size - 1), size - 1):
+            cache.lengths.fill_(place)
+            tokens = torch.randint(c.vocab_size, (1, 1), generator=g)
+            true = forward(tokens, cache=cache)
+            step.bind(cache, tokens, torch.tensor([[place]]))
+            step()
+            if not (step.logits - true).norm() <= step.rounding * true.norm():
+                return False
+    finally:
+        patience.cancel()
     return True
 
 
@@ -321,6 +325,30 @@ def faster(one: Callable, other: Callable) -> bool:
             function()
             times[function].append(perf_counter() - start)
     return min(times[one]) < min(times[other])
+
+
+# --- what a model holds, as those functions want it
+
+
+def of_block(block: nn.Module, c) -> tuple[tuple, tuple]:
+    attn, mlp = block.attn, block.mlp
+    norms = norm_of(attn.q_norm, c.head_dim), norm_of(attn.k_norm, c.head_dim)
+    up, activation = layer_of(mlp.up), ACTIVATIONS[mlp.activation]
+    gate = up if mlp.gate is None else layer_of(mlp.gate)
+    return (
+        (norm_of(block.attn_norm, c.n_embd), layer_of(attn.wqkv), *norms, layer_of(attn.wo)),
+        (norm_of(block.mlp_norm, c.n_embd), gate, up, layer_of(mlp.down), activation),
+    )
+
+
+def matrices(attention: tuple, mlp: tuple) -> list[tuple]:
+    """The layers of a block."""
+    return [attention[1], attention[4], *mlp[1:4]]
+
+
+def part_of(W: np.ndarray) -> tuple[np.dtype, int]:
+    """What W is made of, and how many outputs a part of it has."""
+    return W.dtype, ROWS if W.ndim == 2 else W.shape[1 if W.dtype == np.uint8 else 2]
 
 
 def array(t: Tensor) -> np.ndarray:

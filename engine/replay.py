@@ -5,6 +5,7 @@ joined further, by kernels (engine/one_token.py) or loops (engine/one_token_cpu.
 writes so much that these pay.
 """
 
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -132,7 +133,7 @@ class RecordedCache(KVCache):
             raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
         start = time.perf_counter()
         much = RecordedCache.written >= WORTH_KERNELS or RecordedCache.spent >= WORTH_NUMBA
-        how = torch.get_num_threads(), much
+        how = torch.get_num_threads(), much, os.getpid()
         changed = self.inherited and self.structure != structure(forward.__self__)
         if self.recorded is not self.k or self.how != how or changed:  # or `take` had other rows
             self.how, self.inherited = how, False
@@ -177,7 +178,7 @@ class RecordedCache(KVCache):
         self.place = self.lengths[:, None].to(device, copy=True)
         self.columns = torch.arange(self.k.size(3), device=device)
         hooked = any(hooks(model))
-        joins = self.how[-1] and not hooked
+        joins = self.how[1] and not hooked
         if device.type == "cuda":
             self.capture((self.few_kernels(forward) if joins else None) or forward)
         elif hooked:  # which would not be called
@@ -232,9 +233,11 @@ class RecordedCache(KVCache):
         try:
             from engine.one_token_cpu import OneToken, agrees, faster
 
-            step = OneToken(forward.__self__, self, self.tokens, self.place)
-            if agrees(step.model, forward, self.k.size(3)) and faster(step, self.replay):
-                self.logits, self.replay, self.rounding = step.logits, step, step.rounding
+            step = OneToken(forward.__self__)
+            if agrees(step, forward, self.k.size(3)):
+                step.bind(self, self.tokens, self.place)
+                if faster(step, self.replay):
+                    self.logits, self.replay, self.rounding = step.logits, step, step.rounding
         except Exception:  # no numba, a model of another kind, no memory
             return
 

@@ -1,5 +1,6 @@
 """The compiled pass of one token computes what the model computes, and takes its place in time."""
 
+import os
 import time
 
 import pytest
@@ -9,9 +10,11 @@ from test_model import SHAPES, make
 
 from engine import blas, replay
 from engine.inference import ready
-from engine.linear import PackedLinear
+from engine.linear import PackedLinear, StreamedLinear, packable
 from engine.machine import fast_bfloat16
+from generate import generate
 from model import Attention, Block
+from speculate import Draft, lookup, speculate
 
 one_token_cpu = pytest.importorskip("engine.one_token_cpu", reason="numba is not installed")
 FASTER = one_token_cpu.faster
@@ -67,14 +70,59 @@ def test_it_reads_blocks_of_columns(shape, kind):
     assert isinstance(cache.replay, one_token_cpu.OneToken)
 
 
-def test_models_of_another_kind_keep_what_was_recorded():
-    packed, canon = ready(make("gpt2")), ready(make("canon"))
-    packed.blocks[1].mlp.up = PackedLinear(make("gpt2").blocks[1].mlp.up.weight, None)
-    edited = ready(make("gpt2"))
-    edited.blocks[1].forward = late(edited.blocks[1].forward, begin=99)
-    for model in (packed, canon, edited):
-        assert text(model, 1, 2, 3)
-        assert model.last.states[-1]["replay"] and not compiled(model)
+@pytest.mark.parametrize("kind", ["canon", "packed", "a forward of its own"])
+def test_models_of_another_kind_keep_what_was_recorded(kind):
+    model = ready(make("canon" if kind == "canon" else "gpt2"))
+    block, up = model.blocks[1], make("gpt2").blocks[1].mlp.up
+    if kind == "packed":
+        if not packable(torch.float32):
+            pytest.skip("oneDNN has no float32 here")
+        block.mlp.up = PackedLinear(up.weight, up.bias)
+    elif kind == "a forward of its own":
+        block.forward = late(block.forward, begin=99)
+    assert len(text(model, 1, 2, 3)) == 20
+    assert model.last.states[-1]["replay"] and not compiled(model)
+
+
+def test_blocks_of_two_widths_are_not_read_as_one():
+    model = ready(make("gpt2"), "int8")
+    up = make("gpt2").blocks[1].mlp.up
+    assert one_token_cpu.OneToken(model)
+    model.blocks[1].mlp.up = StreamedLinear(up.weight, up.bias, "int8", width=32)
+    with pytest.raises(ValueError, match="widths"):
+        one_token_cpu.OneToken(model)
+
+
+def test_a_forked_process_does_without(monkeypatch):
+    """GNU's OpenMP would end it."""
+    model = ready(make("gpt2"))
+    before = text(model, 1, 2, 3)
+    assert compiled(model)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert text(model, 1, 2, 3) == before
+    assert not compiled(model)
+
+
+def test_what_is_not_finite_stays_so():
+    model = ready(make("modern"))
+    text(model, 1, 2, 3)
+    assert compiled(model)
+    model.blocks[1].mlp.down.matrix[3, 5] = torch.nan
+    with torch.inference_mode():
+        cache = model.new_cache()
+        assert model(torch.tensor([[1]]), cache=cache).isnan().all()
+    with pytest.raises(ValueError, match="finite"):
+        text(model, 1, 2, 3)
+
+
+@pytest.mark.parametrize("guess", ["lookup", "draft"])
+def test_it_takes_back_what_was_guessed(guess):
+    plain, small = make("llama"), ready(make("gpt2", seed=3))
+    model = ready(make("llama"), several=True)
+    guesser = lookup if guess == "lookup" else Draft(small, model)
+    wanted = [token for [token] in generate(plain, [1, 2, 1, 2, 1], 18, temperature=0)]
+    found = speculate(model, [1, 2, 1, 2, 1], 18, guesser, temperature=0)
+    assert [token for [token] in found] == wanted
 
 
 @pytest.mark.parametrize("edit", ["attention", "block", "late"])
@@ -108,6 +156,19 @@ def test_whoever_changes_a_model_between_two_texts_is_obeyed(change, monkeypatch
 
 
 def test_what_is_slower_is_not_taken(monkeypatch):
-    monkeypatch.setattr(one_token_cpu, "faster", FASTER)
     quick, slow = (lambda: None), (lambda: time.sleep(0.002))
     assert FASTER(quick, slow) and not FASTER(slow, quick)
+    monkeypatch.setattr(one_token_cpu, "faster", lambda *_: False)
+    model = ready(make("gpt2"))
+    assert text(model, 1, 2, 3) == text(make("gpt2"), 1, 2, 3)
+    assert not compiled(model)
+
+
+def test_it_comes_after_as_many_seconds_of_tokens_as_it_takes_to_load(monkeypatch):
+    monkeypatch.setattr(replay, "WORTH_NUMBA", 2.0)
+    monkeypatch.setattr(replay.RecordedCache, "spent", 0.0)
+    model = ready(make("gpt2"))
+    before = text(model, 1, 2, 3)
+    assert 0 < replay.RecordedCache.spent < 2 and not compiled(model)
+    monkeypatch.setattr(replay.RecordedCache, "spent", 2.0)
+    assert text(model, 1, 2, 3) == before and compiled(model)
