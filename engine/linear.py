@@ -31,11 +31,14 @@ class Fastest:
     """Makes of a matrix and a bias a layer for one row. All large ones have one form, `chosen`:
     that in which `weights`, of a block and of the head, are read fastest one after another.
 
-    Mixed, each would find its threads asleep; so they are tried in a chain, too.
+    Mixed, each would find its threads asleep; so they are tried in a chain, too. With AVX2 and
+    numba its loops are faster than any form: there only what they can read is tried.
     """
 
+    for_loops = True
+
     def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
-        self.forms = forms(dtype)
+        self.forms = forms(dtype, self.for_loops and avx2_alone() and bool(find_spec("numba")))
         self.chosen = next(iter(self.forms))
         weights = [w[: ENOUGH // w.size(1) + 1] for w in weights if w.numel() >= WORTH_IT]
         if weights and len(self.forms) > 1:
@@ -80,6 +83,8 @@ class OneOrSeveral(Fastest):
     """As `Fastest`, with a second form beside the first where several rows are read faster so: then
     the weights take memory twice."""
 
+    for_loops = False  # most passes have several
+
     def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         one = super().__call__(weight, bias)
         dtype = weight.dtype if packable(weight.dtype) else torch.float32
@@ -95,20 +100,19 @@ class OneOrSeveral(Fastest):
         return OneOrSeveralLinear(one, PackedLinear(weight.to(dtype), bias), dtype)
 
 
-def forms(dtype: torch.dtype) -> dict[str, Callable]:
-    """The candidates by name, that for small layers first. With numba, but where AVX512 makes their
-    own speed high, only those whose weights its loops can read (engine/one_token_cpu.py)."""
+def forms(dtype: torch.dtype, for_loops: bool = False) -> dict[str, Callable]:
+    """The candidates by name, that for small layers first; `for_loops` those alone whose weights
+    engine/one_token_cpu.py can read."""
     wide = torch.cpu.get_capabilities().get("avx512_f")
-    opaque = wide or not find_spec("numba")
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in widths()}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
         fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
-        if dtype == torch.bfloat16 and fbgemm and opaque:
+        if dtype == torch.bfloat16 and fbgemm and not for_loops:
             streamed["half"] = HalfLinear
         return streamed  # products would be emulated
     found = {"plain": PlainLinear}
-    found |= {"packed": PackedLinear} if packable(dtype) and opaque else {}
-    if opaque or dtype != torch.float32:
+    if not for_loops:
+        found |= {"packed": PackedLinear} if packable(dtype) else {}
         found = streamed | found if wide else found | streamed  # small layers take the first
     return found | ({"numpy": NumpyLinear} if dtype == torch.float32 and openblas() else {})
 
@@ -116,8 +120,12 @@ def forms(dtype: torch.dtype) -> dict[str, Callable]:
 def widths() -> tuple[int, ...]:
     """Columns of a bag's blocks; the last is that for eight bits. As many sums as a processor's
     registers hold: with AVX2 those are 12 of 8 numbers, and a wider row is read twice."""
+    return (96,) if avx2_alone() else (256, 128)
+
+
+def avx2_alone() -> bool:
     able = torch.cpu.get_capabilities()
-    return (96,) if able.get("avx2") and not able.get("avx512_f") else (256, 128)
+    return bool(able.get("avx2") and not able.get("avx512_f"))
 
 
 def packable(dtype: torch.dtype) -> bool:

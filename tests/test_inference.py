@@ -82,7 +82,7 @@ def test_all_large_layers_have_the_form_that_is_fastest_in_a_chain(two_threads, 
     small, large = torch.randn(8, 4), torch.randn(1024, 513)
     tried, turns = [], []
     kinds = {"plain": PlainLinear, "numpy": NumpyLinear, "streamed": StreamedLinear}
-    monkeypatch.setattr(linear, "forms", lambda dtype: kinds)
+    monkeypatch.setattr(linear, "forms", lambda *_: kinds)
     assert Fastest(torch.float32, [large]).chosen in kinds  # by the clock
 
     def once(self, chain, inputs, other):
@@ -109,6 +109,20 @@ def test_all_large_layers_have_the_form_that_is_fastest_in_a_chain(two_threads, 
     number = len(tried)
     ready(make("gpt2"), parts=False)
     assert len(tried) == number
+
+
+@pytest.mark.parametrize("numba", [None, "a spec"])
+def test_with_numba_layers_have_a_form_that_its_loops_read(numba, monkeypatch):
+    """On a processor where they are faster; not where most passes have several rows."""
+    monkeypatch.setattr(linear, "find_spec", lambda name: numba)
+    for avx2 in (True, False):
+        monkeypatch.setattr(linear, "avx2_alone", lambda avx2=avx2: avx2)
+        for dtype in (torch.float32, torch.bfloat16):
+            every = {*forms(dtype)}
+            readable = {n for n in every if n in ("plain", "numpy") or n.startswith("blocks")}
+            assert {*Fastest(dtype, []).forms} <= (readable if numba and avx2 else every)
+            assert (numba and avx2) or {*Fastest(dtype, []).forms} == every
+            assert {*linear.OneOrSeveral(dtype, []).forms} == every
 
 
 def test_numpy_has_as_many_threads_as_torch():

@@ -311,7 +311,7 @@ def test_a_wider_model_computes_the_same(run):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_for_one_and_several_has_a_form_for_each(dtype, monkeypatch):
-    monkeypatch.setattr(linear, "forms", lambda dtype: {"plain": PlainLinear})
+    monkeypatch.setattr(linear, "forms", lambda *_: {"plain": PlainLinear})
     choose = OneOrSeveral(dtype, [])
     plain = nn.Linear(1024, 513, dtype=dtype)
     layer = choose(plain.weight, plain.bias)
