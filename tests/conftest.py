@@ -1,6 +1,7 @@
 """What the tests share: one small text, one prepared data set, one way to train."""
 
 import gc
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -67,7 +68,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What all modules hold need not be looked through again and again."""
+    """What all modules hold need not be looked through again and again. And numba comes where a
+    test asks for it, not after so many seconds of the others."""
+    from engine import replay
+
+    replay.WORTH_NUMBA = math.inf
     gc.freeze()
     gc.enable()
 

@@ -1,7 +1,6 @@
 """A model made ready to generate computes what it did before."""
 
 import copy
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +32,6 @@ from model import MLP, Attention
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(replay, "PATIENCE", 0)
-    monkeypatch.setattr(replay, "WORTH_NUMBA", math.inf)  # that is test_one_token_cpu.py's
 
 
 @pytest.fixture
