@@ -106,9 +106,9 @@ def forms(dtype: torch.dtype, for_loops: bool = False) -> dict[str, Callable]:
     wide = torch.cpu.get_capabilities().get("avx512_f")
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in widths()}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
-        fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
-        if dtype == torch.bfloat16 and fbgemm and not for_loops:
-            streamed["half"] = HalfLinear
+        if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines:
+            half = {"half": partial(HalfLinear, for_loops=for_loops)}
+            return half if for_loops else streamed | half
         return streamed  # products would be emulated
     found = {"plain": PlainLinear}
     if not for_loops:
@@ -207,12 +207,14 @@ class StreamedLinear(nn.Module):
 
 class HalfLinear(nn.Module):
     """x W^T + b with W in float16, which has more digits than bfloat16 has and fewer exponents, by
-    FBGEMM: it widens them to float32 in an instruction that every processor with AVX2 has."""
+    FBGEMM: it widens them to float32 in an instruction that every processor with AVX2 has. Its
+    layout is its own: `for_loops` the weights are kept as they were, too."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, for_loops: bool = False):
         super().__init__()
-        bias = None if bias is None else bias.detach().float()
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), bias)
+        self.matrix = weight.detach() if for_loops else None
+        self.bias = None if bias is None else bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)

@@ -3,49 +3,50 @@
 What a token costs beside the reading of its weights are hundreds of small operations: each is
 called by Python, on one core, while the threads of the next product fall asleep. Here they stand
 in the loops that read the matrices, or between two of them with nothing to call; so the threads
-of one loop are still awake when the next begins. The weights are read where they are: in the
-layouts of engine/linear.py, of float32, bfloat16 or eight bits. docs/speed.md has the figures.
+of one loop are still awake when the next begins. Weights of float32 and bfloat16 are read as the
+model has them, those of eight bits from a copy. docs/speed.md has the figures.
 
 numba compiles these functions when they are called first, some seconds for each of the three kinds
 of weights, and keeps what it made beside this file, or in a folder of the user's.
 """
 
-import os
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from threading import Lock, Timer
 from time import perf_counter
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit, prange, set_num_threads, types
+from numba import get_num_threads, njit, prange, set_num_threads, types
 from numba.core.config import NUMBA_NUM_THREADS
 from numba.extending import overload
 from torch import Tensor, nn
 
 from cache import KVCache
 from engine.blas import NumpyLinear
-from engine.linear import OneOrSeveralLinear, PlainLinear, StreamedLinear
+from engine.linear import HalfLinear, OneOrSeveralLinear, PlainLinear, StreamedLinear
 from engine.threads import AllOrOne
-from model import GPT, gelu, relu2, rotary
+from model import GPT, Norm, gelu, relu2, rotary
 
 f32, u32 = np.float32, np.uint32
 # sums in whatever order; but what is not finite stays so
 MATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
-WITH = dict(nogil=True, cache=True, fastmath=MATH, error_model="numpy")
+OPTIONS = dict(nogil=True, cache=True, fastmath=MATH, error_model="numpy")
 # what becomes of a product; numpy's numbers, since for each of Python's numba compiles anew
 PLAIN, ADDED, TIMES, GELU, RELU2, SILU, CAPPED = np.arange(7)
 ACTIVATIONS = {gelu: GELU, relu2: RELU2, F.silu: SILU}
 NONE, RMS, LAYER = np.arange(3)  # norms
 
 
-def number(w):
-    """A weight as float32; of bfloat16 numpy knows the bits alone."""
+def as_float32(w):
+    """A weight; of bfloat16 numpy knows the bits alone."""
 
 
-@overload(number, inline="always")
-def number_of(w):
+@overload(as_float32, inline="always")
+def as_float32_by(w):
     if w == types.uint16:
         return lambda w: u32(u32(w) << u32(16)).view(f32)
     return lambda w: f32(w)
@@ -62,14 +63,8 @@ def multiply_by(W, scales, part, x, z):
         for o in range(first, min(first + len(z), len(W))):
             s = f32(0)
             for i in range(len(x)):
-                s += W[o, i] * x[i]
+                s += as_float32(W[o, i]) * x[i]
             z[o - first] = s
-
-    def columns(W, scales, part, x, z):  # (parts, I, width)
-        z[:] = f32(0)
-        for i in range(len(x)):
-            for j in range(len(z)):
-                z[j] += x[i] * number(W[part, i, j])
 
     def eight_bits(W, scales, part, x, z):  # (parts, width, I)
         scaled, offset = np.empty(len(x), f32), f32(0)
@@ -79,10 +74,10 @@ def multiply_by(W, scales, part, x, z):
         for j in range(len(z)):
             s = f32(0)
             for i in range(len(x)):
-                s += f32(W[part, j, i]) * scaled[i]
+                s += as_float32(W[part, j, i]) * scaled[i]
             z[j] = s + offset
 
-    return rows if W.ndim == 2 else eight_bits if W.dtype == types.uint8 else columns
+    return rows if W.ndim == 2 else eight_bits
 
 
 @njit(inline="always")
@@ -92,10 +87,10 @@ def finished(z, y, how, cap):
         return y + z
     if how == TIMES:
         return y * z
-    if how == GELU:
+    if how == GELU:  # (1 + tanh(a)) / 2 = 1 / (1 + e^(-2 a))
         return z / (f32(1) + np.exp(f32(-1.5957691216057308) * (z + f32(0.044715) * z * z * z)))
     if how == RELU2:
-        return max(z, f32(0)) * z
+        return max(z, f32(0)) * max(z, f32(0))
     if how == SILU:
         return z / (f32(1) + np.exp(-z))
     if how == CAPPED:
@@ -103,9 +98,8 @@ def finished(z, y, how, cap):
     return z
 
 
-@njit(**WITH)
-def some(layer, part, x, how, cap, z, y):
-    """One part of `product`."""
+@njit(**OPTIONS)
+def part_of_product(layer, part, x, how, cap, z, y):
     W, b, scales = layer
     first = part * len(z)
     multiply(W, scales, part, x, z)
@@ -113,15 +107,15 @@ def some(layer, part, x, how, cap, z, y):
         y[o] = finished(z[o - first] + b[o], y[o], how, cap)
 
 
-@njit(parallel=True, **WITH)
+@njit(parallel=True, **OPTIONS)
 def product(layer, x, how, cap, parts, y):
     """W x + b into y (O), as `how` says, in parts of as many outputs as a row of `parts` has."""
     width = parts.shape[1]
     for part in prange((len(y) + width - 1) // width):
-        some(layer, part, x, how, cap, parts[part], y)
+        part_of_product(layer, part, x, how, cap, parts[part], y)
 
 
-@njit(**WITH)
+@njit(**OPTIONS)
 def normed(x, norm, out):
     """A norm of model.py, of x into `out`, which may be x."""
     kind, weight, bias, eps = norm
@@ -137,7 +131,7 @@ def normed(x, norm, out):
         out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
 
 
-@njit(**WITH)
+@njit(**OPTIONS)
 def ready_head(x, norm, cos, sin):
     """A head's query or key, normed and turned by its position's angles, in place."""
     if norm[0] != NONE:
@@ -148,7 +142,7 @@ def ready_head(x, norm, cos, sin):
         x[i], x[i + half] = a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]
 
 
-@njit(**WITH)
+@njit(**OPTIONS)
 def look(q, keys, values, place, score, y):
     """Attention of one head, of q (D) to `keys` and `values` (S, D) up to `place`, into y (D)."""
     top, whole, scale = f32(-np.inf), f32(0), f32(1) / np.sqrt(f32(len(q)))
@@ -169,7 +163,7 @@ def look(q, keys, values, place, score, y):
         y[d] /= whole
 
 
-@njit(**WITH)
+@njit(**OPTIONS)
 def remember(qkv, place, k_norm, cos, sin, keys, values):
     """The token's key and value join `keys` and `values` (K, S, D)."""
     K, _, D = keys.shape
@@ -181,7 +175,7 @@ def remember(qkv, place, k_norm, cos, sin, keys, values):
             values[g, place, d] = new[(K + g) * D + d]
 
 
-@njit(**WITH)
+@njit(**OPTIONS)
 def one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y):
     (K, _, D), H = keys.shape, len(scores)
     q, g = qkv[h * D : (h + 1) * D], h * K // H
@@ -189,7 +183,7 @@ def one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y):
     look(q, keys[g], values[g], place, scores[h], y[h * D : (h + 1) * D])
 
 
-@njit(parallel=True, **WITH)
+@njit(parallel=True, **OPTIONS)
 def attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y):
     """Attention of the token at `place` into y (H D): its key and value join `keys` and `values`
     (K, S, D)."""
@@ -198,7 +192,7 @@ def attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y):
         one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y)
 
 
-@njit(**WITH)
+@njit(**OPTIONS)
 def block(x, place, attention, mlp, cos, sin, memory, buffers):
     """A block of model.py, in place of its x (C)."""
     attn_norm, wqkv, q_norm, k_norm, wo = attention
@@ -218,7 +212,7 @@ def block(x, place, attention, mlp, cos, sin, memory, buffers):
     product(down, wide, ADDED, f32(0), parts, x)
 
 
-@njit(**WITH)
+@njit(**OPTIONS)
 def head(x, norm, layer, cap, buffers, logits):
     h, _, _, _, _, parts = buffers
     normed(x, norm, h)
@@ -226,94 +220,137 @@ def head(x, norm, layer, cap, buffers, logits):
 
 
 LOCK = Lock()  # numba's own threads, which it uses where there is no OpenMP, serve one at a time
-PROCESS = os.getpid()  # GNU's OpenMP ends a forked one that uses it
 ROWS = 64  # outputs of a part where a matrix has no blocks: with fewer a twentieth slower
-OURS = {"model", "engine.fast", "engine.inference", "engine.linear", "engine.blas"}
+OURS = {"model", "engine.fast", "engine.inference", "engine.linear", "engine.blas"}  # modules
 PLACES = 1024  # of a cache in which a model and its compiled pass are compared, at most
+ROUNDING = 5e-5  # how far they may be apart, as a share
+KINDS, TYPES = (NumpyLinear, PlainLinear, HalfLinear), (torch.float32, torch.bfloat16)
 TRIES = 3  # of each, to find which is faster
 
 
-class OneToken:
-    """Computes `logits` (1, 1, V) for the token and the place that it is bound to, as `GPT.forward`
-    does, but that it does not count the token. Raises ValueError for another kind of model."""
+class Weights:
+    """What the compiled pass reads of a model. Raises ValueError for one of another kind."""
 
     def __init__(self, model: GPT):
-        c, kinds = model.config, {type(m).__module__ for m in model.modules()}
-        ours = all(name in OURS or name.startswith("torch.nn.") for name in kinds)
+        c, files = model.config, {type(m).__module__ for m in model.modules()}
+        ours = all(name in OURS or name.startswith("torch.nn.") for name in files)
         if not ours or any("forward" in vars(m) for m in model.modules()):
-            raise ValueError(f"a model of {kinds}, or one that was changed")
-        if os.getpid() != PROCESS:
-            raise ValueError("a forked process")
-        self.model, self.choice = model, AllOrOne()
-        # what layers round in the type of their weights is not rounded here
-        self.rounding = 1e-3 if model.wte.weight.dtype == torch.float32 else 0.03
+            raise ValueError(f"a model with parts of {files}, or one that was changed")
+        self.config = c
+        self.wte, self.embed_norm = model.wte, model.embed_norm
+        self.wpe = model.wpe if c.position == "learned" else None
         self.blocks = [of_block(block, c) for block in model.blocks]
-        top = layer_of(model.head.layer)
+        top = layer_of(model.head.layer, c.vocab_size, c.n_embd)
         self.head = norm_of(model.norm, c.n_embd), top, f32(c.logit_cap)
         layers = [top, *(layer for block in self.blocks for layer in matrices(*block))]
         parts = {part_of(W) for W, _, _ in layers}
         if len(parts) > 1:
             raise ValueError("layers of several kinds, or with blocks of several widths")
         self.width = parts.pop()[1]
-        self.logits = torch.empty(1, 1, c.vocab_size)
 
-    def bind(self, cache: KVCache, tokens: Tensor, place: Tensor) -> None:
-        """To what a cache of one text, `tokens` (1, 1) and `place` (1, 1) hold when it is called.
-        Raises ValueError for a cache of another kind."""
-        c, size = self.model.config, cache.k.size(3)
+
+class OneToken:
+    """Computes `logits` (1, 1, V) of what a cache of one text, `tokens` (1, 1) and `place` (1, 1)
+    hold when it is called, as `GPT.forward` does, but that it does not count the token. Raises
+    ValueError for a cache of another kind."""
+
+    def __init__(self, weights: Weights, cache: KVCache, tokens: Tensor, place: Tensor):
+        c, size = weights.config, cache.k.size(3)
         if cache.k.size(1) != 1 or cache.k.dtype != torch.float32:
             raise ValueError(f"a cache of {cache.k.dtype}, or for several texts")
-        self.tokens, self.place, self.threads = tokens, place, torch.get_num_threads()
+        self.weights, self.tokens, self.place = weights, tokens, place
+        self.threads, self.choice = torch.get_num_threads(), AllOrOne()
         self.memory = [(k.numpy()[0], v.numpy()[0]) for k, v in zip(cache.k, cache.v, strict=True)]
         self.angles = [np.zeros((size, 0), f32)] * 2
         if c.position == "rotary":
             self.angles = [z.numpy() for z in rotary(torch.arange(size), c)]
         joined = (c.n_head + 2 * c.n_kv_head) * c.head_dim
-        parts = -(-max(c.vocab_size, c.mlp_dim, joined, c.n_embd) // self.width)
+        parts = -(-max(c.vocab_size, c.mlp_dim, joined, c.n_embd) // weights.width)
         shapes = c.n_embd, joined, c.n_head * c.head_dim, c.mlp_dim, (c.n_head, size)
-        self.buffers = tuple(np.zeros(n, f32) for n in (*shapes, (parts, self.width)))
+        self.buffers = tuple(np.zeros(n, f32) for n in (*shapes, (parts, weights.width)))
+        self.logits = torch.empty(1, 1, c.vocab_size)
 
     def __call__(self) -> None:
-        model, place = self.model, int(self.place)
-        x = model.wte(self.tokens)
-        if model.config.position == "learned":
-            x = x + model.wpe(self.place)
-        x = model.embed_norm(x).view(-1).float().numpy().copy()
+        weights, place = self.weights, int(self.place)
+        x = weights.wte(self.tokens)
+        if weights.wpe is not None:
+            x = x + weights.wpe(self.place)
+        x = weights.embed_norm(x).view(-1)
+        if x.dtype != torch.float32:
+            raise ValueError(f"a model that computes in {x.dtype}")
+        x, logits = x.numpy().copy(), self.logits.view(-1).numpy()
         cos, sin = (z[place] for z in self.angles)
-        together = self.choice.together()
-        start = perf_counter()
+        together, before = self.choice.together(), get_num_threads()
         with LOCK:
+            start = perf_counter()
             set_num_threads(min(self.threads, NUMBA_NUM_THREADS) if together else 1)
-            for layers, memory in zip(self.blocks, self.memory, strict=True):
-                block(x, place, *layers, cos, sin, memory, self.buffers)
-            head(x, *self.head, self.buffers, self.logits.view(-1).numpy())
-        self.choice.took(together, perf_counter() - start)
+            try:
+                for layers, memory in zip(weights.blocks, self.memory, strict=True):
+                    block(x, place, *layers, cos, sin, memory, self.buffers)
+                head(x, *weights.head, self.buffers, logits)
+            finally:
+                set_num_threads(before)
+            self.choice.took(together, perf_counter() - start)
 
 
-def agrees(step: OneToken, forward: Callable, size: int) -> bool:
-    """Whether it computes what `forward`, that of its model, does, at an early and at the last
-    place of a cache for `size` tokens. Where numba compiles for long, it says so."""
-    cache, c = KVCache(step.model.config, 1, size=min(size, PLACES)), step.model.config
+# of a model: its structure then, and its weights, if they serve it better than what is recorded
+KNOWN: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def compiled(model: GPT, forward: Callable, cache, replay: Callable) -> OneToken | None:
+    """The pass of one token of `model` for what a recorded cache knows, if it computes what
+    `forward` does, and in less time than `replay`: both are tried once for a model, and for each
+    cache whether the token is given the `logits` that were recorded."""
+    structure, weights = KNOWN.get(model, (None, None))
+    if structure != cache.structure:
+        try:
+            weights = Weights(model)
+            step = OneToken(weights, cache, cache.tokens, cache.place)
+            if not (agrees(weights, model, forward, cache.k.size(3)) and faster(step, replay)):
+                weights = None
+        except Exception:  # a model of another kind, no memory
+            weights = None
+        KNOWN[model] = cache.structure, weights
+    step = weights and OneToken(weights, cache, cache.tokens, cache.place)
+    if step:
+        step()
+    return step if step and near(step.logits, cache.logits) else None
+
+
+def near(found: Tensor, true: Tensor) -> bool:
+    """But for rounding the same. Zeros, which hide everything, are not."""
+    return bool((found - true).norm() < ROUNDING * true.norm())
+
+
+def agrees(weights: Weights, model: GPT, forward: Callable, size: int) -> bool:
+    """Whether both compute the same at an early and at the last place of a cache for `size`
+    tokens."""
+    cache = KVCache(model.config, 1, size=min(size, PLACES))
     g, size = torch.Generator().manual_seed(0), cache.k.size(3)
     for z in (cache.k, cache.v):
         z.normal_(generator=g)
-    patience = Timer(
-        2.0, print, ["\nnumba compiles for this processor, once"], {"file": sys.stderr}
-    )
-    patience.daemon = True
-    patience.start()
-    try:
-        for place in (min(2, size - 1), size - 1):
-            cache.lengths.fill_(place)
-            tokens = torch.randint(c.vocab_size, (1, 1), generator=g)
-            true = forward(tokens, cache=cache)
-            step.bind(cache, tokens, torch.tensor([[place]]))
+    for place in (min(2, size - 1), size - 1):
+        cache.lengths.fill_(place)
+        tokens = torch.randint(model.config.vocab_size, (1, 1), generator=g)
+        true = forward(tokens, cache=cache)
+        step = OneToken(weights, cache, tokens, torch.tensor([[place]]))
+        with said("numba compiles for this processor, once"):
             step()
-            if not (step.logits - true).norm() <= step.rounding * true.norm():
-                return False
-    finally:
-        patience.cancel()
+        if not near(step.logits, true):
+            return False
     return True
+
+
+@contextmanager
+def said(what: str):
+    """To stderr, if it takes more than two seconds."""
+    timer = Timer(2.0, lambda: print(f"\n{what}", file=sys.stderr))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def faster(one: Callable, other: Callable) -> bool:
@@ -331,13 +368,16 @@ def faster(one: Callable, other: Callable) -> bool:
 
 
 def of_block(block: nn.Module, c) -> tuple[tuple, tuple]:
-    attn, mlp = block.attn, block.mlp
-    norms = norm_of(attn.q_norm, c.head_dim), norm_of(attn.k_norm, c.head_dim)
-    up, activation = layer_of(mlp.up), ACTIVATIONS[mlp.activation]
-    gate = up if mlp.gate is None else layer_of(mlp.gate)
+    attn, mlp, C, D, wide = block.attn, block.mlp, c.n_embd, c.head_dim, c.mlp_dim
+    norms = [norm_of(norm, D) for norm in (attn.q_norm, attn.k_norm) if c.qk_norm]
+    norms = norms or [(NONE, np.ones(D, f32), np.zeros(D, f32), f32(0))] * 2
+    up, activation = layer_of(mlp.up, wide, C), ACTIVATIONS[mlp.activation]
+    gate = up if mlp.gate is None else layer_of(mlp.gate, wide, C)
+    wqkv = layer_of(attn.wqkv, (c.n_head + 2 * c.n_kv_head) * D, C)
+    wo = layer_of(attn.wo, C, c.n_head * D)
     return (
-        (norm_of(block.attn_norm, c.n_embd), layer_of(attn.wqkv), *norms, layer_of(attn.wo)),
-        (norm_of(block.mlp_norm, c.n_embd), gate, up, layer_of(mlp.down), activation),
+        (norm_of(block.attn_norm, C), wqkv, *norms, wo),
+        (norm_of(block.mlp_norm, C), gate, up, layer_of(mlp.down, C, wide), activation),
     )
 
 
@@ -348,7 +388,7 @@ def matrices(attention: tuple, mlp: tuple) -> list[tuple]:
 
 def part_of(W: np.ndarray) -> tuple[np.dtype, int]:
     """What W is made of, and how many outputs a part of it has."""
-    return W.dtype, ROWS if W.ndim == 2 else W.shape[1 if W.dtype == np.uint8 else 2]
+    return W.dtype, ROWS if W.ndim == 2 else W.shape[1]
 
 
 def array(t: Tensor) -> np.ndarray:
@@ -356,31 +396,39 @@ def array(t: Tensor) -> np.ndarray:
     return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
 
 
-def layer_of(layer: nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def vector(t: Tensor | None, length: int, missing: float) -> np.ndarray:
+    """As float32; `missing` numbers where there is none. ValueError if it has another length."""
+    found = np.full(length, missing, f32) if t is None else array(t.float())
+    if found.shape != (length,):
+        raise ValueError(f"{found.shape} numbers should be {length}")
+    return found
+
+
+def layer_of(layer: nn.Module, outputs: int, inputs: int) -> tuple[np.ndarray, ...]:
     """What `product` reads: weight, bias, and of eight bits scales and offsets (2, parts, I), of
-    others none. ValueError if nobody can read the weight."""
+    others none. ValueError if nobody can read the weight, or it has another shape."""
     if type(layer) is OneOrSeveralLinear:
         layer = layer.one
     scales = np.zeros((2, 0, 0), f32)
-    if type(layer) is StreamedLinear:
-        weight, outputs = layer.rows.view(layer.blocks, layer.inputs, -1), layer.outputs
-        if layer.eight_bits:  # a row ends with its scale and its offset
-            scales = array(weight.view(torch.float32)[..., -2:].permute(2, 0, 1).contiguous())
-            # a copy: the sums of a bag are over rows of this, which takes a quarter longer
-            weight = weight[..., :-8].mT.contiguous()
-    elif type(layer) in (NumpyLinear, PlainLinear) and layer.matrix.dtype == torch.float32:
-        weight, outputs = layer.matrix.contiguous(), len(layer.matrix)
+    if type(layer) is StreamedLinear and layer.eight_bits:
+        shape = layer.outputs, layer.inputs
+        weight = layer.rows.view(layer.blocks, layer.inputs, -1)
+        # a row ends with its scale and its offset
+        scales = array(weight.view(torch.float32)[..., -2:].permute(2, 0, 1).contiguous())
+        # a copy: the sums of a bag are over rows of this, which takes a quarter longer
+        weight = weight[..., :-8].mT.contiguous()
+    elif type(layer) in KINDS and layer.matrix is not None and layer.matrix.dtype in TYPES:
+        shape, weight = (*layer.matrix.shape,), layer.matrix.contiguous()
     else:
         raise ValueError(f"the weights of {type(layer)} have a layout of somebody else's")
-    bias = np.zeros(outputs, f32) if layer.bias is None else array(layer.bias.float())
-    return array(weight), bias, scales
+    if shape != (outputs, inputs):
+        raise ValueError(f"a matrix of {shape} should be one of {outputs} x {inputs}")
+    return array(weight), vector(layer.bias, outputs, 0.0), scales
 
 
 def norm_of(norm: nn.Module, width: int) -> tuple:
     """As `normed` wants it."""
-    ones, zeros = np.ones(width, f32), np.zeros(width, f32)
-    if type(norm) is nn.Identity:
-        return NONE, ones, zeros, f32(0)
-    weight = ones if norm.weight is None else array(norm.weight.float())
-    bias = zeros if norm.bias is None else array(norm.bias.float())
+    if not isinstance(norm, Norm):
+        raise ValueError(f"{type(norm)} is no norm")
+    weight, bias = vector(norm.weight, width, 1.0), vector(norm.bias, width, 0.0)
     return LAYER if norm.centre else RMS, weight, bias, f32(norm.eps)

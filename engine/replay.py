@@ -6,7 +6,6 @@ writes so much that these pay.
 """
 
 import os
-import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -79,8 +78,20 @@ def hooks(model: GPT) -> list[dict]:
 
 
 WORTH_KERNELS = 512  # tokens of a process after which these pay: to find them takes 0.2 to 7 s
-WORTH_NUMBA = 2.0  # seconds of tokens after which it pays: to load it takes one
+WORTH_NUMBA = 8e9  # weights that tokens have read after which it pays: to load it takes a second
 PATIENCE = 16  # tokens without, on a CPU: recording takes as long as it saves in some twenty
+
+
+forked = False  # whether this process was: GNU's OpenMP ends one that uses it by numba
+
+
+def note_fork() -> None:
+    global forked
+    forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=note_fork)
 
 
 class RecordedCache(KVCache):
@@ -97,12 +108,11 @@ class RecordedCache(KVCache):
     recorded = None  # the buffers that the recording knows
     structure = None  # that of the model then, on a CPU
     inherited = False  # whether the recording is of another text, and was not compared yet
-    rounding = 1e-3  # how far off the model's own logits, as a share, it may be then
     running = False  # whether a step is computed, or recorded, at this moment
     waited = 0  # tokens since a recording became possible
     fit = True  # whether Python decides nothing in a step
     written = 0  # tokens on a GPU, by all caches of this process
-    spent = 0.0  # seconds for tokens on a CPU
+    read = 0  # weights for tokens on a CPU
 
     def ready(self) -> bool:
         """Whether the next token is worth, and can be, a recorded step."""
@@ -131,9 +141,9 @@ class RecordedCache(KVCache):
         longest, size = int(self.lengths.max()), self.k.size(3)
         if longest == size:
             raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
-        start = time.perf_counter()
-        much = RecordedCache.written >= WORTH_KERNELS or RecordedCache.spent >= WORTH_NUMBA
-        how = torch.get_num_threads(), much, os.getpid()
+        on_gpu, read = self.k.is_cuda, RecordedCache.read
+        much = RecordedCache.written >= WORTH_KERNELS if on_gpu else read >= WORTH_NUMBA
+        how = torch.get_num_threads(), much and not forked
         changed = self.inherited and self.structure != structure(forward.__self__)
         if self.recorded is not self.k or self.how != how or changed:  # or `take` had other rows
             self.how, self.inherited = how, False
@@ -146,14 +156,14 @@ class RecordedCache(KVCache):
             self.logits = self.run(forward)
         if self.inherited:
             self.inherited, true = False, self.run(forward)
-            if (self.logits - true).norm() > self.rounding * true.norm():  # was changed
+            if (self.logits - true).norm() > 1e-3 * true.norm():  # more than rounding: was changed
                 self.record(forward, tokens)
                 self.logits = self.logits if self.replay else true
         self.lengths += 1
-        if self.k.is_cuda:
+        if on_gpu:
             RecordedCache.written += 1
             return self.logits
-        RecordedCache.spent += time.perf_counter() - start
+        RecordedCache.read += forward.__self__.config.parameters()
         return self.logits.clone()
 
     def clear(self) -> None:
@@ -173,7 +183,6 @@ class RecordedCache(KVCache):
     def record(self, forward, tokens: Tensor) -> None:
         model, device = forward.__self__, self.k.device
         self.recorded = self.replay = None  # if it is interrupted
-        self.rounding = RecordedCache.rounding
         self.tokens = tokens.clone()
         self.place = self.lengths[:, None].to(device, copy=True)
         self.columns = torch.arange(self.k.size(3), device=device)
@@ -230,16 +239,16 @@ class RecordedCache(KVCache):
     def compile(self, forward) -> None:
         """Takes loops that are compiled (engine/one_token_cpu.py), if numba is there, if they agree
         with `forward`, and are faster than what was recorded."""
+        threads = torch.get_num_threads()
         try:
-            from engine.one_token_cpu import OneToken, agrees, faster
+            from engine.one_token_cpu import compiled
 
-            step = OneToken(forward.__self__)
-            if agrees(step, forward, self.k.size(3)):
-                step.bind(self, self.tokens, self.place)
-                if faster(step, self.replay):
-                    self.logits, self.replay, self.rounding = step.logits, step, step.rounding
-        except Exception:  # no numba, a model of another kind, no memory
+            if step := compiled(forward.__self__, forward, self, self.replay):
+                self.logits, self.replay = step.logits, step
+        except Exception:  # no numba, or a cache of another kind
             return
+        finally:
+            torch.set_num_threads(threads)  # numba's OpenMP, which is torch's, begins with all
 
     def run(self, forward) -> Tensor:
         lengths, self.running = self.lengths.clone(), True
