@@ -154,6 +154,7 @@ class FastGPT(GPT):
     form = ""  # the name of that of its large layers, where some were tried
     choice = None  # what recorded steps know of threads
     last = None  # what the last text on a CPU had, for the next
+    loops = None  # what engine/one_token_cpu.py has found about it
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
         """As GPT's. For one text on a CPU it may have room for more, and the memory of an earlier

@@ -38,15 +38,17 @@ class Fastest:
     for_loops = True
 
     def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
-        self.forms = forms(dtype, self.for_loops and avx2_alone() and bool(find_spec("numba")))
+        for_loops = self.for_loops and avx2_alone() and bool(find_spec("numba"))
+        self.forms = forms(dtype, for_loops)
         self.chosen = next(iter(self.forms))
         weights = [w[: ENOUGH // w.size(1) + 1] for w in weights if w.numel() >= WORTH_IT]
-        if weights and len(self.forms) > 1:
+        if weights and len(self.forms) > 1 and not (for_loops and self.chosen == "half"):
             self.chosen = self.fastest(weights)
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        large = weight.numel() >= WORTH_IT and (self.chosen != "half" or in_half(weight))
-        name = self.chosen if large else next(iter(self.forms))
+        name = self.chosen if weight.numel() >= WORTH_IT else next(iter(self.forms))
+        if name == "half" and not in_half(weight):
+            name = next(other for other in self.forms if other != "half")
         return self.forms[name](weight, bias)
 
     def fastest(self, weights: list[Tensor]) -> str:
@@ -101,14 +103,14 @@ class OneOrSeveral(Fastest):
 
 
 def forms(dtype: torch.dtype, for_loops: bool = False) -> dict[str, Callable]:
-    """The candidates by name, that for small layers first; `for_loops` those alone whose weights
-    engine/one_token_cpu.py can read."""
+    """The candidates by name, that for small layers first; `for_loops` those whose weights
+    engine/one_token_cpu.py can read, of bfloat16 one, and what it is replaced by beyond float16."""
     wide = torch.cpu.get_capabilities().get("avx512_f")
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in widths()}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
         if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines:
             half = {"half": partial(HalfLinear, for_loops=for_loops)}
-            return half if for_loops else streamed | half
+            return half | streamed if for_loops else streamed | half
         return streamed  # products would be emulated
     found = {"plain": PlainLinear}
     if not for_loops:
@@ -208,7 +210,7 @@ class StreamedLinear(nn.Module):
 class HalfLinear(nn.Module):
     """x W^T + b with W in float16, which has more digits than bfloat16 has and fewer exponents, by
     FBGEMM: it widens them to float32 in an instruction that every processor with AVX2 has. Its
-    layout is its own: `for_loops` the weights are kept as they were, too."""
+    layout is its own: `for_loops` the weights are kept as they are, too."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, for_loops: bool = False):
         super().__init__()

@@ -4,7 +4,8 @@ What a token costs beside the reading of its weights are hundreds of small opera
 called by Python, on one core, while the threads of the next product fall asleep. Here they stand
 in the loops that read the matrices, or between two of them with nothing to call; so the threads
 of one loop are still awake when the next begins. Weights of float32 and bfloat16 are read as the
-model has them, those of eight bits from a copy. docs/speed.md has the figures.
+model has them, those of eight bits from a copy, which does not see what is changed in them later.
+docs/speed.md has the figures.
 
 numba compiles these functions when they are called first, some seconds for each of the three kinds
 of weights, and keeps what it made beside this file, or in a folder of the user's.
@@ -12,10 +13,9 @@ of weights, and keeps what it made beside this file, or in a folder of the user'
 
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock, Timer
 from time import perf_counter
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from cache import KVCache
 from engine.blas import NumpyLinear
 from engine.linear import HalfLinear, OneOrSeveralLinear, PlainLinear, StreamedLinear
+from engine.replay import Aside, RecordedCache
 from engine.threads import AllOrOne
 from model import GPT, Norm, gelu, relu2, rotary
 
@@ -275,10 +276,8 @@ class OneToken:
         x = weights.wte(self.tokens)
         if weights.wpe is not None:
             x = x + weights.wpe(self.place)
-        x = weights.embed_norm(x).view(-1)
-        if x.dtype != torch.float32:
-            raise ValueError(f"a model that computes in {x.dtype}")
-        x, logits = x.numpy().copy(), self.logits.view(-1).numpy()
+        x = weights.embed_norm(x).view(-1).float().numpy().copy()
+        logits = self.logits.view(-1).numpy()
         cos, sin = (z[place] for z in self.angles)
         together, before = self.choice.together(), get_num_threads()
         with LOCK:
@@ -293,24 +292,32 @@ class OneToken:
             self.choice.took(together, perf_counter() - start)
 
 
-# of a model: its structure then, and its weights, if they serve it better than what is recorded
-KNOWN: WeakKeyDictionary = WeakKeyDictionary()
+class Known(Aside):
+    """Of a model: its structure and threads then, and its weights, if they serve it better than
+    what is recorded."""
+
+    def __init__(self, state: tuple, weights: Weights | None):
+        self.state, self.weights = state, weights
 
 
-def compiled(model: GPT, forward: Callable, cache, replay: Callable) -> OneToken | None:
-    """The pass of one token of `model` for what a recorded cache knows, if it computes what
-    `forward` does, and in less time than `replay`: both are tried once for a model, and for each
-    cache whether the token is given the `logits` that were recorded."""
-    structure, weights = KNOWN.get(model, (None, None))
-    if structure != cache.structure:
+def compiled(model: GPT, forward: Callable, cache: RecordedCache) -> OneToken | None:
+    """The pass of one token of `model` for what a cache knows, if it computes what `forward` does,
+    and in less time than what is recorded: both are tried once for a model as it is, and for each
+    cache whether its token is given the logits that were recorded."""
+    known, state = model.loops, (cache.structure, cache.how[0])
+    if known is None or known.state != state:
+        weights = None
         try:
-            weights = Weights(model)
-            step = OneToken(weights, cache, cache.tokens, cache.place)
-            if not (agrees(weights, model, forward, cache.k.size(3)) and faster(step, replay)):
-                weights = None
-        except Exception:  # a model of another kind, no memory
-            weights = None
-        KNOWN[model] = cache.structure, weights
+            found = Weights(model)
+            step = OneToken(found, cache, cache.tokens, cache.place)
+            if agrees(found, model, forward, cache.k.size(3)) and faster(step, cache.replay):
+                weights = found
+        except MemoryError:
+            return None
+        except Exception:  # a model of another kind
+            pass
+        known = model.loops = Known(state, weights)
+    weights = known.weights
     step = weights and OneToken(weights, cache, cache.tokens, cache.place)
     if step:
         step()
@@ -324,7 +331,7 @@ def near(found: Tensor, true: Tensor) -> bool:
 
 def agrees(weights: Weights, model: GPT, forward: Callable, size: int) -> bool:
     """Whether both compute the same at an early and at the last place of a cache for `size`
-    tokens."""
+    tokens. When it is called first, numba compiles."""
     cache = KVCache(model.config, 1, size=min(size, PLACES))
     g, size = torch.Generator().manual_seed(0), cache.k.size(3)
     for z in (cache.k, cache.v):
@@ -334,7 +341,7 @@ def agrees(weights: Weights, model: GPT, forward: Callable, size: int) -> bool:
         tokens = torch.randint(model.config.vocab_size, (1, 1), generator=g)
         true = forward(tokens, cache=cache)
         step = OneToken(weights, cache, tokens, torch.tensor([[place]]))
-        with said("numba compiles for this processor, once"):
+        with said("numba compiles for this processor, once") if place < 3 else nullcontext():
             step()
         if not near(step.logits, true):
             return False

@@ -29,15 +29,19 @@ def records(device: torch.device, batch: int = 1) -> bool:
 LONGER = 256  # tokens: a cache has a multiple of them, so that a longer text finds room, too
 
 
-class Last:
+class Aside:
+    """What a model has for speed alone: no part of its structure, nor of its copies."""
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+class Last(Aside):
     """The memory of a text's cache and the step that was recorded there: for the next text, if
     nobody has that cache any more."""
 
     def __init__(self, cache: "RecordedCache"):
         self.cache, self.states = weakref.ref(cache), [vars(cache)]
-
-    def __reduce__(self):
-        return type(None), ()  # copies of a model have nothing
 
     def again(self, size: int, dtype: torch.dtype) -> "RecordedCache | None":
         """An empty cache of that memory, for `size` tokens; None if it does not fit."""
@@ -61,7 +65,7 @@ def structure(model: GPT) -> list:
         if isinstance(value, Tensor) and value.layout == torch.strided:
             return id(value), value.data_ptr(), value.shape
         if isinstance(value, dict):
-            return [(key, mark(v)) for key, v in value.items() if not isinstance(v, Last)]
+            return [(key, mark(v)) for key, v in value.items() if not isinstance(v, Aside)]
         return value if isinstance(value, (bool, int, float, str, nn.Module)) else id(value)
 
     parts = list(model.modules())
@@ -78,11 +82,12 @@ def hooks(model: GPT) -> list[dict]:
 
 
 WORTH_KERNELS = 512  # tokens of a process after which these pay: to find them takes 0.2 to 7 s
-WORTH_NUMBA = 8e9  # weights that tokens have read after which it pays: to load it takes a second
+WORTH_NUMBA = 8e9  # weights that steps have read after which it pays: to load it takes a second
 PATIENCE = 16  # tokens without, on a CPU: recording takes as long as it saves in some twenty
 
 
-forked = False  # whether this process was: GNU's OpenMP ends one that uses it by numba
+# whether this process was, since this file was loaded: GNU's OpenMP ends one that uses it by numba
+forked = False
 
 
 def note_fork() -> None:
@@ -112,7 +117,7 @@ class RecordedCache(KVCache):
     waited = 0  # tokens since a recording became possible
     fit = True  # whether Python decides nothing in a step
     written = 0  # tokens on a GPU, by all caches of this process
-    read = 0  # weights for tokens on a CPU
+    read = 0  # weights, by steps on a CPU
 
     def ready(self) -> bool:
         """Whether the next token is worth, and can be, a recorded step."""
@@ -243,12 +248,15 @@ class RecordedCache(KVCache):
         try:
             from engine.one_token_cpu import compiled
 
-            if step := compiled(forward.__self__, forward, self, self.replay):
-                self.logits, self.replay = step.logits, step
+            step = compiled(forward.__self__, forward, self)
         except Exception:  # no numba, or a cache of another kind
-            return
+            step = None
         finally:
             torch.set_num_threads(threads)  # numba's OpenMP, which is torch's, begins with all
+        if step:
+            self.logits, self.replay = step.logits, step
+        else:
+            self.replay()  # whose keys and values stay, and not those of a trial
 
     def run(self, forward) -> Tensor:
         lengths, self.running = self.lengths.clone(), True

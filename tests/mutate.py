@@ -79,6 +79,7 @@ NEAR = {
     "engine/fast.py": ("inference", "machine", "train"),
     "engine/files.py": ("kept", "prepare", "train", "interruptions"),
     "engine/inference.py": ("sample",),
+    "engine/linear.py": ("inference", "speculate"),
     "engine/replay.py": ("inference", "one_token_cpu", "sample"),
     "engine/recording.py": ("inference", "again"),
     "engine/locked.py": ("weights",),

@@ -117,8 +117,29 @@ def test_with_numba_layers_have_a_form_that_its_loops_read(numba, monkeypatch):
         monkeypatch.setattr(linear, "avx2_alone", lambda avx2=avx2: avx2)
         for dtype in (torch.float32, torch.bfloat16):
             every, found = {*forms(dtype)}, {*Fastest(dtype, []).forms}
-            assert found == (every & {"plain", "numpy", "half"} if numba and avx2 else every)
+            readable = {"plain", "numpy"} if dtype == torch.float32 else every - {"packed"}
+            assert found == (every & readable if numba and avx2 else every)
             assert {*linear.OneOrSeveral(dtype, []).forms} == every
+
+
+@pytest.mark.parametrize("numba", [None, "a spec"])
+def test_weights_beyond_float16_are_not_read_as_such(numba, monkeypatch):
+    """Of small layers and of large ones, which have the form that is chosen."""
+    monkeypatch.setattr(linear, "find_spec", lambda name: numba)
+    monkeypatch.setattr(linear, "avx2_alone", lambda: True)
+    monkeypatch.setattr(linear, "fast_bfloat16", lambda: False)
+    kinds = Fastest(torch.bfloat16, [])
+    if "half" not in kinds.forms:
+        pytest.skip("no FBGEMM here")
+    kinds.chosen = "half"
+    for size in (64, 1024):
+        weight = torch.ones(size, size, dtype=torch.bfloat16)
+        assert isinstance(kinds(weight, None), HalfLinear) == (size == 1024 or bool(numba))
+        weight[3, 5] = 1e6
+        x = torch.ones(1, 1, size)
+        torch.testing.assert_close(
+            kinds(weight, None)(x), F.linear(x, weight.float()), rtol=0.01, atol=1.0
+        )
 
 
 def test_numpy_has_as_many_threads_as_torch():

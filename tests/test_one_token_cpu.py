@@ -218,7 +218,7 @@ def test_a_model_goes_when_nobody_has_it():
     """Although its last text's memory waits for the next."""
     model = ready(make("gpt2"), "int8")
     text(model, 1, 2, 3)
-    assert compiled(model) and model in one_token_cpu.KNOWN
+    assert compiled(model) and model.loops.weights
     gone = weakref.ref(model)
     gc.disable()
     try:
@@ -260,3 +260,40 @@ def test_a_part_of_another_size_is_not_read(part):
 def test_a_head_of_zeros_is_no_agreement():
     model = ready(make("modern", zero_init=True))
     assert len(text(model, 1, 2, 3)) == 20 and not compiled(model)
+
+
+def test_a_refused_trial_leaves_nothing_behind():
+    """Eight bits are copied: whoever changes them later gets what is recorded, with its keys."""
+    model, plain = ready(make("gpt2"), "int8"), ready(make("gpt2"), "int8")
+    with torch.inference_mode():
+        logits(model, model.new_cache())
+        assert compiled(model)
+        for m in (model, plain):
+            m.blocks[0].attn.wqkv.rows[:, :96] ^= 0x55
+        cache, other = model.new_cache(), replay.KVCache(model.config, 1)
+        for n in range(8):
+            token = torch.tensor([[n * 7 % 61]])
+            found, true = model(token, cache=cache), plain(token, cache=other)
+            torch.testing.assert_close(found, true, atol=1e-4, rtol=1e-4)
+    assert not isinstance(cache.replay, one_token_cpu.OneToken)
+
+
+def test_a_model_whose_part_knows_it_goes_as_well():
+    model = ready(make("gpt2"))
+    object.__setattr__(model.blocks[0], "owner", model)
+    text(model, 1, 2, 3)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_under_autocast_the_loops_go_on():
+    model = ready(make("modern"))
+    with torch.inference_mode():
+        cache = model.new_cache()
+        for _ in range(3):
+            model(torch.tensor([[1]]), cache=cache)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(torch.tensor([[1]]), cache=cache).isfinite().all()
+    assert isinstance(cache.replay, one_token_cpu.OneToken)
