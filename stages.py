@@ -153,10 +153,10 @@ def decode(s, dtype: str, samples: int = 1, context: int = 1, quantize: str = ""
             next(steps)
 
     speed = samples * count / timed(s.calls, some)
-    compiled = "engine.one_token_cpu" in sys.modules and "numba"  # or the model has no such pass
-    return figure(
-        speed, "tokens/s", ", ".join(filter(None, [getattr(model, "form", ""), compiled]))
-    )
+    last = getattr(model, "last", None)  # what the text has, for one on a CPU
+    loops = last and type(last.states[-1].get("replay")).__name__ == "OneToken"
+    how = [getattr(model, "form", ""), "numba" if loops else ""]
+    return figure(speed, "tokens/s", ", ".join(filter(None, how)))
 
 
 # --- speculate

@@ -38,17 +38,14 @@ class Fastest:
     for_loops = True
 
     def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
-        for_loops = self.for_loops and avx2_alone() and bool(find_spec("numba"))
-        self.forms = forms(dtype, for_loops)
+        self.forms = forms(dtype, self.for_loops and avx2_alone() and bool(find_spec("numba")))
         self.chosen = next(iter(self.forms))
         weights = [w[: ENOUGH // w.size(1) + 1] for w in weights if w.numel() >= WORTH_IT]
-        if weights and len(self.forms) > 1 and not (for_loops and self.chosen == "half"):
+        if weights and len(self.forms) > 1:
             self.chosen = self.fastest(weights)
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         name = self.chosen if weight.numel() >= WORTH_IT else next(iter(self.forms))
-        if name == "half" and not in_half(weight):
-            name = next(other for other in self.forms if other != "half")
         return self.forms[name](weight, bias)
 
     def fastest(self, weights: list[Tensor]) -> str:
@@ -103,14 +100,14 @@ class OneOrSeveral(Fastest):
 
 
 def forms(dtype: torch.dtype, for_loops: bool = False) -> dict[str, Callable]:
-    """The candidates by name, that for small layers first; `for_loops` those whose weights
-    engine/one_token_cpu.py can read, of bfloat16 one, and what it is replaced by beyond float16."""
+    """The candidates by name, that for small layers first; `for_loops` such as keep their weights
+    in a layout that engine/one_token_cpu.py reads."""
     wide = torch.cpu.get_capabilities().get("avx512_f")
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in widths()}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
         if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines:
-            half = {"half": partial(HalfLinear, for_loops=for_loops)}
-            return half | streamed if for_loops else streamed | half
+            half = {"half": partial(half_or_not, for_loops=for_loops)}
+            return half if for_loops else streamed | half
         return streamed  # products would be emulated
     found = {"plain": PlainLinear}
     if not for_loops:
@@ -222,9 +219,11 @@ class HalfLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
 
 
-def in_half(weight: Tensor) -> bool:
-    """Whether float16 reaches as far as these weights: what is below 6e-8 becomes 0."""
-    return bool(weight.abs().max() <= torch.finfo(torch.float16).max)
+def half_or_not(weight: Tensor, bias: Tensor | None, for_loops: bool = False) -> nn.Module:
+    """A HalfLinear, if float16 reaches as far as these weights: what is below 6e-8 becomes 0."""
+    if weight.abs().max() > torch.finfo(torch.float16).max:
+        return StreamedLinear(weight, bias)
+    return HalfLinear(weight, bias, for_loops)
 
 
 class OneOrSeveralLinear(nn.Module):

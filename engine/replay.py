@@ -8,7 +8,8 @@ writes so much that these pay.
 import os
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,11 @@ PATIENCE = 16  # tokens without, on a CPU: recording takes as long as it saves i
 forked = False
 
 
+@cache
+def has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
 def note_fork() -> None:
     global forked
     forked = True
@@ -146,9 +152,7 @@ class RecordedCache(KVCache):
         longest, size = int(self.lengths.max()), self.k.size(3)
         if longest == size:
             raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
-        on_gpu, read = self.k.is_cuda, RecordedCache.read
-        much = RecordedCache.written >= WORTH_KERNELS if on_gpu else read >= WORTH_NUMBA
-        how = torch.get_num_threads(), much and not forked
+        how = torch.get_num_threads(), self.worth_joining()
         changed = self.inherited and self.structure != structure(forward.__self__)
         if self.recorded is not self.k or self.how != how or changed:  # or `take` had other rows
             self.how, self.inherited = how, False
@@ -165,11 +169,17 @@ class RecordedCache(KVCache):
                 self.record(forward, tokens)
                 self.logits = self.logits if self.replay else true
         self.lengths += 1
-        if on_gpu:
+        if self.k.is_cuda:
             RecordedCache.written += 1
             return self.logits
         RecordedCache.read += forward.__self__.config.parameters()
         return self.logits.clone()
+
+    def worth_joining(self) -> bool:
+        """Whether this process writes so much that to look for a faster step pays."""
+        if self.k.is_cuda:
+            return RecordedCache.written >= WORTH_KERNELS
+        return RecordedCache.read >= WORTH_NUMBA and has_numba() and not forked
 
     def clear(self) -> None:
         """For another text. Attention may span what is not filled, and 0 times inf is nan."""

@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """What all modules hold need not be looked through again and again. And numba comes where a
-    test asks for it, not after so many seconds of the others."""
+    test asks for it, not after so many tokens of the others."""
     from engine import replay
 
     replay.WORTH_NUMBA = math.inf

@@ -26,8 +26,6 @@ pytest.importorskip("numba")
 one_token_cpu = pytest.importorskip("engine.one_token_cpu")
 FASTER = one_token_cpu.faster
 ROOT = Path(__file__).parent.parent
-
-
 FIT = [shape for shape in SHAPES if shape != "canon"]
 
 
@@ -105,17 +103,6 @@ def test_blocks_of_two_widths_are_not_read_as_one():
         one_token_cpu.Weights(model)
 
 
-def test_a_forked_process_does_without(monkeypatch):
-    """GNU's OpenMP would end it."""
-    model = ready(make("gpt2"))
-    before = text(model, 1, 2, 3)
-    assert compiled(model)
-    monkeypatch.setattr(replay, "forked", False)  # and back
-    replay.note_fork()
-    assert text(model, 1, 2, 3) == before
-    assert not compiled(model)
-
-
 def test_what_is_not_finite_stays_so():
     model = ready(make("modern"))
     text(model, 1, 2, 3)
@@ -136,6 +123,7 @@ def test_it_takes_back_what_was_guessed(guess):
     wanted = [token for [token] in generate(plain, [1, 2, 1, 2, 1], 18, temperature=0)]
     found = speculate(model, [1, 2, 1, 2, 1], 18, guesser, temperature=0)
     assert [token for [token] in found] == wanted
+    assert compiled(model)
 
 
 @pytest.mark.parametrize("edit", ["attention", "block", "late"])
@@ -188,8 +176,8 @@ def test_it_comes_after_as_many_weights_as_it_takes_to_load(monkeypatch):
     assert replay.RecordedCache.read == 38 * model.config.parameters() and compiled(model)
 
 
-ALONE = """
-import torch
+BEGIN = """
+import os, torch
 from test_model import make
 from test_one_token_cpu import compiled, one_token_cpu, ready, replay, text
 
@@ -198,20 +186,40 @@ replay.PATIENCE = replay.WORTH_NUMBA = 0
 one_token_cpu.faster = lambda *_: True
 model, made, record = ready(make("gpt2")), [], replay.RecordedCache.record
 replay.RecordedCache.record = lambda *a: made.append(1) or record(*a)
-text(model, 1, 2, 3)
-print(compiled(model), len(made), torch.get_num_threads())
+before = text(model, 1, 2, 3)
 """
+
+
+def alone(end: str, number: int) -> subprocess.CompletedProcess:
+    """A process of its own that has written a text with so many threads, and goes on so."""
+    argv = [sys.executable, "-c", BEGIN.replace("NUMBER", str(number)) + end]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_torch_keeps_its_number_of_threads(number):
     """numba's OpenMP, which is torch's, sets it to all cores when it begins, once a process."""
-    argv = [sys.executable, "-c", ALONE.replace("NUMBER", str(number))]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        argv, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    done = alone("print(compiled(model), len(made), torch.get_num_threads())", number)
     assert done.stdout == f"True 1 {number}\n", done.stderr
+
+
+FORKS = """
+begun, child = compiled(model), os.fork()
+again = text(model, 1, 2, 3) == before
+print(begun, again, compiled(model), flush=True)
+if child:
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_does_without():
+    """GNU's OpenMP would end it."""
+    done = alone(FORKS, 1)
+    found = sorted(done.stdout.split("\n"))
+    assert found == ["", "0", "True True False", "True True True"], done.stderr
 
 
 def test_a_model_goes_when_nobody_has_it():
