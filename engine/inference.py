@@ -61,7 +61,8 @@ def ready(
             replace_linears(module, kind, model.wte.weight)
         model.form = getattr(kind, "chosen", "")
         model.choice = AllOrOne()
-    if on_cpu and rows == 1 and like.dtype == torch.bfloat16 and not fast_bfloat16():
+    narrow = bool(quantize) or not fast_bfloat16() or getattr(kind, "for_loops", False)
+    if on_cpu and rows == 1 and like.dtype == torch.bfloat16 and narrow:
         widen(model)
     return model
 
@@ -79,8 +80,9 @@ def matrices(model: GPT) -> list[Tensor]:
 
 
 def widen(model: GPT) -> None:
-    """Activations in float32, where to compute with bfloat16 costs more than to read it saves:
-    embeddings, and the matrices of layers that were replaced, stay as they are."""
+    """Activations in float32, where to compute with bfloat16 costs more than to read it saves, or
+    where layers compute in float32: embeddings, and the matrices of layers that were replaced, stay
+    as they are."""
     own = [(m, p) for m in model.modules() for p in m.parameters(recurse=False)]
     own = [(m, p) for m, p in own if type(m) is not fast.FastEmbedding]
     wide = all(p.dim() == 1 or isinstance(m, Canon) for m, p in own)  # no other matrix is left
@@ -153,25 +155,25 @@ class FastGPT(GPT):
 
     form = ""  # the name of that of its large layers, where some were tried
     choice = None  # what recorded steps know of threads
-    last = None  # what the last text on a CPU had, for the next
+    last = None  # what the last text had, for the next
     loops = None  # what engine/one_token_cpu.py has found about it
 
     def new_cache(self, batch: int = 1, size: int = 0, whole: bool = False) -> KVCache:
-        """As GPT's. For one text on a CPU it may have room for more, and the memory of an earlier
-        cache that nobody has any more: who wants to keep its tensors keeps the cache, too."""
+        """As GPT's. For one text it may have room for more, and the memory of an earlier cache
+        that nobody has any more: who wants to keep its tensors keeps the cache, too."""
         like = self.wte.weight
         dtype, on_cpu = like.dtype, like.device.type == "cpu"
         if on_cpu and isinstance(self.blocks[0].attn, fast.FastAttention):
             dtype = torch.float32  # attention is several times faster, its memory traffic small
         ours = not on_cpu or all(type(block.attn) is JoinedAttention for block in self.blocks)
         kind = RecordedCache if ours and replay.records(like.device, batch) else KVCache
-        if kind is KVCache or not on_cpu or whole or batch > 1:
+        if kind is KVCache or whole or batch > 1:
             return kind(self.config, batch, like.device, dtype, size, whole)
         last, size = vars(self).pop("last", None), size or self.config.block_size
-        cache = last and last.again(size, dtype)
+        cache = last and last.again(size, like, dtype)
         if not cache:
             longer = min(self.config.block_size, -(-size // LONGER) * LONGER)
-            cache = RecordedCache(self.config, 1, dtype=dtype, size=max(size, longer))
+            cache = RecordedCache(self.config, 1, like.device, dtype, max(size, longer))
         self.last = Last(cache)
         return cache
 

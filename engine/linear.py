@@ -31,14 +31,15 @@ class Fastest:
     """Makes of a matrix and a bias a layer for one row. All large ones have one form, `chosen`:
     that in which `weights`, of a block and of the head, are read fastest one after another.
 
-    Mixed, each would find its threads asleep; so they are tried in a chain, too. With AVX2 and
-    numba its loops are faster than any form: there only what they can read is tried.
+    Mixed, each would find its threads asleep; so they are tried in a chain, too. Where numba's
+    loops are to be had, they are faster than any form: there only what they can read is tried.
     """
 
-    for_loops = True
+    one = True
 
     def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
-        self.forms = forms(dtype, self.for_loops and avx2_alone() and bool(find_spec("numba")))
+        self.for_loops = self.one and have_loops()
+        self.forms = forms(dtype, self.for_loops)
         self.chosen = next(iter(self.forms))
         weights = [w[: ENOUGH // w.size(1) + 1] for w in weights if w.numel() >= WORTH_IT]
         if weights and len(self.forms) > 1:
@@ -82,13 +83,11 @@ class OneOrSeveral(Fastest):
     """As `Fastest`, with a second form beside the first where several rows are read faster so: then
     the weights take memory twice."""
 
-    for_loops = False  # most passes have several
+    one = False  # most passes have several
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         one = super().__call__(weight, bias)
-        dtype = weight.dtype if packable(weight.dtype) else torch.float32
-        if weight.dtype == torch.bfloat16 and not fast_bfloat16():
-            dtype = torch.float32  # products would be emulated
+        dtype = fast_product(weight.dtype) if packable(weight.dtype) else torch.float32
         if (
             isinstance(one, PackedLinear | HalfLinear)
             or weight.numel() < WORTH_IT
@@ -103,12 +102,14 @@ def forms(dtype: torch.dtype, for_loops: bool = False) -> dict[str, Callable]:
     """The candidates by name, that for small layers first; `for_loops` such as keep their weights
     in a layout that engine/one_token_cpu.py reads."""
     wide = torch.cpu.get_capabilities().get("avx512_f")
+    half = {"half": partial(half_or_not, for_loops=for_loops)}
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        half = {}
+    if for_loops and half and dtype == torch.bfloat16:
+        return half
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in widths()}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
-        if dtype == torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines:
-            half = {"half": partial(half_or_not, for_loops=for_loops)}
-            return half if for_loops else streamed | half
-        return streamed  # products would be emulated
+        return streamed | half if dtype == torch.bfloat16 else streamed  # products are emulated
     found = {"plain": PlainLinear}
     if not for_loops:
         found |= {"packed": PackedLinear} if packable(dtype) else {}
@@ -122,9 +123,21 @@ def widths() -> tuple[int, ...]:
     return (96,) if avx2_alone() else (256, 128)
 
 
+def have_loops() -> bool:
+    """Whether engine/one_token_cpu.py can be had, and is fast."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx2")) and find_spec("numba") is not None
+
+
 def avx2_alone() -> bool:
     able = torch.cpu.get_capabilities()
     return bool(able.get("avx2") and not able.get("avx512_f"))
+
+
+def fast_product(dtype: torch.dtype) -> torch.dtype:
+    """In which type weights of that type are multiplied with many rows: emulated, bfloat16 would
+    take minutes."""
+    return torch.float32 if dtype == torch.bfloat16 and not fast_bfloat16() else dtype
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -162,7 +175,7 @@ class StreamedLinear(nn.Module):
         super().__init__()
         self.outputs, self.inputs = weight.shape
         self.width, self.few = width or widths()[-1], FEW if quantize else 1
-        self.eight_bits = bool(quantize)
+        self.eight_bits, self.dtype = bool(quantize), fast_product(weight.dtype)
         self.blocks = -(-self.outputs // self.width)
         whole = F.pad(weight.detach(), (0, 0, 0, -self.outputs % self.width))
         rows = whole.view(self.blocks, self.width, self.inputs).mT.reshape(-1, self.width)
@@ -184,11 +197,8 @@ class StreamedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = x.numel() // self.inputs
         if n > self.few:
-            if x.dtype == torch.bfloat16 and not fast_bfloat16():  # emulated, it would take minutes
-                y = F.linear(x.float(), self.weight.float()).to(x.dtype)
-                return y if self.bias is None else y + self.bias
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return F.linear(x, self.weight.to(x.dtype), bias)
+            y = F.linear(x.to(self.dtype), self.weight.to(self.dtype)).to(x.dtype)
+            return y if self.bias is None else y + self.bias
         # a block for all rows of x before the next: it is in the cache from the second row on
         index = self.index.expand(-1, n, -1).reshape(-1)
         factors = x.reshape(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)
@@ -212,10 +222,14 @@ class HalfLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, for_loops: bool = False):
         super().__init__()
         self.matrix = weight.detach() if for_loops else None
+        self.fast = for_loops and fast_product(weight.dtype) == weight.dtype
         self.bias = None if bias is None else bias.detach().float()
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fast and x.numel() > self.matrix.size(1) * FEW:
+            y = F.linear(x.to(self.matrix.dtype), self.matrix).to(x.dtype)
+            return y if self.bias is None else y + self.bias
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
 
 

@@ -20,9 +20,10 @@ from time import perf_counter
 import numpy as np
 import torch
 import torch.nn.functional as F
+from llvmlite import ir
 from numba import get_num_threads, njit, prange, set_num_threads, types
 from numba.core.config import NUMBA_NUM_THREADS
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 from torch import Tensor, nn
 
 from cache import KVCache
@@ -53,6 +54,33 @@ def as_float32_by(w):
     return lambda w: f32(w)
 
 
+LINE, AHEAD = 64, 4096  # bytes that memory gives at once; how far ahead these are asked for
+
+
+@intrinsic
+def prefetch(typing, address):
+    """Asks memory for the line of bytes at an address, and does not wait for it."""
+
+    def code(context, builder, signature, given):
+        number, pointer = ir.IntType(32), ir.PointerType()
+        of = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer], of)
+        reading, near, data = (ir.Constant(number, n) for n in (0, 3, 1))
+        builder.call(ask, [builder.inttoptr(given[0], pointer), reading, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), code
+
+
+@njit(inline="always")
+def look_ahead(W, row):
+    """Asks for as much as row `row` of W has, from AHEAD behind it on: what a processor asks for
+    by itself ends with each page, and leaves memory idle between two."""
+    begin = W.ctypes.data + row * W.strides[0] + AHEAD
+    for address in range(begin, begin + W.strides[0], LINE):
+        prefetch(address)
+
+
 def multiply(W, scales, part, x, z):
     """The outputs of one part of W x, as many as z has."""
 
@@ -62,6 +90,7 @@ def multiply_by(W, scales, part, x, z):
     def rows(W, scales, part, x, z):  # (O, I)
         first = part * len(z)
         for o in range(first, min(first + len(z), len(W))):
+            look_ahead(W, o)
             s = f32(0)
             for i in range(len(x)):
                 s += as_float32(W[o, i]) * x[i]
@@ -73,6 +102,7 @@ def multiply_by(W, scales, part, x, z):
             scaled[i] = x[i] * scales[0, part, i]
             offset += x[i] * scales[1, part, i]
         for j in range(len(z)):
+            look_ahead(W[part], j)
             s = f32(0)
             for i in range(len(x)):
                 s += as_float32(W[part, j, i]) * scaled[i]

@@ -44,11 +44,14 @@ class Last(Aside):
     def __init__(self, cache: "RecordedCache"):
         self.cache, self.states = weakref.ref(cache), [vars(cache)]
 
-    def again(self, size: int, dtype: torch.dtype) -> "RecordedCache | None":
-        """An empty cache of that memory, for `size` tokens; None if it does not fit."""
+    def again(self, size: int, like: Tensor, dtype: torch.dtype) -> "RecordedCache | None":
+        """An empty cache of that memory, for `size` tokens where `like` is; None if it does not
+        fit."""
         state = self.states.pop() if self.states and self.cache() is None else None
         k = state and state["k"]
-        if k is None or k.dtype != dtype or k.size(1) > 1 or k.size(3) < size:
+        if k is None or k.size(1) > 1 or k.size(3) < size:
+            return None
+        if k.dtype != dtype or k.device != like.device:
             return None
         if k.is_inference() != torch.is_inference_mode_enabled():
             return None
@@ -105,6 +108,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=note_fork)
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """How far logits may be apart, as a share, if two ways compute the same."""
+    return 1e-3 if dtype == torch.float32 else 0.1
+
+
 class RecordedCache(KVCache):
     """A KV cache whose next token can be recorded once and replayed: on a GPU as a CUDA graph,
     since to start hundreds of kernels one by one takes longer than to run them; on a CPU, for one
@@ -117,7 +125,7 @@ class RecordedCache(KVCache):
 
     fixed = True
     recorded = None  # the buffers that the recording knows
-    structure = None  # that of the model then, on a CPU
+    structure = None  # that of the model then
     inherited = False  # whether the recording is of another text, and was not compared yet
     running = False  # whether a step is computed, or recorded, at this moment
     waited = 0  # tokens since a recording became possible
@@ -165,9 +173,12 @@ class RecordedCache(KVCache):
             self.logits = self.run(forward)
         if self.inherited:
             self.inherited, true = False, self.run(forward)
-            if (self.logits - true).norm() > 1e-3 * true.norm():  # more than rounding: was changed
+            if (self.logits - true).norm() > rounding(self.k.dtype) * true.norm():  # was changed
                 self.record(forward, tokens)
-                self.logits = self.logits if self.replay else true
+                if self.replay:
+                    self.replay()
+                else:
+                    self.logits = true
         self.lengths += 1
         if self.k.is_cuda:
             RecordedCache.written += 1
@@ -203,12 +214,12 @@ class RecordedCache(KVCache):
         self.columns = torch.arange(self.k.size(3), device=device)
         hooked = any(hooks(model))
         joins = self.how[1] and not hooked
+        self.structure = structure(model)
         if device.type == "cuda":
             self.capture((self.few_kernels(forward) if joins else None) or forward)
         elif hooked:  # which would not be called
             self.fit = False
         else:
-            self.structure = structure(model)
             changing = [self.tokens, self.place, self.k, self.v, self.past]
             step = partial(self.run, forward)
             try:
@@ -247,7 +258,8 @@ class RecordedCache(KVCache):
                 step = OneToken(model, self)
                 if agrees(model.config, self):
                     true, found = self.run(forward), self.run(step)
-                    return step if (found - true).norm() <= 0.1 * true.norm() else None
+                    near = (found - true).norm() <= rounding(self.k.dtype) * true.norm()
+                    return step if near else None
         except Exception:  # no Triton, a model or a shape that has no such kernels, no memory
             return None
 

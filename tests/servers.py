@@ -61,7 +61,7 @@ class Running:
     """A server in two threads of this process."""
 
     def __init__(self, run, keys=(), **settings):
-        settings = dict(device="cpu", threads="1") | settings
+        settings = dict(device="cpu", threads="1", dtype="float32") | settings
         s = serve.Settings(str(run), port=0, **settings)
         self.server = server.Server(s, *server.load(s), list(keys))
         listener = serve.bound(s)

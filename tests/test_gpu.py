@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import on_gpu
+from test_inference import CHANGES, recordings, text
 from test_model import SHAPES, make, tokens
 from test_train import rows, training, weights
 
@@ -114,6 +115,9 @@ def test_blocks_that_compute_again_take_less_memory_and_give_the_same_bits(train
 
 # --- generating
 
+recordings = recordings  # a fixture
+CPU_ALONE = {"other weights", "a decision"}  # the latter cannot be recorded, nor is it noticed
+
 
 def on(shape: str, recorded: bool, monkeypatch, dtype=torch.float32, rows: int = 1):
     monkeypatch.setattr(replay, "records", lambda device, batch=1: recorded)
@@ -137,6 +141,28 @@ def test_a_recorded_step_has_the_logits_of_the_book_on_a_cpu(shape, dtype, error
     assert cache.replay is not None
     if dtype == torch.float32 and shape in ("modern", "grouped", "gpt2", "llama", "qwen2"):
         assert type(cache.forward).__name__ == "OneToken"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["modern", "gpt2", "canon"])
+def test_a_step_serves_the_next_text(shape, dtype, monkeypatch, recordings):
+    model, prompts = on(shape, True, monkeypatch, dtype), ([1, 2, 3], [9], [7, 5, 8, 2])
+    alone = [text(on(shape, True, monkeypatch, dtype), *prompt) for prompt in prompts]
+    recordings.clear()
+    assert [text(model, *prompt) for prompt in prompts] == alone
+    assert len(recordings) == 1
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES.keys() - CPU_ALONE))
+def test_whoever_changes_a_model_between_two_texts_is_obeyed(change, monkeypatch):
+    models = [on("gpt2", True, monkeypatch) for _ in range(2)]
+    before = [text(m, 1, 2, 3) for m in models]
+    for m in models:
+        CHANGES[change](m, monkeypatch)
+    after = text(models[0], 1, 2, 3)
+    monkeypatch.setattr(RecordedCache, "ready", lambda self: False)
+    assert after == text(models[1], 1, 2, 3)
+    assert before[0] == before[1] != after
 
 
 @pytest.mark.parametrize("length, rows", [(1, 3), (3, 1), (40, 3)])

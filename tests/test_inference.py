@@ -1,6 +1,7 @@
 """A model made ready to generate computes what it did before."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,16 +111,41 @@ def test_all_large_layers_have_the_form_that_is_fastest_in_a_chain(two_threads, 
 
 
 @pytest.mark.parametrize("numba", [None, "a spec"])
-def test_with_numba_layers_have_a_form_that_its_loops_read(numba, monkeypatch):
+@pytest.mark.parametrize("able", [{}, {"avx2": True}, {"avx2": True, "avx512_f": True}])
+@pytest.mark.parametrize("emulated", [True, False])
+def test_with_numba_layers_have_a_form_that_its_loops_read(emulated, able, numba, monkeypatch):
     """On a processor where they are faster; not where most passes have several rows."""
     monkeypatch.setattr(linear, "find_spec", lambda name: numba)
-    for avx2 in (True, False):
-        monkeypatch.setattr(linear, "avx2_alone", lambda avx2=avx2: avx2)
-        for dtype in (torch.float32, torch.bfloat16):
-            every, found = {*forms(dtype)}, {*Fastest(dtype, []).forms}
-            readable = {"plain", "numpy", "half"}
-            assert found == (every & readable if numba and avx2 else every)
-            assert {*linear.OneOrSeveral(dtype, []).forms} == every
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(linear, "fast_bfloat16", lambda: not emulated)
+    for dtype in (torch.float32, torch.bfloat16):
+        every, found = {*forms(dtype)}, {*Fastest(dtype, []).forms}
+        if numba and "avx2" in able and dtype == torch.float32:
+            assert found == every & {"plain", "numpy"}
+        elif numba and "avx2" in able and "fbgemm" in torch.backends.quantized.supported_engines:
+            assert found == {"half"}
+        else:
+            assert found == every
+        assert {*linear.OneOrSeveral(dtype, []).forms} == every
+
+
+def test_many_rows_of_bfloat16_are_multiplied_as_such_where_that_is_fast(monkeypatch):
+    """Of layers whose one row has activations in float32, for loops or of eight bits."""
+    seen, product = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *a: seen.append(x.dtype) or product(x, *a))
+    kinds = dict(half=partial(HalfLinear, for_loops=True), int8=partial(StreamedLinear, quantize=1))
+    for fast_bfloat16 in (True, False):
+        monkeypatch.setattr(linear, "fast_bfloat16", lambda fast=fast_bfloat16: fast)
+        for name in kinds if "fbgemm" in torch.backends.quantized.supported_engines else ["int8"]:
+            plain = nn.Linear(32, 64).bfloat16()
+            layer, x = kinds[name](plain.weight, plain.bias), torch.randn(1, FEW + 1, 32)
+            seen.clear()
+            y = layer(x)
+            wide = [] if name == "half" else [torch.float32]
+            assert seen == ([torch.bfloat16] if fast_bfloat16 else wide)
+            expected = product(x, plain.weight.float(), plain.bias.float())
+            assert y.dtype == torch.float32 and (y - expected).norm() < 0.01 * expected.norm()
+            assert (layer(x[:, :1]) - expected[:, :1]).norm() < 0.01 * expected[:, :1].norm()
 
 
 @pytest.mark.parametrize("numba", [None, "a spec"])
@@ -181,7 +207,7 @@ def test_a_ready_model_writes_the_same_text(shape, rows, parts):
     model = make(shape)
     plain = list(generate(model, [1, 2, 3], 36, temperature=0, num_samples=rows))
     model = ready(model, rows=rows, parts=parts)
-    kind = next(iter(forms(torch.float32).values())) if rows == 1 else PlainLinear
+    kind = next(iter(Fastest(torch.float32, []).forms.values())) if rows == 1 else PlainLinear
     kind = PackedLinear if rows > 1 and packable(torch.float32) else kind
     kind = getattr(kind, "func", kind)
     if parts:
@@ -487,7 +513,9 @@ def late(forward, begin=8):
     """A forward that does something else from a position on; Python decides nothing in it."""
 
     def changed(x, rope, mask, cache):
-        at = torch.arange(cache.end - x.size(1), cache.end)[None] if cache.at is None else cache.at
+        at = cache.at
+        if at is None:
+            at = torch.arange(cache.end - x.size(1), cache.end, device=x.device)[None]
         return forward(x, rope, mask, cache) * torch.where(at > begin, -1.0, 1.0)[..., None]
 
     return changed
@@ -495,7 +523,8 @@ def late(forward, begin=8):
 
 def window(self, q, k, v, mask, cache):
     """Attention to the last two positions."""
-    where, now = torch.arange(cache.end), torch.arange(cache.end - q.size(2), cache.end)
+    where = torch.arange(cache.end, device=q.device)
+    now = where[-q.size(2) :]
     now = now[:, None] if mask is None else mask.sum(dim=-1, keepdim=True) - 1
     mask = ((where > now - 2) & (where <= now)).view(1, 1, q.size(2), -1)
     return fast.FastAttention.attend(self, q, k, v, mask, cache)

@@ -120,17 +120,16 @@ def test_generating_takes_the_faster_number_type(monkeypatch, able, rows, size, 
 def test_a_prompt_is_not_read_in_emulated_bfloat16(monkeypatch):
     from engine import linear as layers
 
-    layer = layers.StreamedLinear(
-        torch.randn(8, 4).bfloat16(), torch.randn(8).bfloat16(), quantize=""
-    )
+    given = torch.randn(8, 4).bfloat16(), torch.randn(8).bfloat16()
     x = torch.randn(3, 4).bfloat16()
-    expected = layer(x)
+    expected = layers.StreamedLinear(*given)(x)
     seen = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(
         "torch.nn.functional.linear", lambda x, *a: seen.append(x.dtype) or linear(x, *a)
     )
     monkeypatch.setattr(layers, "fast_bfloat16", lambda: False)
+    layer = layers.StreamedLinear(*given)
     assert torch.allclose(layer(x).float(), expected.float(), atol=0.05)
     assert seen == [torch.float32]
 

@@ -17,7 +17,6 @@ from torch import nn
 from engine import blas, replay
 from engine.inference import ready
 from engine.linear import PackedLinear, StreamedLinear, packable
-from engine.machine import fast_bfloat16
 from generate import generate
 from model import Attention, Block
 from speculate import Draft, lookup, speculate
@@ -63,8 +62,6 @@ def logits(model, cache) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_it_reads_what_layers_read(shape, kind):
     """Of bfloat16 or eight bits."""
-    if kind == "bfloat16" and fast_bfloat16():
-        pytest.skip("layers have another form here")
     dtype, quantize = (torch.bfloat16, "") if kind == "bfloat16" else (torch.float32, kind)
     model, plain = (ready(make(shape).to(dtype), quantize) for _ in range(2))
     errors = []
@@ -123,7 +120,7 @@ def test_it_takes_back_what_was_guessed(guess):
     wanted = [token for [token] in generate(plain, [1, 2, 1, 2, 1], 18, temperature=0)]
     found = speculate(model, [1, 2, 1, 2, 1], 18, guesser, temperature=0)
     assert [token for [token] in found] == wanted
-    assert compiled(model)
+    assert compiled(model) or isinstance(model.head.layer, StreamedLinear)  # nothing loops read
 
 
 @pytest.mark.parametrize("edit", ["attention", "block", "late"])
