@@ -70,9 +70,8 @@ def running_sums(
         probabilities, order = likeliest_first(probabilities, top_p)  # (B, n) both
         ids = order if ids is None else ids.gather(-1, order)
 
-    # their sums, in float64 since there may be 200,000 small ones, and on the CPU, since not every
-    # device has that type
-    cumulative = probabilities.cpu().double().cumsum(dim=-1)
+    # their sums
+    cumulative = exact(probabilities).cumsum(dim=-1)
     if top_p < 1:
         most = cumulative.size(-1) - 1
         last = (cumulative < top_p).sum(dim=-1, keepdim=True).clamp(max=most)
@@ -82,7 +81,9 @@ def running_sums(
 
 def likeliest_first(probabilities: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Of probabilities (B, V) the n largest of each row in falling order, and their ids, (B, n)
-    both: so many that they have together that share, in each row."""
+    both: so many, or more, that they have together that share, in each row."""
+    if probabilities.is_cuda:  # which sorts all in less time than it finds so many
+        return probabilities.sort(descending=True)
     n, V = FIRST, probabilities.size(-1)
     while True:
         some, ids = probabilities.topk(min(n, V))
@@ -91,10 +92,19 @@ def likeliest_first(probabilities: Tensor, share: float) -> tuple[Tensor, Tensor
         n *= 8  # rarely: the model is that unsure
 
 
+def exact(p: Tensor) -> Tensor:
+    """As float64, since there may be 200,000 small ones to be added. On the CPU where the device
+    has no such type (Apple's), where a few are added sooner, and where sums must be the same each
+    time, in whose order a GPU is free."""
+    there = p.is_cuda and p.size(-1) > FIRST and not torch.are_deterministic_algorithms_enabled()
+    return (p if there else p.cpu()).double()
+
+
 def invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
     """Where the numbers uniform (B,), of the whole, fall among cumulative sums (B, k): (B, 1)."""
     whole = cumulative[:, -1:]  # 1, but for rounding and top-p
-    return torch.searchsorted(cumulative, uniform[:, None] * whole, right=True)
+    sought = uniform[:, None].to(whole.device) * whole
+    return torch.searchsorted(cumulative, sought, right=True)
 
 
 def probabilities(
@@ -107,7 +117,7 @@ def probabilities(
         return F.one_hot(likeliest, logits.size(-1)).cpu().double()
     cumulative, ids = running_sums(logits, temperature, top_k, top_p)
     p = cumulative.diff(dim=-1, prepend=cumulative.new_zeros(len(cumulative), 1))
-    p = p / cumulative[:, -1:]
+    p = (p / cumulative[:, -1:]).cpu()
     return p if ids is None else p.new_zeros(logits.shape).scatter(-1, ids.cpu(), p)
 
 

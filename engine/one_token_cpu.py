@@ -62,7 +62,7 @@ def prefetch(typing, address):
     """Asks memory for the line of bytes at an address, and does not wait for it."""
 
     def code(context, builder, signature, given):
-        number, pointer = ir.IntType(32), ir.PointerType()
+        number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
         of = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
         ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer], of)
         reading, near, data = (ir.Constant(number, n) for n in (0, 3, 1))

@@ -19,6 +19,8 @@ from engine.inference import ready
 from engine.machine import pick, pick_device
 from engine.replay import RecordedCache
 from generate import answers, beam, generate
+from pick import pick as pick_token
+from pick import probabilities
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +143,27 @@ def test_a_recorded_step_has_the_logits_of_the_book_on_a_cpu(shape, dtype, error
     assert cache.replay is not None
     if dtype == torch.float32 and shape in ("modern", "grouped", "gpt2", "llama", "qwen2"):
         assert type(cache.forward).__name__ == "OneToken"
+
+
+WAYS = [{}, dict(top_k=50), dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(temperature=0)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("size", [300, 50257])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_gpu_picks_what_a_cpu_picks(way, size, deterministic):
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(40, size, generator=g)
+    uniform = torch.rand(40, generator=g, dtype=torch.float64)
+    wanted, p = pick_token(logits, uniform, **way), probabilities(logits, **way)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = pick_token(logits.to(CUDA), uniform, **way)
+        assert found.device == CUDA and (found.cpu() == wanted).float().mean() > 0.9
+        torch.testing.assert_close(probabilities(logits.to(CUDA), **way), p, atol=1e-5, rtol=1e-4)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
