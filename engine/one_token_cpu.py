@@ -20,10 +20,9 @@ from time import perf_counter
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llvmlite import ir
 from numba import get_num_threads, njit, prange, set_num_threads, types
 from numba.core.config import NUMBA_NUM_THREADS
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from torch import Tensor, nn
 
 from cache import KVCache
@@ -54,31 +53,32 @@ def as_float32_by(w):
     return lambda w: f32(w)
 
 
-LINE, AHEAD = 64, 4096  # bytes that memory gives at once; how far ahead these are asked for
-
-
-@intrinsic
-def prefetch(typing, address):
-    """Asks memory for the line of bytes at an address, and does not wait for it."""
-
-    def code(context, builder, signature, given):
-        number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        of = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer], of)
-        reading, near, data = (ir.Constant(number, n) for n in (0, 3, 1))
-        builder.call(ask, [builder.inttoptr(given[0], pointer), reading, near, data])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), code
+STREAMS = 8  # rows of a matrix that are read side by side
 
 
 @njit(inline="always")
-def look_ahead(W, row):
-    """Asks for as much as row `row` of W has, from AHEAD behind it on: what a processor asks for
-    by itself ends with each page, and leaves memory idle between two."""
-    begin = W.ctypes.data + row * W.strides[0] + AHEAD
-    for address in range(begin, begin + W.strides[0], LINE):
-        prefetch(address)
+def sums(W, x, z):
+    """W x into z, by eight rows at once that stand far from each other: a processor asks memory for
+    more of each that it sees read in order, and of one alone it does not ask for enough."""
+    n = len(z) // STREAMS
+    for o in range(n):
+        z0 = z1 = z2 = z3 = z4 = z5 = z6 = z7 = f32(0)
+        for i in range(len(x)):
+            z0 += as_float32(W[o, i]) * x[i]
+            z1 += as_float32(W[o + n, i]) * x[i]
+            z2 += as_float32(W[o + 2 * n, i]) * x[i]
+            z3 += as_float32(W[o + 3 * n, i]) * x[i]
+            z4 += as_float32(W[o + 4 * n, i]) * x[i]
+            z5 += as_float32(W[o + 5 * n, i]) * x[i]
+            z6 += as_float32(W[o + 6 * n, i]) * x[i]
+            z7 += as_float32(W[o + 7 * n, i]) * x[i]
+        z[o], z[o + n], z[o + 2 * n], z[o + 3 * n] = z0, z1, z2, z3
+        z[o + 4 * n], z[o + 5 * n], z[o + 6 * n], z[o + 7 * n] = z4, z5, z6, z7
+    for o in range(STREAMS * n, len(z)):
+        s = f32(0)
+        for i in range(len(x)):
+            s += as_float32(W[o, i]) * x[i]
+        z[o] = s
 
 
 def multiply(W, scales, part, x, z):
@@ -88,25 +88,17 @@ def multiply(W, scales, part, x, z):
 @overload(multiply, jit_options=dict(fastmath=MATH, error_model="numpy"))
 def multiply_by(W, scales, part, x, z):
     def rows(W, scales, part, x, z):  # (O, I)
-        first = part * len(z)
-        for o in range(first, min(first + len(z), len(W))):
-            look_ahead(W, o)
-            s = f32(0)
-            for i in range(len(x)):
-                s += as_float32(W[o, i]) * x[i]
-            z[o - first] = s
+        some = W[part * len(z) : (part + 1) * len(z)]  # of the last part maybe fewer
+        sums(some, x, z[: len(some)])
 
     def eight_bits(W, scales, part, x, z):  # (parts, width, I)
         scaled, offset = np.empty(len(x), f32), f32(0)
         for i in range(len(x)):
             scaled[i] = x[i] * scales[0, part, i]
             offset += x[i] * scales[1, part, i]
+        sums(W[part], scaled, z)
         for j in range(len(z)):
-            look_ahead(W[part], j)
-            s = f32(0)
-            for i in range(len(x)):
-                s += as_float32(W[part, j, i]) * scaled[i]
-            z[j] = s + offset
+            z[j] += offset
 
     return rows if W.ndim == 2 else eight_bits
 
