@@ -101,7 +101,6 @@ class OneOrSeveral(Fastest):
 def forms(dtype: torch.dtype, for_loops: bool = False) -> dict[str, Callable]:
     """The candidates by name, that for small layers first; `for_loops` such as keep their weights
     in a layout that engine/one_token_cpu.py reads."""
-    wide = torch.cpu.get_capabilities().get("avx512_f")
     half = {"half": partial(half_or_not, for_loops=for_loops)}
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         half = {}
@@ -112,8 +111,7 @@ def forms(dtype: torch.dtype, for_loops: bool = False) -> dict[str, Callable]:
         return streamed | half if dtype == torch.bfloat16 else streamed  # products are emulated
     found = {"plain": PlainLinear}
     if not for_loops:
-        found |= {"packed": PackedLinear} if packable(dtype) else {}
-        found = streamed | found if wide else found | streamed  # small layers take the first
+        found |= ({"packed": PackedLinear} if packable(dtype) else {}) | streamed
     return found | ({"numpy": NumpyLinear} if dtype == torch.float32 and openblas() else {})
 
 

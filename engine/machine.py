@@ -23,7 +23,7 @@ AVAILABLE = torch.get_num_threads()  # torch knows affinity, physical cores and 
 BUCKET = 25_000_000  # bytes of gradients in one message, as measured in arXiv:2006.15704
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
 PR_SET_PDEATHSIG = 1  # of prctl, from linux/prctl.h
-LARGE = 100_000_000  # parameters from which one row is faster in bfloat16 with AVX2: docs/speed.md
+LARGE = 100_000_000  # parameters from which one row is faster in bfloat16: docs/speed.md
 
 
 @dataclass
@@ -148,12 +148,13 @@ def fast_dtype(device: torch.device, rows: int, size: int) -> tuple[str, str]:
         return ("bfloat16", "fast on this GPU") if fast else ("float16", "for want of bfloat16")
     if device.type == "mps":
         return "float32", "the safe choice there"
-    if fast_bfloat16():
-        return "bfloat16", "fast here"
-    if rows == 1 and size >= LARGE and torch.cpu.get_capabilities().get("avx2"):
+    fast = fast_bfloat16()
+    if rows == 1 and size >= LARGE and (fast or torch.cpu.get_capabilities().get("avx2")):
         # one row waits for the weights to come from memory. Half the bytes come sooner, even where
         # they must be widened before the product; of a smaller model, which waits less, later
         return "bfloat16", "half the bytes to read"
+    if fast:
+        return ("float32", "fast for a text") if rows == 1 else ("bfloat16", "fast here")
     return "float32", "bfloat16 is slow here"  # up to forty times slower, being emulated
 
 

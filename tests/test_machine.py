@@ -103,7 +103,10 @@ def test_the_machine_line_fits_100_columns(gpus, monkeypatch):
 @pytest.mark.parametrize(
     "able, rows, size, dtype",
     [
-        (dict(avx2=True, avx512_bf16=True), 1, 10**6, torch.bfloat16),
+        (dict(avx2=True, avx512_bf16=True), 1, 10**9, torch.bfloat16),
+        (dict(avx512_bf16=True), 1, 10**9, torch.bfloat16),
+        (dict(avx2=True, avx512_bf16=True), 1, 10**6, torch.float32),
+        (dict(avx2=True, avx512_bf16=True), 0, 0, torch.bfloat16),
         (dict(avx2=True, avx512_bf16=True), 8, 10**6, torch.bfloat16),
         (dict(avx2=True), 1, 10**9, torch.bfloat16),  # reads half as much, and widens as it reads
         (dict(avx2=True), 1, 10**6, torch.float32),  # widening takes longer than reading
