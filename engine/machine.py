@@ -154,7 +154,7 @@ def fast_dtype(device: torch.device, rows: int, size: int) -> tuple[str, str]:
         # they must be widened before the product; of a smaller model, which waits less, later
         return "bfloat16", "half the bytes to read"
     if fast:
-        return ("float32", "fast for a text") if rows == 1 else ("bfloat16", "fast here")
+        return ("float32", "faster for one text") if rows == 1 else ("bfloat16", "fast here")
     return "float32", "bfloat16 is slow here"  # up to forty times slower, being emulated
 
 
