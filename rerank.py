@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     prompts = [ids[: s.given] for ids in human for _ in range(s.samples)]
 
     # 2. what the writer makes of the beginnings; samples that end early are none
-    here = machine.pick(s.device, s.dtype, "false", rows=s.slots)
+    here = machine.pick(s.device, s.dtype, "false", s.slots, model.config.parameters())
     model = exam.ready(model, here, s)
     drawn = defaultdict(list)
     options = dict(slots=s.slots, seed=s.seed, temperature=s.temperature)

@@ -86,6 +86,7 @@ def widen(model: GPT) -> None:
     own = [(m, p) for m in model.modules() for p in m.parameters(recurse=False)]
     own = [(m, p) for m, p in own if type(m) is not fast.FastEmbedding]
     wide = all(p.dim() == 1 or isinstance(m, Canon) for m, p in own)  # no other matrix is left
+    wide &= type(model.head) is ReadyHead  # the book's may read the embedding
     if not wide or not isinstance(model.blocks[0].attn, fast.FastAttention):
         return
     for _, p in own:
@@ -167,9 +168,10 @@ class FastGPT(GPT):
             dtype = torch.float32  # attention is several times faster, its memory traffic small
         ours = not on_cpu or all(type(block.attn) is JoinedAttention for block in self.blocks)
         kind = RecordedCache if ours and replay.records(like.device, batch) else KVCache
+        last = vars(self).pop("last", None)
         if kind is KVCache or whole or batch > 1:
             return kind(self.config, batch, like.device, dtype, size, whole)
-        last, size = vars(self).pop("last", None), size or self.config.block_size
+        size = size or self.config.block_size
         cache = last and last.again(size, like, dtype)
         if not cache:
             longer = min(self.config.block_size, -(-size // LONGER) * LONGER)

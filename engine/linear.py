@@ -32,13 +32,14 @@ class Fastest:
     that in which `weights`, of a block and of the head, are read fastest one after another.
 
     Mixed, each would find its threads asleep; so they are tried in a chain, too. Where numba's
-    loops are to be had, they are faster than any form: there only what they can read is tried.
+    loops are to be had, they are faster than any form: there only what they can read is tried, and
+    weights of bfloat16 take memory twice.
     """
 
     one = True
 
     def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
-        self.for_loops = self.one and have_loops()
+        self.for_loops = self.one and have_loops(dtype)
         self.forms = forms(dtype, self.for_loops)
         self.chosen = next(iter(self.forms))
         weights = [w[: ENOUGH // w.size(1) + 1] for w in weights if w.numel() >= WORTH_IT]
@@ -101,10 +102,8 @@ class OneOrSeveral(Fastest):
 def forms(dtype: torch.dtype, for_loops: bool = False) -> dict[str, Callable]:
     """The candidates by name, that for small layers first; `for_loops` such as keep their weights
     in a layout that engine/one_token_cpu.py reads."""
-    half = {"half": partial(half_or_not, for_loops=for_loops)}
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        half = {}
-    if for_loops and half and dtype == torch.bfloat16:
+    half = {"half": partial(half_or_not, for_loops=for_loops)} if have_fbgemm() else {}
+    if for_loops and dtype == torch.bfloat16:
         return half
     streamed = {f"blocks of {n}": partial(StreamedLinear, width=n) for n in widths()}
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and fast_bfloat16()):
@@ -121,10 +120,16 @@ def widths() -> tuple[int, ...]:
     return (96,) if avx2_alone() else (256, 128)
 
 
-def have_loops() -> bool:
-    """Whether engine/one_token_cpu.py can be had, and is fast."""
+def have_loops(dtype: torch.dtype) -> bool:
+    """Whether engine/one_token_cpu.py can be had, is fast, and reads a form of weights of that
+    type."""
     able = torch.cpu.get_capabilities()
-    return bool(able.get("avx2")) and find_spec("numba") is not None
+    readable = dtype == torch.float32 or (dtype == torch.bfloat16 and have_fbgemm())
+    return bool(able.get("avx2")) and readable and find_spec("numba") is not None
+
+
+def have_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def avx2_alone() -> bool:
@@ -195,8 +200,8 @@ class StreamedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = x.numel() // self.inputs
         if n > self.few:
-            y = F.linear(x.to(self.dtype), self.weight.to(self.dtype)).to(x.dtype)
-            return y if self.bias is None else y + self.bias
+            y = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
         # a block for all rows of x before the next: it is in the cache from the second row on
         index = self.index.expand(-1, n, -1).reshape(-1)
         factors = x.reshape(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)
@@ -208,14 +213,15 @@ class StreamedLinear(nn.Module):
             factors = factors.to(self.rows.dtype)
             y = torch.embedding_bag(self.rows, index, begins, False, 0, False, factors)[0]
         y = y.view(self.blocks, n, self.width).transpose(0, 1).reshape(n, -1)[:, : self.outputs]
-        y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
-        return y if self.bias is None else y + self.bias
+        y = y.view(*x.shape[:-1], self.outputs)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 class HalfLinear(nn.Module):
     """x W^T + b with W in float16, which has more digits than bfloat16 has and fewer exponents, by
     FBGEMM: it widens them to float32 in an instruction that every processor with AVX2 has. Its
-    layout is its own: `for_loops` the weights are kept as they are, too."""
+    layout is its own: `for_loops` the weights are kept as they are, too, and then many rows are
+    multiplied with these where bfloat16 is fast."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, for_loops: bool = False):
         super().__init__()
@@ -226,8 +232,8 @@ class HalfLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fast and x.numel() > self.matrix.size(1) * FEW:
-            y = F.linear(x.to(self.matrix.dtype), self.matrix).to(x.dtype)
-            return y if self.bias is None else y + self.bias
+            y = F.linear(x.to(self.matrix.dtype), self.matrix)
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
 
 

@@ -108,24 +108,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=note_fork)
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """How far logits may be apart, as a share, if two ways compute the same."""
-    return 1e-3 if dtype == torch.float32 else 0.1
-
-
 class RecordedCache(KVCache):
     """A KV cache whose next token can be recorded once and replayed: on a GPU as a CUDA graph,
     since to start hundreds of kernels one by one takes longer than to run them; on a CPU, for one
     text, as a list of operations (engine/recording.py).
 
     Shapes and addresses are fixed: attention spans the whole cache, unless it is one operation that
-    knows better, and where each row stands is a tensor on the device, `place`. On a GPU a result is
-    valid until the next call.
+    knows better, and where each row stands is a tensor on the device, `place`.
     """
 
     fixed = True
     recorded = None  # the buffers that the recording knows
     structure = None  # that of the model then
+    kernels = None  # on a GPU, those of engine/one_token.py, whose memory the recording knows
     inherited = False  # whether the recording is of another text, and was not compared yet
     running = False  # whether a step is computed, or recorded, at this moment
     waited = 0  # tokens since a recording became possible
@@ -173,7 +168,7 @@ class RecordedCache(KVCache):
             self.logits = self.run(forward)
         if self.inherited:
             self.inherited, true = False, self.run(forward)
-            if (self.logits - true).norm() > rounding(self.k.dtype) * true.norm():  # was changed
+            if (self.logits - true).norm() > self.rounding() * true.norm():  # was changed
                 self.record(forward, tokens)
                 if self.replay:
                     self.replay()
@@ -182,9 +177,16 @@ class RecordedCache(KVCache):
         self.lengths += 1
         if self.k.is_cuda:
             RecordedCache.written += 1
-            return self.logits
-        RecordedCache.read += forward.__self__.config.parameters()
+        else:
+            RecordedCache.read += forward.__self__.config.parameters()
         return self.logits.clone()
+
+    def rounding(self) -> float:
+        """How far logits may be apart, as a share, if model and recording compute the same; kernels
+        round numbers of 16 bits elsewhere."""
+        if self.k.dtype == torch.float32:
+            return 1e-3
+        return 0.1 if self.kernels else 0.01
 
     def worth_joining(self) -> bool:
         """Whether this process writes so much that to look for a faster step pays."""
@@ -216,7 +218,10 @@ class RecordedCache(KVCache):
         joins = self.how[1] and not hooked
         self.structure = structure(model)
         if device.type == "cuda":
-            self.capture((self.few_kernels(forward) if joins else None) or forward)
+            self.kernels = self.few_kernels(forward) if joins else None
+            self.capture(self.kernels or forward)
+            if self.kernels:
+                self.kernels.model = None  # which may hold this memory for its next text
         elif hooked:  # which would not be called
             self.fit = False
         else:
@@ -232,7 +237,6 @@ class RecordedCache(KVCache):
 
     def capture(self, forward) -> None:
         """A CUDA graph of a step."""
-        self.forward = forward  # holds the memory that the graph knows
         with torch.cuda.device(self.k.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -258,8 +262,7 @@ class RecordedCache(KVCache):
                 step = OneToken(model, self)
                 if agrees(model.config, self):
                     true, found = self.run(forward), self.run(step)
-                    near = (found - true).norm() <= rounding(self.k.dtype) * true.norm()
-                    return step if near else None
+                    return step if (found - true).norm() <= 0.1 * true.norm() else None
         except Exception:  # no Triton, a model or a shape that has no such kernels, no memory
             return None
 

@@ -80,7 +80,7 @@ class Server:
         self.s, self.folder = s, folder
         self.words = WordFilter(s.filter) if s.filter else None
         c, name = model.config, s.name or Path(s.run).resolve().name
-        here = machine.pick(s.device, s.dtype, "false", rows=s.slots)
+        here = machine.pick(s.device, s.dtype, "false", rows=s.slots, size=c.parameters())
         model = model.eval().to(here.device, here.dtype)
         machine.use_threads(s.threads, here, model, s.slots)
         size = f"{model.num_parameters():,} parameters, {s.slots} slots of {c.block_size} tokens"

@@ -3,8 +3,11 @@
 `pytest --device=cuda` runs it, and all other tests there as well.
 """
 
+import gc
 import hashlib
 import json
+import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -142,7 +145,7 @@ def test_a_recorded_step_has_the_logits_of_the_book_on_a_cpu(shape, dtype, error
             assert (step - expected).norm() < error * expected.norm()
     assert cache.replay is not None
     if dtype == torch.float32 and shape in ("modern", "grouped", "gpt2", "llama", "qwen2"):
-        assert type(cache.forward).__name__ == "OneToken"
+        assert type(cache.kernels).__name__ == "OneToken"
 
 
 WAYS = [{}, dict(top_k=50), dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(temperature=0)]
@@ -174,6 +177,28 @@ def test_a_step_serves_the_next_text(shape, dtype, monkeypatch, recordings):
     recordings.clear()
     assert [text(model, *prompt) for prompt in prompts] == alone
     assert len(recordings) == 1
+
+
+def test_what_a_step_gave_stays_and_a_model_goes_when_nobody_has_it(monkeypatch):
+    for kernels in (math.inf, 0):
+        model, given = on("gpt2", True, monkeypatch), []
+        monkeypatch.setattr(replay, "WORTH_KERNELS", kernels)
+        with torch.inference_mode():
+            for prompt in ([1, 2], [3, 4], [5, 6]):
+                cache = model.new_cache(size=9)
+                model(torch.tensor([prompt], device=CUDA), cache=cache)
+                given.append(model(torch.tensor([[7]], device=CUDA), cache=cache))
+                del cache
+        for prompt, found in zip(([1, 2, 7], [3, 4, 7], [5, 6, 7]), given, strict=True):
+            wanted = make("gpt2")(torch.tensor([prompt]))[:, -1:]
+            torch.testing.assert_close(found.cpu(), wanted, atol=1e-4, rtol=1e-3)
+        gone = weakref.ref(model)
+        gc.disable()
+        try:
+            del model
+            assert gone() is None
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("change", sorted(CHANGES.keys() - CPU_ALONE))

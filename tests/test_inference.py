@@ -27,7 +27,7 @@ from engine.linear import (
 from engine.recording import record
 from engine.replay import RecordedCache
 from generate import answers, beam, generate
-from model import MLP, Attention
+from model import MLP, Attention, Head
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_with_numba_layers_have_a_form_that_its_loops_read(emulated, able, numba
         every, found = {*forms(dtype)}, {*Fastest(dtype, []).forms}
         if numba and "avx2" in able and dtype == torch.float32:
             assert found == every & {"plain", "numpy"}
-        elif numba and "avx2" in able and "fbgemm" in torch.backends.quantized.supported_engines:
+        elif numba and "avx2" in able and linear.have_fbgemm():
             assert found == {"half"}
         else:
             assert found == every
@@ -136,7 +136,7 @@ def test_many_rows_of_bfloat16_are_multiplied_as_such_where_that_is_fast(monkeyp
     kinds = dict(half=partial(HalfLinear, for_loops=True), int8=partial(StreamedLinear, quantize=1))
     for fast_bfloat16 in (True, False):
         monkeypatch.setattr(linear, "fast_bfloat16", lambda fast=fast_bfloat16: fast)
-        for name in kinds if "fbgemm" in torch.backends.quantized.supported_engines else ["int8"]:
+        for name in kinds if linear.have_fbgemm() else ["int8"]:
             plain = nn.Linear(32, 64).bfloat16()
             layer, x = kinds[name](plain.weight, plain.bias), torch.randn(1, FEW + 1, 32)
             seen.clear()
@@ -146,6 +146,7 @@ def test_many_rows_of_bfloat16_are_multiplied_as_such_where_that_is_fast(monkeyp
             expected = product(x, plain.weight.float(), plain.bias.float())
             assert y.dtype == torch.float32 and (y - expected).norm() < 0.01 * expected.norm()
             assert (layer(x[:, :1]) - expected[:, :1]).norm() < 0.01 * expected[:, :1].norm()
+            assert layer(x.bfloat16()).dtype == layer(x[:, :1].bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("numba", [None, "a spec"])
@@ -230,6 +231,24 @@ def test_a_ready_model_obeys_an_edited_book(monkeypatch):
     assert not any(isinstance(m, fast.FastAttention) for m in model.modules())
     assert not isinstance(model.blocks[0].attn.wq, nn.Linear)
     assert list(generate(model, [1, 2, 3], 20, temperature=0)) == plain
+
+
+@pytest.mark.parametrize("quantize", ["", "int8"])
+@pytest.mark.parametrize("emulated", [True, False])
+@pytest.mark.parametrize("edited", [Attention, Head])
+@pytest.mark.parametrize("shape", ["gpt2", "qwen3", "modern"])
+def test_an_edited_book_is_obeyed_in_bfloat16(shape, edited, emulated, quantize, monkeypatch):
+    """With prompts of few tokens and of many."""
+    forward = edited.forward
+    monkeypatch.setattr(edited, "forward", lambda self, *more: forward(self, *more) / 2)
+    for module in (inference, linear):
+        monkeypatch.setattr(module, "fast_bfloat16", lambda: not emulated)
+    plain, model = make(shape).bfloat16().float(), ready(make(shape).bfloat16(), quantize)
+    for length in (3, FEW + 4):
+        x = tokens(1, length)
+        expected = plain(x)
+        assert (model(x).float() - expected).norm() < 0.05 * expected.norm()
+        assert len(text(model, *x[0].tolist())) == 20
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -538,7 +557,9 @@ CHANGES = {
         m.wte.weight, "data", m.wte.weight.data.roll(1, 0)
     ),
     "a setting": lambda m, patch: setattr(m.blocks[0].attn_norm, "eps", 3.0),
-    "a hook": lambda m, patch: m.blocks[0].mlp.register_forward_hook(lambda *_: torch.ones(32)),
+    "a hook": lambda m, patch: m.blocks[0].mlp.register_forward_hook(
+        lambda _, x, y: torch.ones_like(y)
+    ),
     "a hook of all": lambda m, patch: patch.setitem(
         nn.modules.module._global_forward_hooks,
         -1,

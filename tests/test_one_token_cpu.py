@@ -16,7 +16,7 @@ from torch import nn
 
 from engine import blas, replay
 from engine.inference import ready
-from engine.linear import PackedLinear, StreamedLinear, packable
+from engine.linear import Fastest, PackedLinear, StreamedLinear, packable
 from generate import generate
 from model import Attention, Block
 from speculate import Draft, lookup, speculate
@@ -62,6 +62,8 @@ def logits(model, cache) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_it_reads_what_layers_read(shape, kind):
     """Of bfloat16 or eight bits."""
+    if kind == "bfloat16" and "half" not in Fastest(torch.bfloat16, []).forms:
+        pytest.skip("no form of bfloat16 here that loops read")
     dtype, quantize = (torch.bfloat16, "") if kind == "bfloat16" else (torch.float32, kind)
     model, plain = (ready(make(shape).to(dtype), quantize) for _ in range(2))
     errors = []
@@ -120,7 +122,7 @@ def test_it_takes_back_what_was_guessed(guess):
     wanted = [token for [token] in generate(plain, [1, 2, 1, 2, 1], 18, temperature=0)]
     found = speculate(model, [1, 2, 1, 2, 1], 18, guesser, temperature=0)
     assert [token for [token] in found] == wanted
-    assert compiled(model) or isinstance(model.head.layer, StreamedLinear)  # nothing loops read
+    assert compiled(model)
 
 
 @pytest.mark.parametrize("edit", ["attention", "block", "late"])
