@@ -66,7 +66,8 @@ def load(s) -> tuple:
     machine.use_threads(s.threads, here, model, rows)
     model = inference.ready(model, s.quantize, rows, parts=s.fast, several=bool(s.speculate))
     if draft:
-        draft = inference.ready(draft.eval().to(here.device, here.dtype), parts=s.fast)
+        own = machine.pick(s.device, s.dtype, "false", 1, draft.config.parameters())
+        draft = inference.ready(draft.eval().to(own.device, own.dtype), parts=s.fast)
     return model, tokenizer, draft
 
 

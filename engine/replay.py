@@ -168,7 +168,7 @@ class RecordedCache(KVCache):
             self.logits = self.run(forward)
         if self.inherited:
             self.inherited, true = False, self.run(forward)
-            if (self.logits - true).norm() > self.rounding() * true.norm():  # was changed
+            if (self.logits - true).norm() > self.rounding(bool(self.kernels)) * true.norm():
                 self.record(forward, tokens)
                 if self.replay:
                     self.replay()
@@ -181,12 +181,12 @@ class RecordedCache(KVCache):
             RecordedCache.read += forward.__self__.config.parameters()
         return self.logits.clone()
 
-    def rounding(self) -> float:
+    def rounding(self, kernels: bool) -> float:
         """How far logits may be apart, as a share, if model and recording compute the same; kernels
-        round numbers of 16 bits elsewhere."""
+        of our own round numbers of 16 bits elsewhere."""
         if self.k.dtype == torch.float32:
             return 1e-3
-        return 0.1 if self.kernels else 0.01
+        return 0.1 if kernels else 0.01
 
     def worth_joining(self) -> bool:
         """Whether this process writes so much that to look for a faster step pays."""
@@ -262,7 +262,8 @@ class RecordedCache(KVCache):
                 step = OneToken(model, self)
                 if agrees(model.config, self):
                     true, found = self.run(forward), self.run(step)
-                    return step if (found - true).norm() <= 0.1 * true.norm() else None
+                    near = (found - true).norm() <= self.rounding(kernels=True) * true.norm()
+                    return step if near else None
         except Exception:  # no Triton, a model or a shape that has no such kernels, no memory
             return None
 

@@ -179,6 +179,17 @@ def test_a_step_serves_the_next_text(shape, dtype, monkeypatch, recordings):
     assert len(recordings) == 1
 
 
+def test_kernels_go_where_somebody_changes_a_little(monkeypatch):
+    model = on("gpt2", True, monkeypatch)
+    text(model, 1, 2, 3)
+    assert model.last.states[-1]["kernels"]
+    kind = type(model.blocks[0].mlp)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 1.1 * forward(self, x))
+    text(model, 1, 2, 3)
+    assert not model.last.states[-1]["kernels"]
+
+
 def test_what_a_step_gave_stays_and_a_model_goes_when_nobody_has_it(monkeypatch):
     for kernels in (math.inf, 0):
         model, given = on("gpt2", True, monkeypatch), []
