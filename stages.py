@@ -153,7 +153,7 @@ def decode(s, dtype: str, samples: int = 1, context: int = 1, quantize: str = ""
             next(steps)
 
     speed = samples * count / timed(s.calls, some)
-    last = getattr(model, "last", None)  # what the text has, for one on a CPU
+    last = getattr(model, "last", None)  # what the text has, if it is one
     loops = last and type(last.states[-1].get("replay")).__name__ == "OneToken"
     how = [getattr(model, "form", ""), "numba" if loops else ""]
     return figure(speed, "tokens/s", ", ".join(filter(None, how)))

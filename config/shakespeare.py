@@ -5,8 +5,8 @@
 #
 # Expected result: validation loss 1.418 nats per byte (median of three seeds; docs/speed.md has
 # what was tried). The three minutes are those of two quiet cores with fast bfloat16, by the time of
-# a step; on shared ones it took six, and where only AVX2 is there it takes twelve. A short run
-# ends at 1.76 (seed 1):
+# a step; on shared ones a step took twice as long, and where only AVX2 is there the run takes
+# twelve. A short run ends at 1.76 (seed 1):
 #
 #     python train.py config/shakespeare.py --out=out/seconds --steps=220 --block_size=64 \
 #         --batch_tokens=1024 --lr=0.03 --head_lr=0.01 --decay=0.7 --weight_decay=0.05

@@ -20,6 +20,7 @@ from engine.machine import fast_bfloat16
 
 EXPECTED = 8  # rows that oneDNN chooses a layout for: it is the best for 1, 2 and 4 rows, too
 FEW = 16  # rows up to which eight-bit weights are used as they are; for more, unpacking pays
+WIDENED = 8  # rows up to which FBGEMM's product is no slower than one of bfloat16, if that is fast
 WORTH_IT = 1 << 19  # weights of a layer for which a choice pays
 TRIES = 5  # with all threads, and with one
 ENOUGH = 1 << 22  # weights of a large layer that are tried
@@ -36,10 +37,10 @@ class Fastest:
     weights of bfloat16 take memory twice.
     """
 
-    one = True
+    one_row = True  # as most passes have
 
     def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
-        self.for_loops = self.one and have_loops(dtype)
+        self.for_loops = self.one_row and have_loops(dtype)
         self.forms = forms(dtype, self.for_loops)
         self.chosen = next(iter(self.forms))
         weights = [w[: ENOUGH // w.size(1) + 1] for w in weights if w.numel() >= WORTH_IT]
@@ -84,7 +85,7 @@ class OneOrSeveral(Fastest):
     """As `Fastest`, with a second form beside the first where several rows are read faster so: then
     the weights take memory twice."""
 
-    one = False  # most passes have several
+    one_row = False
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         one = super().__call__(weight, bias)
@@ -231,7 +232,7 @@ class HalfLinear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fast and x.numel() > self.matrix.size(1) * FEW:
+        if self.fast and x.numel() > self.matrix.size(1) * WIDENED:
             y = F.linear(x.to(self.matrix.dtype), self.matrix)
             return (y if self.bias is None else y + self.bias).to(x.dtype)
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)

@@ -51,7 +51,7 @@ class Last(Aside):
         k = state and state["k"]
         if k is None or k.size(1) > 1 or k.size(3) < size:
             return None
-        if k.dtype != dtype or k.device != like.device:
+        if (k.dtype, k.device) != (dtype, like.device):
             return None
         if k.is_inference() != torch.is_inference_mode_enabled():
             return None

@@ -3,17 +3,15 @@
 `pytest --device=cuda` runs it, and all other tests there as well.
 """
 
-import gc
 import hashlib
 import json
 import math
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import on_gpu
-from test_inference import CHANGES, recordings, text
+from test_inference import CHANGES, goes_at_once, recordings, text
 from test_model import SHAPES, make, tokens
 from test_train import rows, training, weights
 
@@ -203,13 +201,9 @@ def test_what_a_step_gave_stays_and_a_model_goes_when_nobody_has_it(monkeypatch)
         for prompt, found in zip(([1, 2, 7], [3, 4, 7], [5, 6, 7]), given, strict=True):
             wanted = make("gpt2")(torch.tensor([prompt]))[:, -1:]
             torch.testing.assert_close(found.cpu(), wanted, atol=1e-4, rtol=1e-3)
-        gone = weakref.ref(model)
-        gc.disable()
-        try:
-            del model
-            assert gone() is None
-        finally:
-            gc.enable()
+        models = [model]
+        del model
+        assert goes_at_once(models)
 
 
 @pytest.mark.parametrize("change", sorted(CHANGES.keys() - CPU_ALONE))

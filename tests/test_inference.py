@@ -1,6 +1,8 @@
 """A model made ready to generate computes what it did before."""
 
 import copy
+import gc
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -485,6 +487,17 @@ def recordings(monkeypatch):
 
 
 RECORD = RecordedCache.record
+
+
+def goes_at_once(models: list) -> bool:
+    """Whether a model, of which the list has the last reference, goes without the collector."""
+    gone = weakref.ref(models[0])
+    gc.disable()
+    try:
+        models.clear()
+        return gone() is None
+    finally:
+        gc.enable()
 
 
 def text(model, *prompt, length=20):

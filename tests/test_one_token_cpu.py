@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_inference import CHANGES, late, text
+from test_inference import CHANGES, goes_at_once, late, text
 from test_model import SHAPES, make
 from torch import nn
 
@@ -226,13 +226,9 @@ def test_a_model_goes_when_nobody_has_it():
     model = ready(make("gpt2"), "int8")
     text(model, 1, 2, 3)
     assert compiled(model) and model.loops.weights
-    gone = weakref.ref(model)
-    gc.disable()
-    try:
-        del model
-        assert gone() is None
-    finally:
-        gc.enable()
+    models = [model]
+    del model
+    assert goes_at_once(models)
 
 
 def test_texts_of_a_model_share_its_weights():
