@@ -162,12 +162,14 @@ class RecordedCache(KVCache):
             self.record(forward, tokens)
         self.tokens.copy_(tokens)
         self.place.copy_(self.lengths[:, None])
+        if self.inherited or not self.replay:
+            true = self.run(forward)
         if self.replay:
-            self.replay()
+            self.replay()  # last: in the cache stays what a text of its own would leave there
         else:
-            self.logits = self.run(forward)
+            self.logits = true
         if self.inherited:
-            self.inherited, true = False, self.run(forward)
+            self.inherited = False
             if (self.logits - true).norm() > self.rounding(bool(self.kernels)) * true.norm():
                 self.record(forward, tokens)
                 if self.replay:

@@ -84,6 +84,7 @@ def pytest_runtest_protocol(item, nextitem):
         return (yield)
     import torch
 
+    torch.cuda.init()  # the driver reads once which GPUs there are, and on_cpu() hides them
     torch.set_deterministic_debug_mode("default")  # as a new process has it
     if item.get_closest_marker("cpu"):
         with on_cpu():

@@ -5,7 +5,6 @@ import re
 
 import forked
 import numpy as np
-import openai
 import pytest
 import servers
 import torch
@@ -16,6 +15,7 @@ from engine.wordfilter import WordFilter
 from model import Attention
 
 run, talker, served, chat = servers.run, servers.talker, servers.served, servers.chat
+openai = servers.openai  # or all here is skipped
 
 
 # --- the protocol
