@@ -54,9 +54,12 @@ def on_cpu():
     """Within, it is as if there were no GPU, here and in processes that are begun here."""
     before = TINY[:]
     TINY[:] = ["--device=cpu" if word.startswith("--device=") else word for word in TINY]
-    none = mock.patch("torch.cuda.is_available", lambda: False)
+    none = dict(is_available=lambda: False, is_initialized=lambda: False, device_count=lambda: 0)
     try:
-        with none, mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        with (
+            mock.patch.multiple("torch.cuda", **none),
+            mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""),
+        ):
             yield
     finally:
         TINY[:] = before

@@ -89,6 +89,7 @@ def unequal():
     by_our_clock([10.0 + 3 * int(os.environ["RANK"])])
 
 
+@pytest.mark.cpu  # one GPU serves one process
 def test_several_processes_choose_as_the_first_one_does(data, tmp_path):
     (tmp_path / "empty.py").write_text("")
     argv = [tmp_path / "empty.py", f"--data={data}", f"--out={tmp_path / 'run'}", *TINY, *FIT]
