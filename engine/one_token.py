@@ -32,7 +32,7 @@ from model import GPT, Attention, gelu, relu2, rotary
 from shape import GPTConfig
 
 OURS = {"model", "engine.fast", "engine.inference", "engine.linear"}
-ROWS = 4  # texts at once up to which these kernels are used; more have tensor cores to fill
+ROWS = 8  # texts at once up to which these kernels are used; more have tensor cores to fill
 ACTIVATIONS = {gelu: "gelu", relu2: "relu2", F.silu: "silu"}
 WIDEST = 1 << 14  # numbers in a row of a matrix
 TILE = 4096  # numbers of a matrix that a program reads, all at once; of a vocabulary's twice
