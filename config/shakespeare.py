@@ -1,12 +1,12 @@
-# Tiny Shakespeare, byte by byte. In three minutes config/shakespeare_bpe.py comes further.
+# Tiny Shakespeare, byte by byte; config/shakespeare_bpe.py comes nearly as far in half the steps.
 #
 #     python prepare.py shakespeare --tokenizer=bytes --val=0.1 --test=0
 #     python train.py config/shakespeare.py
 #
 # Expected result: validation loss 1.418 nats per byte (median of three seeds; docs/speed.md has
-# what was tried). It takes three minutes of two quiet cores with fast bfloat16, by the time of a
-# step, twice that on shared ones, and twelve where only AVX2 is there. A short run ends at 1.76
-# (seed 1):
+# what was tried). It should take three minutes of two quiet cores with fast bfloat16, by the time
+# of a step; twice that on shared ones, and twelve where only AVX2 is there. A short run ends at
+# 1.76 (seed 1):
 #
 #     python train.py config/shakespeare.py --out=out/seconds --steps=220 --block_size=64 \
 #         --batch_tokens=1024 --lr=0.03 --head_lr=0.01 --decay=0.7 --weight_decay=0.05

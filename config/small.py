@@ -14,7 +14,6 @@ block_size = 128  # of 1,536 tokens a step, twelve short windows teach more than
 n_layer = 2  # and read more: in the same time, four layers learn less (docs/speed.md)
 n_head = 4
 n_embd = 128
-logit_cap = 0  # at equal steps no better, and of so small a model a sixth of each step
 
 steps = 3000
 minutes = 3.5  # of the whole command; 0 makes all steps, however long they take

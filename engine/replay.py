@@ -162,12 +162,12 @@ class RecordedCache(KVCache):
             self.record(forward, tokens)
         self.tokens.copy_(tokens)
         self.place.copy_(self.lengths[:, None])
-        if self.inherited or not self.replay:
+        if self.inherited:
             true = self.run(forward)
         if self.replay:
-            self.replay()  # last: in the cache stays what a text of its own would leave there
+            self.replay()  # last: on a GPU the cache then has what a text of its own would leave
         else:
-            self.logits = true
+            self.logits = self.run(forward)
         if self.inherited:
             self.inherited = False
             if (self.logits - true).norm() > self.rounding(bool(self.kernels)) * true.norm():
@@ -175,7 +175,7 @@ class RecordedCache(KVCache):
                 if self.replay:
                     self.replay()
                 else:
-                    self.logits = true
+                    self.logits = self.run(forward)
         self.lengths += 1
         if self.k.is_cuda:
             RecordedCache.written += 1

@@ -42,6 +42,10 @@ def pytest_configure(config):
         TINY.extend(["--deterministic=true", "--compile=false"])
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before cuBLAS is there
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so to ask for a GPU spoils no fork
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"--device={device}: torch finds no GPU here")
 
 
 def on_gpu() -> bool:

@@ -15,7 +15,7 @@ from engine.wordfilter import WordFilter
 from model import Attention
 
 run, talker, served, chat = servers.run, servers.talker, servers.served, servers.chat
-openai = servers.openai  # or all here is skipped
+openai = servers.openai  # without it, to import servers skips this file
 
 
 # --- the protocol
