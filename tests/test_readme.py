@@ -36,7 +36,7 @@ def place(tmp_path_factory, data):
     for path in [*ROOT.glob("*.py"), *folders, ROOT / "README.md"]:
         (folder / path.name).symlink_to(path)
     (folder / "data").mkdir()
-    for name in ("python", "shakespeare"):
+    for name in ("python", "shakespeare", "shakespeare_bpe"):
         (folder / "data" / name).symlink_to(data)
     (folder / "my_text.txt").write_text((ROOT / "README.md").read_text() * 20)
     (folder / "some_file.py").write_text("import os\n")
