@@ -28,7 +28,7 @@ Settings, in shape.py, choose the parts; these combinations are published:
 
 Shapes in comments: B batch, T time (positions in this call), S positions attended to, C channels
 (n_embd), H heads, K key/value heads, D channels of a head, V vocabulary. In config/small.py B is
-12, T 128, C 128, H and K 4, D 32, V 2048.
+16, T 128, C 128, H and K 4, D 32, V 2048.
 
 This file says what is computed. Faster forms of most modules (engine/fast.py) take their places,
 each only if, when a run starts, it gives the same numbers and gradients for random weights: so a

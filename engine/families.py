@@ -114,9 +114,9 @@ NANOCHAT = replace(
     LLAMA,
     architecture="NanoChatForCausalLM",
     shape={},
-    keys=LLAMA.keys | dict(logit_cap="final_logit_softcapping"),
-    defaults=LLAMA.defaults | dict(final_logit_softcapping=15.0),
-    needs=dict(hidden_act=("relu2",), attention_bias=(False,)),
+    keys=LLAMA.keys | dict(logit_cap="final_logit_softcapping", qkv_bias="attention_bias"),
+    defaults=LLAMA.defaults | dict(final_logit_softcapping=15.0, attention_bias=False),
+    needs=dict(hidden_act=("relu2",)),
     names=LLAMA.names | dict(up="fc1", down="fc2"),
 )
 FAMILIES = dict(  # by model_type; of those that a shape fits, it leaves as the first
@@ -243,6 +243,9 @@ def layout(family: Family, c: GPTConfig) -> dict[str, dict[str, Tensor]]:
         name_there = ".".join(family.names.get(word, word) for word in name.split("."))
         prefix = "" if name.startswith("head.") else family.prefix
         there.setdefault(prefix + name_there, {})[name] = w
+        if name.endswith("wo.weight") and family is NANOCHAT and c.qkv_bias:  # zero, see `fit`
+            bias = {name.replace("weight", "bias"): w.new_empty(len(w))}
+            there[prefix + name_there.replace("weight", "bias")] = bias
     return there
 
 
@@ -296,4 +299,9 @@ def fit(family: Family, c: GPTConfig, found: dict[str, Stored], source: str) -> 
     if family is GPT2 and not any(found[n].read().any() for n in there if n.endswith(".bias")):
         c = replace(c, bias=False)
         there = layout(family, c)
+    if family is NANOCHAT:  # where queries have a bias, what leaves the heads has one, too
+        for name in [name for name in there if name.endswith("o_proj.bias")]:
+            if found[name].read().any():
+                raise lacking(source, f"a bias that is not zero ({name})")
+            del there[name]
     return c, there

@@ -14,7 +14,7 @@ import torch
 from model import GPT
 
 MODERN = dict(position="rotary", norm="rms", norm_weight=False, mlp="relu2", bias=False)
-MODERN |= dict(embed_norm=True, qk_norm=True, qkv_bias=False, tied=False, canon=0)
+MODERN |= dict(embed_norm=True, qk_norm=True, tied=False, canon=0)
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def wider(model: GPT, n_layer: int, n_embd: int, vocab_size: int) -> GPT:
     """`model` with so many layers, channels and ids; raises ValueError for all but train.py's
     default shape."""
     c, C = model.config, model.config.n_embd
-    heads = n_embd // c.head_dim
+    heads, inner = n_embd // c.head_dim, c.n_head * c.head_dim
     if any(getattr(c, name) != value for name, value in MODERN.items()) or c.n_kv_head != c.n_head:
         raise ValueError("only a run of the default shape can be made wider")
     if n_layer < c.n_layer or n_embd < C or n_embd % c.head_dim or vocab_size < c.vocab_size:
@@ -43,9 +43,11 @@ def wider(model: GPT, n_layer: int, n_embd: int, vocab_size: int) -> GPT:
         if i < c.n_layer:
             small = model.blocks[i]
             for name in ("wq", "wk", "wv"):
-                weight = getattr(small.attn, name).weight
-                getattr(block.attn, name).weight[: len(weight), :C] = s * weight
-            block.attn.wo.weight[:C, : len(weight)] = small.attn.wo.weight / s
+                layer, wide = getattr(small.attn, name), getattr(block.attn, name)
+                wide.weight[:inner, :C] = s * layer.weight
+                if c.qkv_bias:  # added behind the product, which has its old size again
+                    wide.bias[:inner] = layer.bias
+            block.attn.wo.weight[:C, :inner] = small.attn.wo.weight / s
             block.mlp.up.weight[: c.mlp_dim, :C] = s * small.mlp.up.weight
             block.mlp.down.weight[:C, : c.mlp_dim] = small.mlp.down.weight / s
     return large

@@ -3,7 +3,7 @@
     python -m lessons.first_run out/small     of a run: its loss, gzip and xz of its text, samples
     python -m lessons.first_run               again, from the numbers and texts that the SVG keeps
 
-A run of config/small.py is evaluated twice, after 2,000 steps and at its end (or, where fewer fit
+A run of config/small.py is evaluated twice, after 1,500 steps and at its end (or, where fewer fit
 into its minutes, once). Each of these checkpoints writes the first sample of seed 1, nothing is
 chosen; and before the first step the weights are those of the seed, so all tokens are equally
 likely. Bits per byte of single batches are an estimate, as in plot.py: their tokens are taken to

@@ -24,6 +24,8 @@ from shape import GPTConfig
 
 RUNS = ROOT / "docs" / "scaling.jsonl"
 VOCABULARY, CONTEXT, BATCH = 2048, 256, 1024  # in tokens
+# of all runs; config/small.py has others since
+SETTINGS = dict(lr=0.02, weight_decay=0.0, qkv_bias="false", logit_cap=15.0)
 FITTED = 1e12  # operations
 BUDGETS = {  # and the sizes, layers and width, of their runs
     1e11: ((1, 16), (1, 32), (2, 64)),
@@ -61,14 +63,15 @@ def make(data: str) -> None:
     rows = []
     plain = [(*size, budget, {}) for budget, sizes in BUDGETS.items() for size in sizes]
     for layers, width, budget, other in plain + OTHERS:
-        words = [f"--{name}={value}" for name, value in other.items()]
-        out = Path("out", "scaling", "".join([f"{short(budget)}-{layers}x{width}", *words]))
+        words = "".join(f"--{name}={value}" for name, value in other.items())
+        out = Path("out", "scaling", f"{short(budget)}-{layers}x{width}{words}")
         c, steps = shape(layers, width), round(budget / cost(layers, width) / BATCH)
         names = ("block_size", "n_layer", "n_head", "n_embd")
         argv = [f"--{name}={getattr(c, name)}" for name in names]
         argv += [f"--{name}={steps}" for name in ("steps", "eval_every", "save_every")]
         argv += [f"--batch_tokens={BATCH}", f"--data={data}", f"--out={out}", "--sample_tokens=0"]
-        command = [sys.executable, ROOT / "train.py", ROOT / "config" / "small.py", *argv, *words]
+        argv += [f"--{name}={value}" for name, value in (SETTINGS | other).items()]
+        command = [sys.executable, ROOT / "train.py", ROOT / "config" / "small.py", *argv]
         status = subprocess.run(command).returncode
         if status:
             raise SystemExit(status)  # train.py has said why

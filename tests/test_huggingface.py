@@ -220,6 +220,7 @@ MODELS = {
     "qwen3 tied 128": (tf.Qwen3Config, FEW | TIED | dict(vocab_size=503, head_dim=128)),
     "nanochat": (tf.NanoChatConfig, SMALL | dict(vocab_size=511, num_key_value_heads=3)),
     "nanochat tied 64": (tf.NanoChatConfig, FEW | TIED | dict(vocab_size=487, head_dim=64)),
+    "nanochat bias": (tf.NanoChatConfig, FEW | dict(vocab_size=486, attention_bias=True)),
 }
 
 
@@ -231,6 +232,8 @@ def make_theirs(kind: str, folder, **options):
     model = tf.AutoModelForCausalLM.from_config(cls(**settings)).eval()
     for name, p in model.named_parameters():  # also what transformers sets to zero or one
         p.data = torch.randn(p.shape) * 0.1 + (p.ndim == 1 and name.endswith("weight"))
+        if name.endswith("o_proj.bias"):  # which we have beside biases of the MLP only
+            p.data.zero_()
     model.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
     size = settings["vocab_size"] - 3
     words = qwen(vocab_size=size) if kind.startswith("qwen2") else bpe(True, vocab_size=size)
@@ -343,7 +346,12 @@ CLASSIC = ["--position=learned", "--norm=layer", "--norm_weight=true", "--embed_
 CLASSIC += ["--qk_norm=false", "--mlp=gelu", "--logit_cap=0", "--tied=true"]
 
 
-@pytest.mark.parametrize("shape", [[], CLASSIC], ids=["modern", "gpt2 without biases"])
+SMALL_PY = ["--qkv_bias=true", "--logit_cap=0"]
+
+
+@pytest.mark.parametrize(
+    "shape", [[], SMALL_PY, CLASSIC], ids=["modern", "small.py", "gpt2 without biases"]
+)
 def test_a_model_trained_here_writes_the_same_text_in_a_pipeline(shape, train, tmp_path, capsys):
     import sample
 
@@ -747,6 +755,13 @@ def test_what_cannot_be_read_is_refused_by_name_and_leaves_nothing(mistake, both
         huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "out")])
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_bias_behind_the_heads_is_refused_unless_it_is_zero(both, tmp_path):
+    shutil.copytree(both("nanochat bias")[1], tmp_path / "in")
+    with_tensor("model.layers.1.self_attn.o_proj.bias", torch.ones(72))(tmp_path / "in")
+    with pytest.raises(ValueError, match="needs a bias that is not zero .model.layers.1.self_attn"):
+        huggingface.main(["import", str(tmp_path / "in"), str(tmp_path / "out")])
 
 
 def test_files_have_the_permissions_that_the_umask_leaves(both, tmp_path):

@@ -13,7 +13,12 @@ GPT2 = dict(position="learned", norm="layer", norm_weight=True, norm_eps=1e-5, e
 GPT2 |= dict(qk_norm=False, mlp="gelu", bias=True, tied=True, logit_cap=0)
 LLAMA = dict(norm_weight=True, embed_norm=False, qk_norm=False, mlp="swiglu", logit_cap=0)
 LLAMA |= dict(n_kv_head=2)
-SHAPES = {"modern": {}, "grouped": dict(n_kv_head=2, head_dim=10), "gpt2": GPT2, "llama": LLAMA}
+SHAPES = {
+    "modern": {},
+    "grouped": dict(n_kv_head=2, head_dim=10, qkv_bias=True),
+    "gpt2": GPT2,
+    "llama": LLAMA,
+}
 SHAPES["qwen3"] = LLAMA | dict(qk_norm=True, tied=True)
 SHAPES["qwen2"] = LLAMA | dict(qkv_bias=True, rope_factor=8.0, rope_original=8)
 SHAPES["canon"] = dict(canon=4)

@@ -300,11 +300,16 @@ def test_generate_from_python_is_fast_and_leaves_the_model_as_it_is(run):
 
 
 def test_a_wider_model_computes_the_same(run):
-    small = checkpoint.load_model(str(run))[0]
-    large, x = wider(small, 3, 64, 300), torch.randint(257, (2, 20))
-    y = large(x)
-    assert y.shape == (2, 20, 300) and large.num_parameters() > 4 * small.num_parameters()
-    torch.testing.assert_close(y[..., :257], small(x), atol=1e-4, rtol=1e-4)
+    biased = make("modern", vocab_size=257, qkv_bias=True)
+    for name, p in biased.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p)
+    for small, error in ((checkpoint.load_model(str(run))[0], 1e-4), (biased, 1e-3)):
+        large, x = wider(small, 4, 64, 300), torch.randint(257, (2, 20))
+        y = large(x)
+        assert y.shape == (2, 20, 300) and large.num_parameters() > 3 * small.num_parameters()
+        # where states are small, the epsilon of norms counts for more in the wider ones
+        torch.testing.assert_close(y[..., :257], small(x), atol=error, rtol=1e-4)
     with pytest.raises(ValueError, match="default shape"):
         wider(make("gpt2"), 4, 64, 300)
 
