@@ -43,7 +43,8 @@ class FastNorm(Norm):
         if x.device.type != "cpu" or not torch.is_grad_enabled():
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         x = RMSNormalise.apply(x, self.eps)
-        return x if self.weight is None else x * self.weight
+        # a weight in float32 would widen all that follows: a step 1.5 times as long in bfloat16
+        return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
 class FastCanon(Canon):
