@@ -64,6 +64,7 @@ NEAR = {
     "engine/protocol.py": ("serve", "hostile"),
     "engine/server.py": ("server", "serve", "hostile"),
     "engine/transcript.py": ("batching", "serve"),
+    "engine/wider.py": ("speculate",),
     "engine/checkpoint.py": (
         "files",
         "lora",
