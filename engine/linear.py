@@ -165,26 +165,41 @@ class PlainLinear(nn.Module):
         return F.linear(x, self.matrix, self.bias)
 
 
+ZERO = 128  # stands for 0 in a bag, whose numbers of eight bits have no sign
+AS_THEY_ARE = torch.tensor([1.0, -ZERO]).view(torch.uint8)  # how it is to read them: scale, offset
+
+
+def eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(whole numbers, scales) of a matrix (outputs, inputs): the largest of each output is 127."""
+    scales = weight.float().abs().amax(1) / 127
+    return (weight / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8), scales
+
+
 class StreamedLinear(nn.Module):
     """x W^T + b for one row x, at the speed of memory; with `quantize`, W has eight bits, and up to
     FEW rows are read that way.
 
     The product is a sum of the rows of W^T, weighted by x: what recommendation systems call an
     embedding bag. torch has one that reads rows in sequence as fast as memory gives them, and one
-    for rows of eight bits with a scale and an offset each. W^T is cut into blocks of columns, a bag
-    for each, so that the cores share the work.
+    for rows of eight bits. W^T is cut into blocks of columns, a bag for each, so that the cores
+    share the work. Weights of eight bits are whole numbers from -127 to 127, with a scale for each
+    output.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str = "", width: int = 0):
         super().__init__()
         self.outputs, self.inputs = weight.shape
         self.width, self.few = width or widths()[-1], FEW if quantize else 1
-        self.eight_bits, self.dtype = bool(quantize), fast_product(weight.dtype)
+        self.dtype, self.scales = fast_product(weight.dtype), None
         self.blocks = -(-self.outputs // self.width)
-        whole = F.pad(weight.detach(), (0, 0, 0, -self.outputs % self.width))
+        weight = weight.detach()
+        if quantize:
+            weight, self.scales = eight_bits(weight)
+        whole = F.pad(weight, (0, 0, 0, -self.outputs % self.width))
         rows = whole.view(self.blocks, self.width, self.inputs).mT.reshape(-1, self.width)
         if quantize:
-            rows = torch.ops.quantized.embedding_bag_byte_prepack(rows.float())
+            ends = AS_THEY_ARE.expand(len(rows), -1)
+            rows = torch.cat([rows.view(torch.uint8) ^ ZERO, ends], 1)
         index = torch.arange(len(rows), dtype=torch.int32)
         self.rows, self.index = rows, index.view(self.blocks, 1, self.inputs)
         self.begins = torch.arange(self.blocks * self.few, dtype=torch.int32) * self.inputs
@@ -193,9 +208,15 @@ class StreamedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weights in the usual layout, (outputs, inputs)."""
-        rows = self.rows
-        if self.eight_bits:
-            rows = torch.ops.quantized.embedding_bag_byte_unpack(rows)
+        if self.scales is None:
+            return self.usual(self.rows)
+        return self.whole_numbers() * self.scales[:, None]
+
+    def whole_numbers(self) -> Tensor:
+        """The weights of eight bits without their scales."""
+        return self.usual((self.rows[:, : self.width] ^ ZERO).view(torch.int8))
+
+    def usual(self, rows: Tensor) -> Tensor:
         return rows.view(self.blocks, self.inputs, self.width).mT.flatten(0, 1)[: self.outputs]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,7 +228,7 @@ class StreamedLinear(nn.Module):
         index = self.index.expand(-1, n, -1).reshape(-1)
         factors = x.reshape(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)
         begins = self.begins[: self.blocks * n]
-        if self.eight_bits:
+        if self.scales is not None:
             bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
             y = bag(self.rows, index, begins, per_sample_weights=factors.float())
         else:
@@ -215,6 +236,7 @@ class StreamedLinear(nn.Module):
             y = torch.embedding_bag(self.rows, index, begins, False, 0, False, factors)[0]
         y = y.view(self.blocks, n, self.width).transpose(0, 1).reshape(n, -1)[:, : self.outputs]
         y = y.view(*x.shape[:-1], self.outputs)
+        y = y if self.scales is None else y * self.scales
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 

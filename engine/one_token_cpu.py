@@ -1,4 +1,4 @@
-"""The pass of one token through a model on a CPU, a block in one call, compiled by numba.
+"""The pass of one token through a model on a CPU, in one call, compiled by numba.
 
 What a token costs beside the reading of its weights are hundreds of small operations: each is
 called by Python, on one core, while the threads of the next product fall asleep. Here they stand
@@ -20,87 +20,25 @@ from time import perf_counter
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import get_num_threads, njit, prange, set_num_threads, types
+from numba import get_num_threads, njit, prange, set_num_threads
 from numba.core.config import NUMBA_NUM_THREADS
-from numba.extending import overload
+from numba.typed import List
 from torch import Tensor, nn
 
 from cache import KVCache
 from engine.blas import NumpyLinear
 from engine.linear import HalfLinear, OneOrSeveralLinear, PlainLinear, StreamedLinear
 from engine.replay import Aside, RecordedCache
+from engine.rows import MATH, STREAMS, as_float32, rounded, sums
 from engine.threads import AllOrOne
 from model import GPT, Norm, gelu, relu2, rotary
 
-f32, u32 = np.float32, np.uint32
-# sums in whatever order; but what is not finite stays so
-MATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
-OPTIONS = dict(nogil=True, cache=True, fastmath=MATH, error_model="numpy")
+f32 = np.float32
+OPTIONS = dict(nogil=True, cache=True, **MATH)
 # what becomes of a product; numpy's numbers, since for each of Python's numba compiles anew
 PLAIN, ADDED, TIMES, GELU, RELU2, SILU, CAPPED = np.arange(7)
 ACTIVATIONS = {gelu: GELU, relu2: RELU2, F.silu: SILU}
 NONE, RMS, LAYER = np.arange(3)  # norms
-
-
-def as_float32(w):
-    """A weight; of bfloat16 numpy knows the bits alone."""
-
-
-@overload(as_float32, inline="always")
-def as_float32_by(w):
-    if w == types.uint16:
-        return lambda w: u32(u32(w) << u32(16)).view(f32)
-    return lambda w: f32(w)
-
-
-STREAMS = 8  # rows of a matrix that are read side by side
-
-
-@njit(inline="always")
-def sums(W, x, z):
-    """W x into z, by eight rows at once that stand far from each other: a processor asks memory for
-    more of each that it sees read in order, and of one alone it does not ask for enough."""
-    n = len(z) // STREAMS
-    for o in range(n):
-        z0 = z1 = z2 = z3 = z4 = z5 = z6 = z7 = f32(0)
-        for i in range(len(x)):
-            z0 += as_float32(W[o, i]) * x[i]
-            z1 += as_float32(W[o + n, i]) * x[i]
-            z2 += as_float32(W[o + 2 * n, i]) * x[i]
-            z3 += as_float32(W[o + 3 * n, i]) * x[i]
-            z4 += as_float32(W[o + 4 * n, i]) * x[i]
-            z5 += as_float32(W[o + 5 * n, i]) * x[i]
-            z6 += as_float32(W[o + 6 * n, i]) * x[i]
-            z7 += as_float32(W[o + 7 * n, i]) * x[i]
-        z[o], z[o + n], z[o + 2 * n], z[o + 3 * n] = z0, z1, z2, z3
-        z[o + 4 * n], z[o + 5 * n], z[o + 6 * n], z[o + 7 * n] = z4, z5, z6, z7
-    for o in range(STREAMS * n, len(z)):
-        s = f32(0)
-        for i in range(len(x)):
-            s += as_float32(W[o, i]) * x[i]
-        z[o] = s
-
-
-def multiply(W, scales, part, x, z):
-    """The outputs of one part of W x, as many as z has."""
-
-
-@overload(multiply, jit_options=dict(fastmath=MATH, error_model="numpy"))
-def multiply_by(W, scales, part, x, z):
-    def rows(W, scales, part, x, z):  # (O, I)
-        some = W[part * len(z) : (part + 1) * len(z)]  # of the last part maybe fewer
-        sums(some, x, z[: len(some)])
-
-    def eight_bits(W, scales, part, x, z):  # (parts, width, I)
-        scaled, offset = np.empty(len(x), f32), f32(0)
-        for i in range(len(x)):
-            scaled[i] = x[i] * scales[0, part, i]
-            offset += x[i] * scales[1, part, i]
-        sums(W[part], scaled, z)
-        for j in range(len(z)):
-            z[j] += offset
-
-    return rows if W.ndim == 2 else eight_bits
 
 
 @njit(inline="always")
@@ -122,20 +60,23 @@ def finished(z, y, how, cap):
 
 
 @njit(**OPTIONS)
-def part_of_product(layer, part, x, how, cap, z, y):
+def part_of_product(layer, first, last, x, unit, how, cap, z, y):
     W, b, scales = layer
-    first = part * len(z)
-    multiply(W, scales, part, x, z)
-    for o in range(first, min(first + len(z), len(y))):
-        y[o] = finished(z[o - first] + b[o], y[o], how, cap)
+    sums(W[first:last], x, z[first:last])
+    for o in range(first, last):
+        y[o] = finished(z[o] * (unit * scales[o]) + b[o], y[o], how, cap)
 
 
 @njit(parallel=True, **OPTIONS)
-def product(layer, x, how, cap, parts, y):
-    """W x + b into y (O), as `how` says, in parts of as many outputs as a row of `parts` has."""
-    width = parts.shape[1]
-    for part in prange((len(y) + width - 1) // width):
-        part_of_product(layer, part, x, how, cap, parts[part], y)
+def product(layer, x, how, cap, room, y):
+    """W x + b into y (O), as `how` says: each thread reads so many rows behind one another."""
+    sixteen_bits, z, threads = room
+    numbers, unit = rounded(layer[0], x, sixteen_bits)
+    groups = (len(y) + STREAMS - 1) // STREAMS
+    for part in prange(threads):
+        first, last = groups * part // threads, groups * (part + 1) // threads
+        rows = first * STREAMS, min(last * STREAMS, len(y))
+        part_of_product(layer, *rows, numbers, unit, how, cap, z, y)
 
 
 @njit(**OPTIONS)
@@ -216,37 +157,69 @@ def attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y):
 
 
 @njit(**OPTIONS)
-def block(x, place, attention, mlp, cos, sin, memory, buffers):
+def block(x, place, attention, mlp, cos, sin, keys, values, buffers):
     """A block of model.py, in place of its x (C)."""
     attn_norm, wqkv, q_norm, k_norm, wo = attention
     mlp_norm, gate, up, down, activation = mlp
-    keys, values = memory
-    h, qkv, y, wide, scores, parts = buffers
+    _, h, qkv, y, wide, scores, room = buffers
     normed(x, attn_norm, h)
-    product(wqkv, h, PLAIN, f32(0), parts, qkv)
+    product(wqkv, h, PLAIN, f32(0), room, qkv)
     attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y)
-    product(wo, y, ADDED, f32(0), parts, x)
+    product(wo, y, ADDED, f32(0), room, x)
     normed(x, mlp_norm, h)
     if activation == SILU:
-        product(gate, h, SILU, f32(0), parts, wide)
-        product(up, h, TIMES, f32(0), parts, wide)
+        product(gate, h, SILU, f32(0), room, wide)
+        product(up, h, TIMES, f32(0), room, wide)
     else:
-        product(up, h, activation, f32(0), parts, wide)
-    product(down, wide, ADDED, f32(0), parts, x)
+        product(up, h, activation, f32(0), room, wide)
+    product(down, wide, ADDED, f32(0), room, x)
 
 
 @njit(**OPTIONS)
-def head(x, norm, layer, cap, buffers, logits):
-    h, _, _, _, _, parts = buffers
+def embed(token, place, embedding, x):
+    """What model.py's blocks are given of a token, into x (C)."""
+    table, positions, norm = embedding  # positions (0, C) where they are not learned
+    for i in range(len(x)):
+        x[i] = as_float32(table[token, i])
+    if len(positions):
+        for i in range(len(x)):
+            x[i] += as_float32(positions[place, i])
+    if norm[0] != NONE:
+        normed(x, norm, x)
+
+
+@njit(**OPTIONS)
+def whole_pass(token, place, embedding, blocks, head, angles, memory, buffers, logits):
+    """A pass of model.py, of one token at `place`."""
+    (cos, sin), (keys, values) = angles, memory
+    (norm, layer, cap), (x, h, _, _, _, _, room) = head, buffers
+    embed(token, place, embedding, x)
+    for n in range(len(blocks)):
+        attention, mlp = blocks[n]
+        block(x, place, attention, mlp, cos[place], sin[place], keys[n], values[n], buffers)
     normed(x, norm, h)
-    product(layer, h, CAPPED if cap > 0 else PLAIN, cap, parts, logits)
+    product(layer, h, CAPPED if cap > 0 else PLAIN, cap, room, logits)
+
+
+@njit(**OPTIONS)
+def list_of(block):
+    """What one call is given of any number of blocks. A `typed.List` of Python's would be compiled
+    in each process anew."""
+    blocks = List()
+    blocks.append(block)
+    return blocks
+
+
+@njit(**OPTIONS)
+def append(blocks, block):
+    blocks.append(block)
 
 
 LOCK = Lock()  # numba's own threads, which it uses where there is no OpenMP, serve one at a time
-ROWS = 64  # outputs of a part where a matrix has no blocks: with fewer a twentieth slower
 OURS = {"model", "engine.fast", "engine.inference", "engine.linear", "engine.blas"}  # modules
 PLACES = 1024  # of a cache in which a model and its compiled pass are compared, at most
-ROUNDING = 5e-5  # how far they may be apart, as a share: 6e-6 was found, GELU by erf is 1e-4 off
+ROUNDING = 5e-5  # how far they may be apart, as a share: 2e-6 was found, GELU by erf is 1e-4 off
+OF_EIGHT_BITS = 1e-3  # the same where activations are rounded to sixteen: 9e-5 was found
 KINDS, TYPES = (NumpyLinear, PlainLinear, HalfLinear), (torch.float32, torch.bfloat16)
 TRIES = 3  # of each, to find which is faster
 
@@ -260,16 +233,25 @@ class Weights:
         if not ours or any("forward" in vars(m) for m in model.modules()):
             raise ValueError(f"a model with parts of {files}, or one that was changed")
         self.config = c
-        self.wte, self.embed_norm = model.wte, model.embed_norm
-        self.wpe = model.wpe if c.position == "learned" else None
-        self.blocks = [of_block(block, c) for block in model.blocks]
+        no_positions = model.wte.weight[:0]
+        positions = table_of(model.wpe) if c.position == "learned" else array(no_positions)
+        norm = norm_of(model.embed_norm, c.n_embd) if c.embed_norm else no_norm(c.n_embd)
+        self.embedding = table_of(model.wte), positions, norm
+        blocks = [of_block(block, c) for block in model.blocks]
         top = layer_of(model.head.layer, c.vocab_size, c.n_embd)
         self.head = norm_of(model.norm, c.n_embd), top, f32(c.logit_cap)
-        layers = [top, *(layer for block in self.blocks for layer in matrices(*block))]
-        parts = {part_of(W) for W, _, _ in layers}
-        if len(parts) > 1:
-            raise ValueError("layers of several kinds, or with blocks of several widths")
-        self.width = parts.pop()[1]
+        layers = [top, *(layer for block in blocks for layer in matrices(*block))]
+        kinds = {W.dtype for W, _, _ in layers}
+        if len(kinds) > 1:
+            raise ValueError(f"layers of {kinds}")
+        self.blocks = list_of(blocks[0])
+        for block in blocks[1:]:
+            append(self.blocks, block)
+        self.rounding = OF_EIGHT_BITS if np.dtype(np.int8) in kinds else ROUNDING
+
+    def near(self, found: Tensor, true: Tensor) -> bool:
+        """But for rounding the same. Zeros, which hide everything, are not."""
+        return bool((found - true).norm() < self.rounding * true.norm())
 
 
 class OneToken:
@@ -283,32 +265,29 @@ class OneToken:
             raise ValueError(f"a cache of {cache.k.dtype}, or for several texts")
         self.weights, self.tokens, self.place = weights, tokens, place
         self.threads, self.choice = torch.get_num_threads(), AllOrOne()
-        self.memory = [(k.numpy()[0], v.numpy()[0]) for k, v in zip(cache.k, cache.v, strict=True)]
-        self.angles = [np.zeros((size, 0), f32)] * 2
+        self.memory = cache.k[:, 0].numpy(), cache.v[:, 0].numpy()  # (L, K, S, D) both
+        self.angles = (np.zeros((size, 0), f32),) * 2
         if c.position == "rotary":
-            self.angles = [z.numpy() for z in rotary(torch.arange(size), c)]
+            self.angles = tuple(z.numpy() for z in rotary(torch.arange(size), c))
         joined = (c.n_head + 2 * c.n_kv_head) * c.head_dim
-        parts = -(-max(c.vocab_size, c.mlp_dim, joined, c.n_embd) // weights.width)
-        shapes = c.n_embd, joined, c.n_head * c.head_dim, c.mlp_dim, (c.n_head, size)
-        self.buffers = tuple(np.zeros(n, f32) for n in (*shapes, (parts, weights.width)))
+        inputs = c.n_embd, c.n_embd, joined, c.n_head * c.head_dim, c.mlp_dim
+        self.room = np.zeros(max(inputs), np.int16), np.zeros(max(c.vocab_size, *inputs), f32)
+        self.buffers = [np.zeros(n, f32) for n in (*inputs, (c.n_head, size))]
         self.logits = torch.empty(1, 1, c.vocab_size)
 
     def __call__(self) -> None:
-        weights, place = self.weights, int(self.place)
-        x = weights.wte(self.tokens)
-        if weights.wpe is not None:
-            x = x + weights.wpe(self.place)
-        x = weights.embed_norm(x).view(-1).float().numpy().copy()
-        logits = self.logits.view(-1).numpy()
-        cos, sin = (z[place] for z in self.angles)
+        w, token, logits = self.weights, int(self.tokens), self.logits.view(-1).numpy()
+        if not 0 <= token < len(logits):
+            raise IndexError(f"{token} is no token")
+        model, text = (w.embedding, w.blocks, w.head), (self.angles, self.memory)
         together, before = self.choice.together(), get_num_threads()
+        threads = min(self.threads, NUMBA_NUM_THREADS) if together else 1
+        buffers = *self.buffers, (*self.room, threads)
         with LOCK:
             start = perf_counter()
-            set_num_threads(min(self.threads, NUMBA_NUM_THREADS) if together else 1)
+            set_num_threads(threads)
             try:
-                for layers, memory in zip(weights.blocks, self.memory, strict=True):
-                    block(x, place, *layers, cos, sin, memory, self.buffers)
-                head(x, *weights.head, self.buffers, logits)
+                whole_pass(token, int(self.place), *model, *text, buffers, logits)
             finally:
                 set_num_threads(before)
             self.choice.took(together, perf_counter() - start)
@@ -333,7 +312,7 @@ def compiled(model: GPT, forward: Callable, cache: RecordedCache) -> OneToken | 
         return None
     step = OneToken(known.weights, cache, cache.tokens, cache.place)
     step()
-    return step if near(step.logits, cache.logits) else None
+    return step if known.weights.near(step.logits, cache.logits) else None
 
 
 def usable(model: GPT, forward: Callable, cache: RecordedCache) -> Weights | None:
@@ -345,11 +324,6 @@ def usable(model: GPT, forward: Callable, cache: RecordedCache) -> Weights | Non
     step = OneToken(weights, cache, cache.tokens, cache.place)
     good = agrees(weights, model, forward, cache.k.size(3)) and faster(step, cache.replay)
     return weights if good else None
-
-
-def near(found: Tensor, true: Tensor) -> bool:
-    """But for rounding the same. Zeros, which hide everything, are not."""
-    return bool((found - true).norm() < ROUNDING * true.norm())
 
 
 def agrees(weights: Weights, model: GPT, forward: Callable, size: int) -> bool:
@@ -366,7 +340,7 @@ def agrees(weights: Weights, model: GPT, forward: Callable, size: int) -> bool:
         step = OneToken(weights, cache, tokens, torch.tensor([[place]]))
         with said("numba compiles for this processor, once"):
             step()
-        if not near(step.logits, true):
+        if not weights.near(step.logits, true):
             return False
     return True
 
@@ -400,7 +374,7 @@ def faster(one: Callable, other: Callable) -> bool:
 def of_block(block: nn.Module, c) -> tuple[tuple, tuple]:
     attn, mlp, C, D, wide = block.attn, block.mlp, c.n_embd, c.head_dim, c.mlp_dim
     norms = [norm_of(norm, D) for norm in (attn.q_norm, attn.k_norm) if c.qk_norm]
-    norms = norms or [(NONE, np.ones(D, f32), np.zeros(D, f32), f32(0))] * 2
+    norms = norms or [no_norm(D)] * 2
     up, activation = layer_of(mlp.up, wide, C), ACTIVATIONS[mlp.activation]
     gate = up if mlp.gate is None else layer_of(mlp.gate, wide, C)
     wqkv = layer_of(attn.wqkv, (c.n_head + 2 * c.n_kv_head) * D, C)
@@ -414,11 +388,6 @@ def of_block(block: nn.Module, c) -> tuple[tuple, tuple]:
 def matrices(attention: tuple, mlp: tuple) -> list[tuple]:
     """The layers of a block."""
     return [attention[1], attention[4], *mlp[1:4]]
-
-
-def part_of(W: np.ndarray) -> tuple[np.dtype, int]:
-    """What W is made of, and how many outputs a part of it has."""
-    return W.dtype, ROWS if W.ndim == 2 else W.shape[1]
 
 
 def array(t: Tensor) -> np.ndarray:
@@ -435,25 +404,32 @@ def vector(t: Tensor | None, length: int, missing: float) -> np.ndarray:
 
 
 def layer_of(layer: nn.Module, outputs: int, inputs: int) -> tuple[np.ndarray, ...]:
-    """What `product` reads: weight, bias, and of eight bits scales and offsets (2, parts, I), of
-    others none. ValueError if nobody can read the weight, or it has another shape."""
+    """What `product` reads: weight, bias, and a scale for each row. ValueError if nobody can read
+    the weight, or it has another shape."""
     if type(layer) is OneOrSeveralLinear:
         layer = layer.one
-    scales = np.zeros((2, 0, 0), f32)
-    if type(layer) is StreamedLinear and layer.eight_bits:
-        shape = layer.outputs, layer.inputs
-        weight = layer.rows.view(layer.blocks, layer.inputs, -1)
-        # a row ends with its scale and its offset
-        scales = array(weight.view(torch.float32)[..., -2:].permute(2, 0, 1).contiguous())
-        # a copy: the sums of a bag are over rows of this, which takes a quarter longer
-        weight = weight[..., :-8].mT.contiguous()
+    scales = None
+    if type(layer) is StreamedLinear and layer.scales is not None:
+        # a copy: the sums of a bag are over rows of the transpose, which takes a quarter longer
+        weight, scales = layer.whole_numbers().contiguous(), layer.scales
     elif type(layer) in KINDS and layer.matrix is not None and layer.matrix.dtype in TYPES:
-        shape, weight = (*layer.matrix.shape,), layer.matrix.contiguous()
+        weight = layer.matrix.contiguous()
     else:
         raise ValueError(f"the weights of {type(layer)} have a layout of somebody else's")
-    if shape != (outputs, inputs):
-        raise ValueError(f"a matrix of {shape} should be one of {outputs} x {inputs}")
-    return array(weight), vector(layer.bias, outputs, 0.0), scales
+    if weight.shape != (outputs, inputs):
+        raise ValueError(f"a matrix of {weight.shape} should be one of {outputs} x {inputs}")
+    return array(weight), vector(layer.bias, outputs, 0.0), vector(scales, outputs, 1.0)
+
+
+def table_of(embedding: nn.Module) -> np.ndarray:
+    """ValueError if it is of another type."""
+    if embedding.weight.dtype not in TYPES:
+        raise ValueError(f"an embedding of {embedding.weight.dtype}")
+    return array(embedding.weight.contiguous())
+
+
+def no_norm(width: int) -> tuple:
+    return NONE, np.ones(width, f32), np.zeros(width, f32), f32(0)
 
 
 def norm_of(norm: nn.Module, width: int) -> tuple:

@@ -118,6 +118,7 @@ class RecordedCache(KVCache):
     """
 
     fixed = True
+    weights = 0  # of the model
     recorded = None  # the buffers that the recording knows
     structure = None  # that of the model then
     kernels = None  # on a GPU, those of engine/one_token.py, whose memory the recording knows
@@ -152,7 +153,8 @@ class RecordedCache(KVCache):
 
     def step(self, forward, tokens: Tensor) -> Tensor:
         """`forward` for one new token in each row of `tokens` (B, 1): logits (B, 1, V)."""
-        longest, size = int(self.lengths.max()), self.k.size(3)
+        lengths, size = self.lengths.tolist(), self.k.size(3)
+        longest = max(lengths)
         if longest == size:
             raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
         how = torch.get_num_threads(), self.worth_joining()
@@ -161,7 +163,10 @@ class RecordedCache(KVCache):
             self.how, self.inherited = how, False
             self.record(forward, tokens)
         self.tokens.copy_(tokens)
-        self.place.copy_(self.lengths[:, None])
+        if len(lengths) == 1:  # in one operation, where two take a hundredth of a token
+            self.place.fill_(longest)
+        else:
+            self.place.copy_(self.lengths[:, None])
         if self.inherited:
             true = self.run(forward)
         if self.replay:
@@ -180,7 +185,7 @@ class RecordedCache(KVCache):
         if self.k.is_cuda:
             RecordedCache.written += 1
         else:
-            RecordedCache.read += forward.__self__.config.parameters()
+            RecordedCache.read += self.weights
         return self.logits.clone()
 
     def rounding(self, kernels: bool) -> float:
@@ -218,7 +223,7 @@ class RecordedCache(KVCache):
         self.columns = torch.arange(self.k.size(3), device=device)
         hooked = any(hooks(model))
         joins = self.how[1] and not hooked
-        self.structure = structure(model)
+        self.structure, self.weights = structure(model), model.config.parameters()
         if device.type == "cuda":
             self.kernels = self.few_kernels(forward) if joins else None
             self.capture(self.kernels or forward)
