@@ -33,12 +33,25 @@ from engine.rows import MATH, STREAMS, as_float32, rounded, sums
 from engine.threads import AllOrOne
 from model import GPT, Norm, gelu, relu2, rotary
 
-f32 = np.float32
+f32, i32 = np.float32, np.int32
+LOG2, LOWEST, HIGHEST = f32(np.log(2)), f32(-87), f32(88)  # beyond these e^x is no usual float32
 OPTIONS = dict(nogil=True, cache=True, **MATH)
 # what becomes of a product; numpy's numbers, since for each of Python's numba compiles anew
 PLAIN, ADDED, TIMES, GELU, RELU2, SILU, CAPPED = np.arange(7)
 ACTIVATIONS = {gelu: GELU, relu2: RELU2, F.silu: SILU}
 NONE, RMS, LAYER = np.arange(3)  # norms
+
+
+@njit(inline="always")
+def exp(x):
+    """e^x to six digits, in operations that a processor does for several numbers at once: as
+    2^n e^r, the first by its bits, the second by Taylor's series."""
+    x = LOWEST if x < LOWEST else HIGHEST if x > HIGHEST else x  # nan stays
+    n = np.rint(x / LOG2)
+    r = x - n * LOG2
+    series = f32(1) + r / f32(4) * (f32(1) + r / f32(5) * (f32(1) + r / f32(6)))
+    series = f32(1) + r * (f32(1) + r / f32(2) * (f32(1) + r / f32(3) * series))
+    return series * i32((i32(n) + i32(127)) << i32(23)).view(f32)
 
 
 @njit(inline="always")
@@ -49,11 +62,11 @@ def finished(z, y, how, cap):
     if how == TIMES:
         return y * z
     if how == GELU:  # (1 + tanh(a)) / 2 = 1 / (1 + e^(-2 a))
-        return z / (f32(1) + np.exp(f32(-1.5957691216057308) * (z + f32(0.044715) * z * z * z)))
+        return z / (f32(1) + exp(f32(-1.5957691216057308) * (z + f32(0.044715) * z * z * z)))
     if how == RELU2:
         return max(z, f32(0)) * max(z, f32(0))
     if how == SILU:
-        return z / (f32(1) + np.exp(-z))
+        return z / (f32(1) + exp(-z))
     if how == CAPPED:
         return cap * np.tanh(z / cap)
     return z
@@ -119,7 +132,7 @@ def look(q, keys, values, place, score, y):
     for d in range(len(q)):
         y[d] = f32(0)
     for t in range(place + 1):
-        p = np.exp(score[t] - top)
+        p = exp(score[t] - top)
         whole += p
         for d in range(len(q)):
             y[d] += p * values[t, d]
@@ -276,7 +289,11 @@ class OneToken:
         self.logits = torch.empty(1, 1, c.vocab_size)
 
     def __call__(self) -> None:
-        w, token, logits = self.weights, int(self.tokens), self.logits.view(-1).numpy()
+        self.logits.copy_(self.logits_of(int(self.tokens), int(self.place)))
+
+    def logits_of(self, token: int, place: int) -> Tensor:
+        """In memory of their own (1, 1, V)."""
+        w, logits = self.weights, np.empty(self.logits.numel(), f32)
         if not 0 <= token < len(logits):
             raise IndexError(f"{token} is no token")
         model, text = (w.embedding, w.blocks, w.head), (self.angles, self.memory)
@@ -287,10 +304,11 @@ class OneToken:
             start = perf_counter()
             set_num_threads(threads)
             try:
-                whole_pass(token, int(self.place), *model, *text, buffers, logits)
+                whole_pass(token, place, *model, *text, buffers, logits)
             finally:
                 set_num_threads(before)
             self.choice.took(together, perf_counter() - start)
+        return torch.from_numpy(logits).view(1, 1, -1)
 
 
 class Known(Aside):

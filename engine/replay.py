@@ -119,6 +119,7 @@ class RecordedCache(KVCache):
 
     fixed = True
     weights = 0  # of the model
+    loops = None  # on a CPU, those of engine/one_token_cpu.py
     recorded = None  # the buffers that the recording knows
     structure = None  # that of the model then
     kernels = None  # on a GPU, those of engine/one_token.py, whose memory the recording knows
@@ -162,31 +163,39 @@ class RecordedCache(KVCache):
         if self.recorded is not self.k or self.how != how or changed:  # or `take` had other rows
             self.how, self.inherited = how, False
             self.record(forward, tokens)
-        self.tokens.copy_(tokens)
-        if len(lengths) == 1:  # in one operation, where two take a hundredth of a token
-            self.place.fill_(longest)
+        if self.loops and not self.inherited:
+            logits = self.loops.logits_of(int(tokens), longest)
         else:
-            self.place.copy_(self.lengths[:, None])
-        if self.inherited:
-            true = self.run(forward)
-        if self.replay:
-            self.replay()  # last: on a GPU the cache then has what a text of its own would leave
-        else:
-            self.logits = self.run(forward)
-        if self.inherited:
-            self.inherited = False
-            if (self.logits - true).norm() > self.rounding(bool(self.kernels)) * true.norm():
-                self.record(forward, tokens)
-                if self.replay:
-                    self.replay()
-                else:
-                    self.logits = self.run(forward)
+            logits = self.replayed(forward, tokens).clone()
         self.lengths += 1
         if self.k.is_cuda:
             RecordedCache.written += 1
         else:
             RecordedCache.read += self.weights
-        return self.logits.clone()
+        return logits
+
+    def replayed(self, forward, tokens: Tensor) -> Tensor:
+        """Logits as they were recorded; what was inherited is compared with `forward` first, and
+        recorded anew if that computes something else."""
+        self.tokens.copy_(tokens)
+        self.place.copy_(self.lengths[:, None])
+        if not self.inherited:
+            return self.compute(forward)
+        true = self.run(forward)
+        # behind it: on a GPU the cache then has what a text of its own would leave
+        found = self.compute(forward)
+        self.inherited = False
+        if (found - true).norm() > self.rounding(bool(self.kernels)) * true.norm():
+            self.record(forward, tokens)
+            found = self.compute(forward)
+        return found
+
+    def compute(self, forward) -> Tensor:
+        if self.replay:
+            self.replay()
+        else:
+            self.logits = self.run(forward)
+        return self.logits
 
     def rounding(self, kernels: bool) -> float:
         """How far logits may be apart, as a share, if model and recording compute the same; kernels
@@ -217,7 +226,7 @@ class RecordedCache(KVCache):
 
     def record(self, forward, tokens: Tensor) -> None:
         model, device = forward.__self__, self.k.device
-        self.recorded = self.replay = None  # if it is interrupted
+        self.recorded = self.replay = self.loops = None  # if it is interrupted
         self.tokens = tokens.clone()
         self.place = self.lengths[:, None].to(device, copy=True)
         self.columns = torch.arange(self.k.size(3), device=device)
@@ -287,7 +296,7 @@ class RecordedCache(KVCache):
         finally:
             torch.set_num_threads(threads)  # numba's OpenMP, which is torch's, begins with all
         if step:
-            self.logits, self.replay = step.logits, step
+            self.logits, self.replay, self.loops = step.logits, step, step
         else:
             self.replay()  # whose keys and values stay, and not those of a trial
 

@@ -17,12 +17,13 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array
 
-f32, u32, i16 = np.float32, np.uint32, np.int16
+f32, u32, i32, i16 = np.float32, np.uint32, np.int32, np.int16
 # sums in whatever order; but what is not finite stays so
 MATH = dict(fastmath={"reassoc", "nsz", "arcp", "contract", "afn"}, error_model="numpy")
 STREAMS = 8  # rows of a matrix that are read side by side
 LANES = 16  # products of one instruction
 LARGEST = (1 << 15) - 1  # of sixteen bits
+SIZE = i32(0x7FFFFFFF)  # a float32 without its sign; larger numbers have larger bits
 SAFE = 1 << 24  # what numbers of sixteen bits may sum up to: 127 times that fits into 32 bits
 TINY = f32(1e-30)  # a unit below which all is zero, since 1 / unit could be infinite
 
@@ -57,10 +58,11 @@ def rounded_by(W, x, buffer):
         return x, f32(1)
 
     def to_sixteen_bits(W, x, buffer):
-        whole, largest = f32(0), f32(0)
+        whole, most, bits = f32(0), i32(0), x.view(i32)
         for i in range(len(x)):
             whole += abs(x[i])
-            largest = max(largest, abs(x[i]))
+            most = max(most, bits[i] & SIZE)  # as whole numbers several are compared at once
+        largest = i32(most).view(f32)
         unit = whole / f32(SAFE)
         if largest / f32(LARGEST) > unit:
             unit = largest / f32(LARGEST)
