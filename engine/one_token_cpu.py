@@ -20,214 +20,20 @@ from time import perf_counter
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import get_num_threads, njit, prange, set_num_threads
+from numba import get_num_threads, set_num_threads
 from numba.core.config import NUMBA_NUM_THREADS
-from numba.typed import List
 from torch import Tensor, nn
 
 from cache import KVCache
+from engine import loops
 from engine.blas import NumpyLinear
 from engine.linear import HalfLinear, OneOrSeveralLinear, PlainLinear, StreamedLinear
+from engine.loops import f32
 from engine.replay import Aside, RecordedCache
-from engine.rows import MATH, STREAMS, as_float32, rounded, sums
 from engine.threads import AllOrOne
 from model import GPT, Norm, gelu, relu2, rotary
 
-f32, i32 = np.float32, np.int32
-LOG2, LOWEST, HIGHEST = f32(np.log(2)), f32(-87), f32(88)  # beyond these e^x is no usual float32
-OPTIONS = dict(nogil=True, cache=True, **MATH)
-# what becomes of a product; numpy's numbers, since for each of Python's numba compiles anew
-PLAIN, ADDED, TIMES, GELU, RELU2, SILU, CAPPED = np.arange(7)
-ACTIVATIONS = {gelu: GELU, relu2: RELU2, F.silu: SILU}
-NONE, RMS, LAYER = np.arange(3)  # norms
-
-
-@njit(inline="always")
-def exp(x):
-    """e^x to six digits, in operations that a processor does for several numbers at once: as
-    2^n e^r, the first by its bits, the second by Taylor's series."""
-    x = LOWEST if x < LOWEST else HIGHEST if x > HIGHEST else x  # nan stays
-    n = np.rint(x / LOG2)
-    r = x - n * LOG2
-    series = f32(1) + r / f32(4) * (f32(1) + r / f32(5) * (f32(1) + r / f32(6)))
-    series = f32(1) + r * (f32(1) + r / f32(2) * (f32(1) + r / f32(3) * series))
-    return series * i32((i32(n) + i32(127)) << i32(23)).view(f32)
-
-
-@njit(inline="always")
-def finished(z, y, how, cap):
-    """What stands in the place of y once its product z is known."""
-    if how == ADDED:
-        return y + z
-    if how == TIMES:
-        return y * z
-    if how == GELU:  # (1 + tanh(a)) / 2 = 1 / (1 + e^(-2 a))
-        return z / (f32(1) + exp(f32(-1.5957691216057308) * (z + f32(0.044715) * z * z * z)))
-    if how == RELU2:
-        return max(z, f32(0)) * max(z, f32(0))
-    if how == SILU:
-        return z / (f32(1) + exp(-z))
-    if how == CAPPED:
-        return cap * np.tanh(z / cap)
-    return z
-
-
-@njit(**OPTIONS)
-def part_of_product(layer, first, last, x, unit, how, cap, z, y):
-    W, b, scales = layer
-    sums(W[first:last], x, z[first:last])
-    for o in range(first, last):
-        y[o] = finished(z[o] * (unit * scales[o]) + b[o], y[o], how, cap)
-
-
-@njit(parallel=True, **OPTIONS)
-def product(layer, x, how, cap, room, y):
-    """W x + b into y (O), as `how` says: each thread reads so many rows behind one another."""
-    sixteen_bits, z, threads = room
-    numbers, unit = rounded(layer[0], x, sixteen_bits)
-    groups = (len(y) + STREAMS - 1) // STREAMS
-    for part in prange(threads):
-        first, last = groups * part // threads, groups * (part + 1) // threads
-        rows = first * STREAMS, min(last * STREAMS, len(y))
-        part_of_product(layer, *rows, numbers, unit, how, cap, z, y)
-
-
-@njit(**OPTIONS)
-def normed(x, norm, out):
-    """A norm of model.py, of x into `out`, which may be x."""
-    kind, weight, bias, eps = norm
-    mean, square = f32(0), f32(0)
-    if kind == LAYER:
-        for i in range(len(x)):
-            mean += x[i]
-        mean /= f32(len(x))
-    for i in range(len(x)):
-        square += (x[i] - mean) * (x[i] - mean)
-    scale = f32(1) / np.sqrt(square / f32(len(x)) + eps)
-    for i in range(len(x)):
-        out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
-
-
-@njit(**OPTIONS)
-def ready_head(x, norm, cos, sin):
-    """A head's query or key, normed and turned by its position's angles, in place."""
-    if norm[0] != NONE:
-        normed(x, norm, x)
-    half = len(cos)  # 0 where positions are learned
-    for i in range(half):
-        a, b = x[i], x[i + half]
-        x[i], x[i + half] = a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]
-
-
-@njit(**OPTIONS)
-def look(q, keys, values, place, score, y):
-    """Attention of one head, of q (D) to `keys` and `values` (S, D) up to `place`, into y (D)."""
-    top, whole, scale = f32(-np.inf), f32(0), f32(1) / np.sqrt(f32(len(q)))
-    for t in range(place + 1):
-        z = f32(0)
-        for d in range(len(q)):
-            z += q[d] * keys[t, d]
-        score[t] = z * scale
-        top = max(top, score[t])
-    for d in range(len(q)):
-        y[d] = f32(0)
-    for t in range(place + 1):
-        p = exp(score[t] - top)
-        whole += p
-        for d in range(len(q)):
-            y[d] += p * values[t, d]
-    for d in range(len(q)):
-        y[d] /= whole
-
-
-@njit(**OPTIONS)
-def remember(qkv, place, k_norm, cos, sin, keys, values):
-    """The token's key and value join `keys` and `values` (K, S, D)."""
-    K, _, D = keys.shape
-    new = qkv[len(qkv) - 2 * K * D :]
-    for g in range(K):
-        ready_head(new[g * D : (g + 1) * D], k_norm, cos, sin)
-        for d in range(D):
-            keys[g, place, d] = new[g * D + d]
-            values[g, place, d] = new[(K + g) * D + d]
-
-
-@njit(**OPTIONS)
-def one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y):
-    (K, _, D), H = keys.shape, len(scores)
-    q, g = qkv[h * D : (h + 1) * D], h * K // H
-    ready_head(q, q_norm, cos, sin)
-    look(q, keys[g], values[g], place, scores[h], y[h * D : (h + 1) * D])
-
-
-@njit(parallel=True, **OPTIONS)
-def attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y):
-    """Attention of the token at `place` into y (H D): its key and value join `keys` and `values`
-    (K, S, D)."""
-    remember(qkv, place, k_norm, cos, sin, keys, values)
-    for h in prange(len(scores)):
-        one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y)
-
-
-@njit(**OPTIONS)
-def block(x, place, attention, mlp, cos, sin, keys, values, buffers):
-    """A block of model.py, in place of its x (C)."""
-    attn_norm, wqkv, q_norm, k_norm, wo = attention
-    mlp_norm, gate, up, down, activation = mlp
-    _, h, qkv, y, wide, scores, room = buffers
-    normed(x, attn_norm, h)
-    product(wqkv, h, PLAIN, f32(0), room, qkv)
-    attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y)
-    product(wo, y, ADDED, f32(0), room, x)
-    normed(x, mlp_norm, h)
-    if activation == SILU:
-        product(gate, h, SILU, f32(0), room, wide)
-        product(up, h, TIMES, f32(0), room, wide)
-    else:
-        product(up, h, activation, f32(0), room, wide)
-    product(down, wide, ADDED, f32(0), room, x)
-
-
-@njit(**OPTIONS)
-def embed(token, place, embedding, x):
-    """What model.py's blocks are given of a token, into x (C)."""
-    table, positions, norm = embedding  # positions (0, C) where they are not learned
-    for i in range(len(x)):
-        x[i] = as_float32(table[token, i])
-    if len(positions):
-        for i in range(len(x)):
-            x[i] += as_float32(positions[place, i])
-    if norm[0] != NONE:
-        normed(x, norm, x)
-
-
-@njit(**OPTIONS)
-def whole_pass(token, place, embedding, blocks, head, angles, memory, buffers, logits):
-    """A pass of model.py, of one token at `place`."""
-    (cos, sin), (keys, values) = angles, memory
-    (norm, layer, cap), (x, h, _, _, _, _, room) = head, buffers
-    embed(token, place, embedding, x)
-    for n in range(len(blocks)):
-        attention, mlp = blocks[n]
-        block(x, place, attention, mlp, cos[place], sin[place], keys[n], values[n], buffers)
-    normed(x, norm, h)
-    product(layer, h, CAPPED if cap > 0 else PLAIN, cap, room, logits)
-
-
-@njit(**OPTIONS)
-def list_of(block):
-    """What one call is given of any number of blocks. A `typed.List` of Python's would be compiled
-    in each process anew."""
-    blocks = List()
-    blocks.append(block)
-    return blocks
-
-
-@njit(**OPTIONS)
-def append(blocks, block):
-    blocks.append(block)
-
-
+ACTIVATIONS = {gelu: loops.GELU, relu2: loops.RELU2, F.silu: loops.SILU}
 LOCK = Lock()  # numba's own threads, which it uses where there is no OpenMP, serve one at a time
 OURS = {"model", "engine.fast", "engine.inference", "engine.linear", "engine.blas"}  # modules
 PLACES = 1024  # of a cache in which a model and its compiled pass are compared, at most
@@ -257,9 +63,9 @@ class Weights:
         kinds = {W.dtype for W, _, _ in layers}
         if len(kinds) > 1:
             raise ValueError(f"layers of {kinds}")
-        self.blocks = list_of(blocks[0])
+        self.blocks = loops.list_of(blocks[0])
         for block in blocks[1:]:
-            append(self.blocks, block)
+            loops.append(self.blocks, block)
         self.rounding = OF_EIGHT_BITS if np.dtype(np.int8) in kinds else ROUNDING
 
     def near(self, found: Tensor, true: Tensor) -> bool:
@@ -304,7 +110,7 @@ class OneToken:
             start = perf_counter()
             set_num_threads(threads)
             try:
-                whole_pass(token, place, *model, *text, buffers, logits)
+                loops.whole_pass(token, place, *model, *text, buffers, logits)
             finally:
                 set_num_threads(before)
             self.choice.took(together, perf_counter() - start)
@@ -447,7 +253,7 @@ def table_of(embedding: nn.Module) -> np.ndarray:
 
 
 def no_norm(width: int) -> tuple:
-    return NONE, np.ones(width, f32), np.zeros(width, f32), f32(0)
+    return loops.NONE, np.ones(width, f32), np.zeros(width, f32), f32(0)
 
 
 def norm_of(norm: nn.Module, width: int) -> tuple:
@@ -455,4 +261,4 @@ def norm_of(norm: nn.Module, width: int) -> tuple:
     if not isinstance(norm, Norm):
         raise ValueError(f"{type(norm)} is no norm")
     weight, bias = vector(norm.weight, width, 1.0), vector(norm.bias, width, 0.0)
-    return LAYER if norm.centre else RMS, weight, bias, f32(norm.eps)
+    return loops.LAYER if norm.centre else loops.RMS, weight, bias, f32(norm.eps)

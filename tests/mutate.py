@@ -83,6 +83,7 @@ NEAR = {
     "engine/linear.py": ("inference", "speculate"),
     "engine/replay.py": ("inference", "one_token_cpu", "sample"),
     "engine/recording.py": ("inference", "again"),
+    "engine/loops.py": ("one_token_cpu",),
     "engine/locked.py": ("weights",),
     "engine/machine.py": ("updates", "train"),
     "engine/metrics.py": ("kept", "train", "interruptions"),

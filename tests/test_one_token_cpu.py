@@ -24,7 +24,7 @@ from speculate import Draft, lookup, speculate
 
 njit = pytest.importorskip("numba").njit
 one_token_cpu = pytest.importorskip("engine.one_token_cpu")
-rounded, sums = one_token_cpu.rounded, one_token_cpu.sums
+loops = one_token_cpu.loops
 FASTER = one_token_cpu.faster
 ROOT = Path(__file__).parent.parent
 FIT = [shape for shape in SHAPES if shape != "canon"]
@@ -108,8 +108,8 @@ def test_layers_of_two_kinds_are_not_read_as_one():
 
 @njit
 def by_sixteen_bits(W, x, buffer, z):
-    numbers, unit = rounded(W, x, buffer)
-    sums(W, numbers, z)
+    numbers, unit = loops.rounded(W, x, buffer)
+    loops.sums(W, numbers, z)
     return unit
 
 

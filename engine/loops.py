@@ -1,0 +1,354 @@
+"""The pass of one token on a CPU, compiled by numba: what engine/one_token_cpu.py calls.
+
+Weights of float32 and bfloat16 are multiplied in float32. Those of eight bits are multiplied with
+numbers of sixteen, by an instruction that adds two of their products to a sum (AVX2's `vpmaddwd`):
+x then is rounded to a 32,767th of its largest number, as a weight to a 127th of its row's. What is
+here stays in one file: numba keeps what it compiled until the file changes in which it stands.
+docs/speed.md has the figures.
+"""
+
+from functools import partial
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.core.errors import NumbaError
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, overload
+from numba.np.arrayobj import make_array
+from numba.typed import List
+
+f32, u32, i32, i16 = np.float32, np.uint32, np.int32, np.int16
+# sums in whatever order; but what is not finite stays so
+MATH = dict(fastmath={"reassoc", "nsz", "arcp", "contract", "afn"}, error_model="numpy")
+OPTIONS = dict(nogil=True, cache=True, **MATH)
+# what becomes of a product; numpy's numbers, since for each of Python's numba compiles anew
+PLAIN, ADDED, TIMES, GELU, RELU2, SILU, CAPPED = np.arange(7)
+NONE, RMS, LAYER = np.arange(3)  # norms
+LOG2, LOWEST, HIGHEST = f32(np.log(2)), f32(-87), f32(88)  # beyond these e^x is no usual float32
+STREAMS = 8  # rows of a matrix that are read side by side
+LANES = 16  # products of one instruction
+LARGEST = (1 << 15) - 1  # of sixteen bits
+SIZE = i32(0x7FFFFFFF)  # a float32 without its sign; larger numbers have larger bits
+SAFE = 1 << 24  # what numbers of sixteen bits may sum up to: 127 times that fits into 32 bits
+TINY = f32(1e-30)  # a unit below which all is zero, since 1 / unit could be infinite
+
+# --- sums over the rows of a matrix
+
+
+def as_float32(w):
+    """A weight; of bfloat16 numpy knows the bits alone."""
+
+
+@overload(as_float32, inline="always")
+def as_float32_by(w):
+    if w == types.uint16:
+        return lambda w: u32(u32(w) << u32(16)).view(f32)
+    return lambda w: f32(w)
+
+
+@njit(inline="always")
+def sum_from(first, row, x):
+    s = f32(0)
+    for i in range(first, len(x)):
+        s += as_float32(row[i]) * f32(x[i])
+    return s
+
+
+def rounded(W, x, buffer):
+    """(x, unit) as `sums` wants x (I): as it is, or for W of eight bits as multiples of a unit, in
+    `buffer`. If not all is finite, the unit is not."""
+
+
+@overload(rounded, jit_options=MATH)
+def rounded_by(W, x, buffer):
+    def as_it_is(W, x, buffer):
+        return x, f32(1)
+
+    def to_sixteen_bits(W, x, buffer):
+        whole, most, bits = f32(0), i32(0), x.view(i32)
+        for i in range(len(x)):
+            whole += abs(x[i])
+            most = max(most, bits[i] & SIZE)  # as whole numbers several are compared at once
+        largest = i32(most).view(f32)
+        unit = whole / f32(SAFE)
+        if largest / f32(LARGEST) > unit:
+            unit = largest / f32(LARGEST)
+        some = buffer[: len(x)]
+        if TINY < unit < np.inf:
+            for i in range(len(x)):
+                some[i] = i16(np.rint(x[i] / unit))
+        else:
+            some[:] = 0
+        return some, unit
+
+    return to_sixteen_bits if W.dtype == types.int8 else as_it_is
+
+
+@intrinsic
+def eight_sums(_, W, first, step, x):
+    """Of eight rows of W (O, I), int8, from the `first` on each `step` apart: their sums with
+    x (I), int16, over as many columns as a multiple of LANES has."""
+    if "+avx2" not in cpu_target.target_context.codegen().magic_tuple()[2]:
+        raise NumbaError("numba was told to do without AVX2")  # LLVM would end the process
+    number, several = ir.IntType(32), ir.VectorType(ir.IntType(32), LANES // 2)
+    wide, narrow = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 8))
+
+    def instructions(context, builder, signature, values):
+        def function(name, result, *given):
+            kind = ir.FunctionType(result, given)
+            return cgutils.get_or_insert_function(builder.module, kind, name)
+
+        def read(pointer, i, kind):
+            place = builder.bitcast(builder.gep(pointer, [i]), kind.as_pointer())
+            return builder.load(place, align=1)
+
+        multiply = function("llvm.x86.avx2.pmadd.wd", several, wide, wide)
+        add_up = function("llvm.vector.reduce.add.v8i32", number, several)
+        W, first, step, x = values
+        W, x = (make_array(signature.args[k])(context, builder, values[k]) for k in (0, 3))
+        columns = builder.extract_value(x.shape, 0)
+        length, index = columns.type, partial(ir.Constant, columns.type)
+        starts = [builder.add(first, builder.mul(step, index(k))) for k in range(STREAMS)]
+        rows = [builder.gep(W.data, [builder.mul(start, columns)]) for start in starts]
+        totals = [cgutils.alloca_once(builder, several) for _ in rows]
+        for total in totals:
+            builder.store(ir.Constant(several, None), total)
+        ends = builder.and_(columns, index(-LANES))
+        with cgutils.for_range_slice(builder, index(0), ends, index(LANES), length) as (i, _):
+            numbers = read(x.data, i, wide)
+            for row, total in zip(rows, totals, strict=True):
+                weights = builder.sext(read(row, i, narrow), wide)
+                products = builder.call(multiply, [weights, numbers])
+                builder.store(builder.add(builder.load(total), products), total)
+        sums = [builder.call(add_up, [builder.load(total)]) for total in totals]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return types.UniTuple(types.int32, STREAMS)(W, first, step, x), instructions
+
+
+def sums(W, x, z):
+    """W x into z, by eight rows at once that stand far from each other: a processor asks memory for
+    more of each that it sees read in order, and of one alone it does not ask for enough."""
+
+
+@overload(sums, jit_options=MATH)
+def sums_by(W, x, z):
+    def in_float32(W, x, z):
+        n = len(z) // STREAMS
+        for o in range(n):
+            z0 = z1 = z2 = z3 = z4 = z5 = z6 = z7 = f32(0)
+            for i in range(len(x)):
+                z0 += as_float32(W[o, i]) * x[i]
+                z1 += as_float32(W[o + n, i]) * x[i]
+                z2 += as_float32(W[o + 2 * n, i]) * x[i]
+                z3 += as_float32(W[o + 3 * n, i]) * x[i]
+                z4 += as_float32(W[o + 4 * n, i]) * x[i]
+                z5 += as_float32(W[o + 5 * n, i]) * x[i]
+                z6 += as_float32(W[o + 6 * n, i]) * x[i]
+                z7 += as_float32(W[o + 7 * n, i]) * x[i]
+            z[o], z[o + n], z[o + 2 * n], z[o + 3 * n] = z0, z1, z2, z3
+            z[o + 4 * n], z[o + 5 * n], z[o + 6 * n], z[o + 7 * n] = z4, z5, z6, z7
+        for o in range(STREAMS * n, len(z)):
+            z[o] = sum_from(0, W[o], x)
+
+    def by_sixteen_bits(W, x, z):
+        n, first = len(z) // STREAMS, len(x) - len(x) % LANES
+        for o in range(n):
+            found = eight_sums(W, o, n, x)
+            for k in range(STREAMS):
+                z[o + k * n] = f32(found[k]) + sum_from(first, W[o + k * n], x)
+        for o in range(STREAMS * n, len(z)):
+            z[o] = sum_from(0, W[o], x)
+
+    return by_sixteen_bits if W.dtype == types.int8 else in_float32
+
+
+# --- what stands between and behind them
+
+
+@njit(inline="always")
+def exp(x):
+    """e^x to six digits, in operations that a processor does for several numbers at once: as
+    2^n e^r, the first by its bits, the second by Taylor's series."""
+    x = LOWEST if x < LOWEST else HIGHEST if x > HIGHEST else x  # nan stays
+    n = np.rint(x / LOG2)
+    r = x - n * LOG2
+    series = f32(1) + r / f32(4) * (f32(1) + r / f32(5) * (f32(1) + r / f32(6)))
+    series = f32(1) + r * (f32(1) + r / f32(2) * (f32(1) + r / f32(3) * series))
+    return series * i32((i32(n) + i32(127)) << i32(23)).view(f32)
+
+
+@njit(inline="always")
+def finished(z, y, how, cap):
+    """What stands in the place of y once its product z is known."""
+    if how == ADDED:
+        return y + z
+    if how == TIMES:
+        return y * z
+    if how == GELU:  # (1 + tanh(a)) / 2 = 1 / (1 + e^(-2 a))
+        return z / (f32(1) + exp(f32(-1.5957691216057308) * (z + f32(0.044715) * z * z * z)))
+    if how == RELU2:
+        return max(z, f32(0)) * max(z, f32(0))
+    if how == SILU:
+        return z / (f32(1) + exp(-z))
+    if how == CAPPED:
+        return cap * np.tanh(z / cap)
+    return z
+
+
+@njit(**OPTIONS)
+def part_of_product(layer, first, last, x, unit, how, cap, z, y):
+    W, b, scales = layer
+    sums(W[first:last], x, z[first:last])
+    for o in range(first, last):
+        y[o] = finished(z[o] * (unit * scales[o]) + b[o], y[o], how, cap)
+
+
+@njit(parallel=True, **OPTIONS)
+def product(layer, x, how, cap, room, y):
+    """W x + b into y (O), as `how` says: each thread reads so many rows behind one another."""
+    sixteen_bits, z, threads = room
+    numbers, unit = rounded(layer[0], x, sixteen_bits)
+    groups = (len(y) + STREAMS - 1) // STREAMS
+    for part in prange(threads):
+        first, last = groups * part // threads, groups * (part + 1) // threads
+        rows = first * STREAMS, min(last * STREAMS, len(y))
+        part_of_product(layer, *rows, numbers, unit, how, cap, z, y)
+
+
+@njit(**OPTIONS)
+def normed(x, norm, out):
+    """A norm of model.py, of x into `out`, which may be x."""
+    kind, weight, bias, eps = norm
+    mean, square = f32(0), f32(0)
+    if kind == LAYER:
+        for i in range(len(x)):
+            mean += x[i]
+        mean /= f32(len(x))
+    for i in range(len(x)):
+        square += (x[i] - mean) * (x[i] - mean)
+    scale = f32(1) / np.sqrt(square / f32(len(x)) + eps)
+    for i in range(len(x)):
+        out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
+
+
+@njit(**OPTIONS)
+def ready_head(x, norm, cos, sin):
+    """A head's query or key, normed and turned by its position's angles, in place."""
+    if norm[0] != NONE:
+        normed(x, norm, x)
+    half = len(cos)  # 0 where positions are learned
+    for i in range(half):
+        a, b = x[i], x[i + half]
+        x[i], x[i + half] = a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]
+
+
+@njit(**OPTIONS)
+def look(q, keys, values, place, score, y):
+    """Attention of one head, of q (D) to `keys` and `values` (S, D) up to `place`, into y (D)."""
+    top, whole, scale = f32(-np.inf), f32(0), f32(1) / np.sqrt(f32(len(q)))
+    for t in range(place + 1):
+        z = f32(0)
+        for d in range(len(q)):
+            z += q[d] * keys[t, d]
+        score[t] = z * scale
+        top = max(top, score[t])
+    for d in range(len(q)):
+        y[d] = f32(0)
+    for t in range(place + 1):
+        p = exp(score[t] - top)
+        whole += p
+        for d in range(len(q)):
+            y[d] += p * values[t, d]
+    for d in range(len(q)):
+        y[d] /= whole
+
+
+@njit(**OPTIONS)
+def remember(qkv, place, k_norm, cos, sin, keys, values):
+    """The token's key and value join `keys` and `values` (K, S, D)."""
+    K, _, D = keys.shape
+    new = qkv[len(qkv) - 2 * K * D :]
+    for g in range(K):
+        ready_head(new[g * D : (g + 1) * D], k_norm, cos, sin)
+        for d in range(D):
+            keys[g, place, d] = new[g * D + d]
+            values[g, place, d] = new[(K + g) * D + d]
+
+
+@njit(**OPTIONS)
+def one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y):
+    (K, _, D), H = keys.shape, len(scores)
+    q, g = qkv[h * D : (h + 1) * D], h * K // H
+    ready_head(q, q_norm, cos, sin)
+    look(q, keys[g], values[g], place, scores[h], y[h * D : (h + 1) * D])
+
+
+@njit(parallel=True, **OPTIONS)
+def attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y):
+    """Attention of the token at `place` into y (H D): its key and value join `keys` and `values`
+    (K, S, D)."""
+    remember(qkv, place, k_norm, cos, sin, keys, values)
+    for h in prange(len(scores)):
+        one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y)
+
+
+@njit(**OPTIONS)
+def block(x, place, attention, mlp, cos, sin, keys, values, buffers):
+    """A block of model.py, in place of its x (C)."""
+    attn_norm, wqkv, q_norm, k_norm, wo = attention
+    mlp_norm, gate, up, down, activation = mlp
+    _, h, qkv, y, wide, scores, room = buffers
+    normed(x, attn_norm, h)
+    product(wqkv, h, PLAIN, f32(0), room, qkv)
+    attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y)
+    product(wo, y, ADDED, f32(0), room, x)
+    normed(x, mlp_norm, h)
+    if activation == SILU:
+        product(gate, h, SILU, f32(0), room, wide)
+        product(up, h, TIMES, f32(0), room, wide)
+    else:
+        product(up, h, activation, f32(0), room, wide)
+    product(down, wide, ADDED, f32(0), room, x)
+
+
+@njit(**OPTIONS)
+def embed(token, place, embedding, x):
+    """What model.py's blocks are given of a token, into x (C)."""
+    table, positions, norm = embedding  # positions (0, C) where they are not learned
+    for i in range(len(x)):
+        x[i] = as_float32(table[token, i])
+    if len(positions):
+        for i in range(len(x)):
+            x[i] += as_float32(positions[place, i])
+    if norm[0] != NONE:
+        normed(x, norm, x)
+
+
+@njit(**OPTIONS)
+def whole_pass(token, place, embedding, blocks, head, angles, memory, buffers, logits):
+    """A pass of model.py, of one token at `place`."""
+    (cos, sin), (keys, values) = angles, memory
+    (norm, layer, cap), (x, h, _, _, _, _, room) = head, buffers
+    embed(token, place, embedding, x)
+    for n in range(len(blocks)):
+        attention, mlp = blocks[n]
+        block(x, place, attention, mlp, cos[place], sin[place], keys[n], values[n], buffers)
+    normed(x, norm, h)
+    product(layer, h, CAPPED if cap > 0 else PLAIN, cap, room, logits)
+
+
+@njit(**OPTIONS)
+def list_of(block):
+    """What one call is given of any number of blocks. A `typed.List` of Python's would be compiled
+    in each process anew."""
+    blocks = List()
+    blocks.append(block)
+    return blocks
+
+
+@njit(**OPTIONS)
+def append(blocks, block):
+    blocks.append(block)
