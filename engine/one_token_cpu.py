@@ -99,8 +99,8 @@ class OneToken:
 
     def logits_of(self, token: int, place: int) -> Tensor:
         """In memory of their own (1, 1, V)."""
-        w, logits = self.weights, np.empty(self.logits.numel(), f32)
-        if not 0 <= token < len(logits):
+        w, logits = self.weights, np.empty(self.logits.shape, f32)
+        if not 0 <= token < logits.size:
             raise IndexError(f"{token} is no token")
         model, text = (w.embedding, w.blocks, w.head), (self.angles, self.memory)
         together, before = self.choice.together(), get_num_threads()
@@ -108,13 +108,15 @@ class OneToken:
         buffers = *self.buffers, (*self.room, threads)
         with LOCK:
             start = perf_counter()
-            set_num_threads(threads)
+            if threads != before:  # to set them takes as long as a product of a small model
+                set_num_threads(threads)
             try:
-                loops.whole_pass(token, place, *model, *text, buffers, logits)
+                loops.whole_pass(token, place, *model, *text, buffers, logits.ravel())
             finally:
-                set_num_threads(before)
+                if threads != before:
+                    set_num_threads(before)
             self.choice.took(together, perf_counter() - start)
-        return torch.from_numpy(logits).view(1, 1, -1)
+        return torch.from_numpy(logits)
 
 
 class Known(Aside):

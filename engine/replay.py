@@ -135,8 +135,8 @@ class RecordedCache(KVCache):
         if self.k.is_cuda:
             return True
         self.waited += 1
-        few = records(self.k.device, len(self.lengths)) and torch.is_inference_mode_enabled()
-        return few and self.fit and self.waited > PATIENCE
+        worth = self.fit and self.waited > PATIENCE and torch.is_inference_mode_enabled()
+        return worth and records(self.k.device, len(self.lengths))
 
     def attends_one(self, mask: Tensor | None) -> bool:
         """Whether attention with that mask is one operation, that for one text on a CPU. Not if the
