@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,16 @@ def test_all_parts_agree_with_the_book_as_it_is(name, dtype, training):
     new = ["mlp"] if name in BENDS else []  # somebody's own bend has no fast form
     wanted = [part for part in fast.PARTS if part not in new]
     assert fast.agreeing(shape(name), CPU, dtype, training) == wanted
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("name", ["modern", "llama", "gpt2"])
+def test_a_norm_keeps_the_type_of_the_products(name, learns):
+    """Whatever its weights have."""
+    norm, x = fast.FastNorm(32, shape(name)), torch.randn(2, 24, 32).bfloat16()
+    with warnings.catch_warnings(), torch.set_grad_enabled(learns):
+        warnings.simplefilter("error")  # torch tells of a kernel that it cannot take
+        assert norm(x).dtype == torch.bfloat16
 
 
 def test_a_new_bend_is_left_to_the_book_and_the_log_says_so(monkeypatch, capsys):
