@@ -40,9 +40,11 @@ class FastNorm(Norm):
     def forward(self, x: Tensor) -> Tensor:
         if self.centre:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        if x.device.type != "cpu":
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         # a weight in float32 would widen all that follows: a step 1.5 times as long in bfloat16
         weight = None if self.weight is None else self.weight.to(x.dtype)
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return F.rms_norm(x, x.shape[-1:], weight, self.eps)
         x = RMSNormalise.apply(x, self.eps)
         return x if weight is None else x * weight

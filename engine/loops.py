@@ -2,8 +2,9 @@
 
 Weights of float32 and bfloat16 are multiplied in float32. Those of eight bits are multiplied with
 numbers of sixteen, by an instruction that adds two of their products to a sum (AVX2's `vpmaddwd`):
-x then is rounded to a 32,767th of its largest number, as a weight to a 127th of its row's. What is
-here stays in one file: numba keeps what it compiled until the file changes in which it stands.
+x then is rounded to a 32,767th of its largest number (or, where many are large, to a 2^24th of
+their sum, so that no sum outgrows 32 bits), as a weight to a 127th of its row's. What is here stays
+in one file: numba keeps what it compiled until the file changes in which it stands.
 docs/speed.md has the figures.
 """
 
@@ -13,7 +14,6 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
-from numba.core.errors import NumbaError
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array
@@ -50,15 +50,22 @@ def as_float32_by(w):
 
 @njit(inline="always")
 def sum_from(first, row, x):
+    """Of a row and x, without what stands before the `first` column."""
     s = f32(0)
     for i in range(first, len(x)):
         s += as_float32(row[i]) * f32(x[i])
     return s
 
 
+def by_sixteen_bits(W) -> bool:
+    """Whether W has eight bits and the processor that numba compiles for has that instruction: at
+    one that is unknown there LLVM would end the process."""
+    return W.dtype == types.int8 and "+avx2" in cpu_target.target_context.codegen().magic_tuple()[2]
+
+
 def rounded(W, x, buffer):
-    """(x, unit) as `sums` wants x (I): as it is, or for W of eight bits as multiples of a unit, in
-    `buffer`. If not all is finite, the unit is not."""
+    """(x, unit) as `sums` wants x (I): as it is, or as multiples of a unit, in `buffer`. If not all
+    is finite, the unit is not."""
 
 
 @overload(rounded, jit_options=MATH)
@@ -83,15 +90,13 @@ def rounded_by(W, x, buffer):
             some[:] = 0
         return some, unit
 
-    return to_sixteen_bits if W.dtype == types.int8 else as_it_is
+    return to_sixteen_bits if by_sixteen_bits(W) else as_it_is
 
 
 @intrinsic
 def eight_sums(_, W, first, step, x):
     """Of eight rows of W (O, I), int8, from the `first` on each `step` apart: their sums with
     x (I), int16, over as many columns as a multiple of LANES has."""
-    if "+avx2" not in cpu_target.target_context.codegen().magic_tuple()[2]:
-        raise NumbaError("numba was told to do without AVX2")  # LLVM would end the process
     number, several = ir.IntType(32), ir.VectorType(ir.IntType(32), LANES // 2)
     wide, narrow = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 8))
 
@@ -153,7 +158,7 @@ def sums_by(W, x, z):
         for o in range(STREAMS * n, len(z)):
             z[o] = sum_from(0, W[o], x)
 
-    def by_sixteen_bits(W, x, z):
+    def in_whole_numbers(W, x, z):
         n, first = len(z) // STREAMS, len(x) - len(x) % LANES
         for o in range(n):
             found = eight_sums(W, o, n, x)
@@ -162,7 +167,7 @@ def sums_by(W, x, z):
         for o in range(STREAMS * n, len(z)):
             z[o] = sum_from(0, W[o], x)
 
-    return by_sixteen_bits if W.dtype == types.int8 else in_float32
+    return in_whole_numbers if by_sixteen_bits(W) else in_float32
 
 
 # --- what stands between and behind them
@@ -208,7 +213,8 @@ def part_of_product(layer, first, last, x, unit, how, cap, z, y):
 
 @njit(parallel=True, **OPTIONS)
 def product(layer, x, how, cap, room, y):
-    """W x + b into y (O), as `how` says: each thread reads so many rows behind one another."""
+    """W x + b into y (O), as `how` says: a run of neighbouring rows for each thread, of whole
+    groups that are read side by side."""
     sixteen_bits, z, threads = room
     numbers, unit = rounded(layer[0], x, sixteen_bits)
     groups = (len(y) + STREAMS - 1) // STREAMS

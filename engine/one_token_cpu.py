@@ -1,14 +1,14 @@
 """The pass of one token through a model on a CPU, in one call, compiled by numba.
 
 What a token costs beside the reading of its weights are hundreds of small operations: each is
-called by Python, on one core, while the threads of the next product fall asleep. Here they stand
-in the loops that read the matrices, or between two of them with nothing to call; so the threads
-of one loop are still awake when the next begins. Weights of float32 and bfloat16 are read as the
-model has them, those of eight bits from a copy, which does not see what is changed in them later.
-docs/speed.md has the figures.
+called by Python, on one core, while the threads of the next product fall asleep. In engine/loops.py
+they stand in the loops that read the matrices, or between two of them with nothing to call; so the
+threads of one loop are still awake when the next begins. Weights of float32 and bfloat16 are read
+as the model has them, those of eight bits from a copy, which does not see what is changed in them
+later. docs/speed.md has the figures.
 
-numba compiles these functions when they are called first, some seconds for each of the three kinds
-of weights, and keeps what it made beside this file, or in a folder of the user's.
+numba compiles those functions when they are called first, some seconds for each of the three kinds
+of weights, and keeps what it made beside their file, or in a folder of the user's.
 """
 
 import sys
@@ -38,7 +38,7 @@ LOCK = Lock()  # numba's own threads, which it uses where there is no OpenMP, se
 OURS = {"model", "engine.fast", "engine.inference", "engine.linear", "engine.blas"}  # modules
 PLACES = 1024  # of a cache in which a model and its compiled pass are compared, at most
 ROUNDING = 5e-5  # how far they may be apart, as a share: 2e-6 was found, GELU by erf is 1e-4 off
-OF_EIGHT_BITS = 1e-3  # the same where activations are rounded to sixteen: 9e-5 was found
+OF_EIGHT_BITS = 1e-3  # the same where activations are rounded to sixteen bits: 9e-5 was found
 KINDS, TYPES = (NumpyLinear, PlainLinear, HalfLinear), (torch.float32, torch.bfloat16)
 TRIES = 3  # of each, to find which is faster
 
@@ -53,9 +53,11 @@ class Weights:
             raise ValueError(f"a model with parts of {files}, or one that was changed")
         self.config = c
         no_positions = model.wte.weight[:0]
-        positions = table_of(model.wpe) if c.position == "learned" else array(no_positions)
+        positions = array(no_positions)
+        if c.position == "learned":
+            positions = table_of(model.wpe, c.block_size, c.n_embd)
         norm = norm_of(model.embed_norm, c.n_embd) if c.embed_norm else no_norm(c.n_embd)
-        self.embedding = table_of(model.wte), positions, norm
+        self.embedding = table_of(model.wte, c.vocab_size, c.n_embd), positions, norm
         blocks = [of_block(block, c) for block in model.blocks]
         top = layer_of(model.head.layer, c.vocab_size, c.n_embd)
         self.head = norm_of(model.norm, c.n_embd), top, f32(c.logit_cap)
@@ -82,6 +84,8 @@ class OneToken:
         c, size = weights.config, cache.k.size(3)
         if cache.k.size(1) != 1 or cache.k.dtype != torch.float32:
             raise ValueError(f"a cache of {cache.k.dtype}, or for several texts")
+        if c.position == "learned" and size > c.block_size:
+            raise ValueError(f"a cache for {size} tokens, of which {c.block_size} have a position")
         self.weights, self.tokens, self.place = weights, tokens, place
         self.threads, self.choice = torch.get_num_threads(), AllOrOne()
         self.memory = cache.k[:, 0].numpy(), cache.v[:, 0].numpy()  # (L, K, S, D) both
@@ -201,7 +205,7 @@ def of_block(block: nn.Module, c) -> tuple[tuple, tuple]:
     attn, mlp, C, D, wide = block.attn, block.mlp, c.n_embd, c.head_dim, c.mlp_dim
     norms = [norm_of(norm, D) for norm in (attn.q_norm, attn.k_norm) if c.qk_norm]
     norms = norms or [no_norm(D)] * 2
-    up, activation = layer_of(mlp.up, wide, C), ACTIVATIONS[mlp.activation]
+    up, activation = layer_of(mlp.up, wide, C), bend_of(mlp.activation)
     gate = up if mlp.gate is None else layer_of(mlp.gate, wide, C)
     wqkv = layer_of(attn.wqkv, (c.n_head + 2 * c.n_kv_head) * D, C)
     wo = layer_of(attn.wo, C, c.n_head * D)
@@ -230,8 +234,8 @@ def vector(t: Tensor | None, length: int, missing: float) -> np.ndarray:
 
 
 def layer_of(layer: nn.Module, outputs: int, inputs: int) -> tuple[np.ndarray, ...]:
-    """What `product` reads: weight, bias, and a scale for each row. ValueError if nobody can read
-    the weight, or it has another shape."""
+    """What `loops.product` reads: weight, bias, and a scale for each row. ValueError if nobody can
+    read the weight, or it has another shape."""
     if type(layer) is OneOrSeveralLinear:
         layer = layer.one
     scales = None
@@ -247,11 +251,22 @@ def layer_of(layer: nn.Module, outputs: int, inputs: int) -> tuple[np.ndarray, .
     return array(weight), vector(layer.bias, outputs, 0.0), vector(scales, outputs, 1.0)
 
 
-def table_of(embedding: nn.Module) -> np.ndarray:
-    """ValueError if it is of another type."""
-    if embedding.weight.dtype not in TYPES:
-        raise ValueError(f"an embedding of {embedding.weight.dtype}")
-    return array(embedding.weight.contiguous())
+def table_of(embedding: nn.Module, rows: int, width: int) -> np.ndarray:
+    """ValueError if it is of another type or size: loops ask for no bounds."""
+    weight = embedding.weight
+    if weight.dtype not in TYPES or weight.shape != (rows, width):
+        raise ValueError(f"an embedding of {weight.dtype}, {weight.shape}")
+    return array(weight.contiguous())
+
+
+def bend_of(activation: Callable) -> np.int64:
+    """Its number. ValueError if its name is known but what it computes is not: with eight bits the
+    logits would not tell."""
+    kind, x = ACTIVATIONS[activation], torch.linspace(-4, 4, 65)
+    known = {loops.GELU: F.gelu(x, approximate="tanh"), loops.RELU2: F.relu(x) ** 2}
+    if not torch.allclose(activation(x), known.get(kind, F.silu(x)), atol=1e-6):
+        raise ValueError("an activation that was edited")
+    return kind
 
 
 def no_norm(width: int) -> tuple:
@@ -259,7 +274,7 @@ def no_norm(width: int) -> tuple:
 
 
 def norm_of(norm: nn.Module, width: int) -> tuple:
-    """As `normed` wants it."""
+    """As `loops.normed` wants it."""
     if not isinstance(norm, Norm):
         raise ValueError(f"{type(norm)} is no norm")
     weight, bias = vector(norm.weight, width, 1.0), vector(norm.bias, width, 0.0)

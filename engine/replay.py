@@ -118,8 +118,8 @@ class RecordedCache(KVCache):
     """
 
     fixed = True
-    weights = 0  # of the model
-    loops = None  # on a CPU, those of engine/one_token_cpu.py
+    weights = 0  # how many the model has
+    compiled = None  # on a CPU, the pass of engine/one_token_cpu.py, which then is `replay`
     recorded = None  # the buffers that the recording knows
     structure = None  # that of the model then
     kernels = None  # on a GPU, those of engine/one_token.py, whose memory the recording knows
@@ -163,8 +163,8 @@ class RecordedCache(KVCache):
         if self.recorded is not self.k or self.how != how or changed:  # or `take` had other rows
             self.how, self.inherited = how, False
             self.record(forward, tokens)
-        if self.loops and not self.inherited:
-            logits = self.loops.logits_of(int(tokens), longest)
+        if self.compiled and not self.inherited:
+            logits = self.compiled.logits_of(int(tokens), longest)
         else:
             logits = self.replayed(forward, tokens).clone()
         self.lengths += 1
@@ -226,7 +226,7 @@ class RecordedCache(KVCache):
 
     def record(self, forward, tokens: Tensor) -> None:
         model, device = forward.__self__, self.k.device
-        self.recorded = self.replay = self.loops = None  # if it is interrupted
+        self.recorded = self.replay = self.compiled = None  # if it is interrupted
         self.tokens = tokens.clone()
         self.place = self.lengths[:, None].to(device, copy=True)
         self.columns = torch.arange(self.k.size(3), device=device)
@@ -296,7 +296,7 @@ class RecordedCache(KVCache):
         finally:
             torch.set_num_threads(threads)  # numba's OpenMP, which is torch's, begins with all
         if step:
-            self.logits, self.replay, self.loops = step.logits, step, step
+            self.logits, self.replay, self.compiled = step.logits, step, step
         else:
             self.replay()  # whose keys and values stay, and not those of a trial
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_inference import CHANGES, goes_at_once, late, text
 from test_model import SHAPES, make
 from torch import nn
@@ -19,10 +20,11 @@ from engine import blas, replay
 from engine.inference import ready
 from engine.linear import Fastest, PackedLinear, PlainLinear, StreamedLinear, packable
 from generate import generate
-from model import Attention, Block
+from model import Attention, Block, KVCache, gelu
 from speculate import Draft, lookup, speculate
 
-njit = pytest.importorskip("numba").njit
+numba = pytest.importorskip("numba")
+njit, types = numba.njit, numba.types
 one_token_cpu = pytest.importorskip("engine.one_token_cpu")
 loops = one_token_cpu.loops
 FASTER = one_token_cpu.faster
@@ -306,6 +308,42 @@ def test_a_part_of_another_size_is_not_read(part):
     with pytest.raises(ValueError, match="should be|is no norm"):
         one_token_cpu.Weights(model)
     assert len(text(model, 1, 2, 3)) == 20 and not compiled(model)
+
+
+@pytest.mark.parametrize("table", ["wte", "wpe"])
+def test_no_row_behind_a_table_is_read(table):
+    """Where torch says so, loops would read whatever stands there."""
+    model = ready(make("gpt2"))
+    weights = one_token_cpu.Weights(model)
+    longer = KVCache(model.config, 1, size=30)
+    with pytest.raises(ValueError, match="30 tokens, of which 24 have a position"):
+        one_token_cpu.OneToken(weights, longer, torch.tensor([[1]]), torch.tensor([[29]]))
+    step = one_token_cpu.OneToken(weights, model.new_cache(), torch.tensor([[61]]), torch.zeros(1))
+    with pytest.raises(IndexError, match="61 is no token"):
+        step()
+    embedding = getattr(model, table)
+    embedding.weight = nn.Parameter(embedding.weight[:20])
+    with pytest.raises(ValueError, match="an embedding of"):
+        one_token_cpu.Weights(model)
+
+
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_an_activation_that_was_edited_is_not_taken_for_what_it_was(quantize, monkeypatch):
+    """With eight bits the logits would not tell."""
+    model = ready(make("gpt2"), quantize)
+    assert one_token_cpu.Weights(model)
+    monkeypatch.setattr(gelu, "__code__", (lambda x: F.gelu(x)).__code__)
+    with pytest.raises(ValueError, match="edited"):
+        one_token_cpu.Weights(model)
+
+
+def test_a_processor_without_that_instruction_gets_other_loops(monkeypatch):
+    """Which are compiled for it, and known by their name: so here, anew."""
+    W = types.Array(types.int8, 2, "C")
+    assert loops.by_sixteen_bits(W) and not loops.by_sixteen_bits(W.copy(dtype=types.float32))
+    codegen = type(loops.cpu_target.target_context.codegen())
+    monkeypatch.setattr(codegen, "magic_tuple", lambda self: ("", "generic", "-avx2"))
+    assert not loops.by_sixteen_bits(W)
 
 
 def test_a_head_of_zeros_is_no_agreement():
