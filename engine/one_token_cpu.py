@@ -112,7 +112,7 @@ class OneToken:
         buffers = *self.buffers, (*self.room, threads)
         with LOCK:
             start = perf_counter()
-            if threads != before:  # to set them takes as long as a product of a small model
+            if threads != before:  # each call costs 0.02 ms, its code no longer in the caches
                 set_num_threads(threads)
             try:
                 loops.whole_pass(token, place, *model, *text, buffers, logits.ravel())
