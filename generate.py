@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,28 +116,30 @@ def generate(
     logits = prefill(model, [prompt], cache, markers)  # (1, V)
     cache.take([0] * num_samples)  # its one row, copied for each sample
     logits = logits.expand(num_samples, -1)  # (B, V)
-    context = torch.tensor([prompt] * num_samples, device=device)  # (B, T)
+    context = [list(prompt) for _ in range(num_samples)]  # B times T tokens
 
     for n in range(1, max_tokens + 1):
-        if len(left_out):
+        if len(unused):
             logits = logits.index_fill(-1, left_out, -math.inf)
         if repetition_penalty != 1:
-            logits = penalise(logits, context, repetition_penalty)
-        uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64)
+            logits = penalise(logits, torch.tensor(context, device=device), repetition_penalty)
+        uniform = torch.from_numpy(np.array([draw.random() for draw in draws]))  # (B,), float64
         token = pick(logits, uniform, **options)  # (B,)
-        context = torch.cat((context, token[:, None]), dim=1)  # (B, T + 1)
-        yield token.tolist()
+        new = token.tolist()
+        for text, last in zip(context, new, strict=True):
+            text.append(last)
+        yield new
         if n == max_tokens:
             return
-        if context.size(1) <= limit:
+        if len(context[0]) <= limit:
             logits = decode_one_token(model, token, cache)
         else:
             # the context is full. To drop its first token alone would leave keys and values in the
             # cache that were computed while looking at it (and learned positions would all move):
             # everything would have to be read anew, T positions for each token. Dropping half makes
             # that rare: T / 2 positions every T / 2 tokens, so one more for each token
-            context = context[:, -max(1, limit // 2) :]
-            logits = prefill(model, context.tolist(), cache, markers)
+            context = [text[-max(1, limit // 2) :] for text in context]
+            logits = prefill(model, context, cache, markers)
 
 
 class TextStream:

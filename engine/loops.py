@@ -94,9 +94,9 @@ def rounded_by(W, x, buffer):
 
 
 @intrinsic
-def eight_sums(_, W, first, step, x):
-    """Of eight rows of W (O, I), int8, from the `first` on each `step` apart: their sums with
-    x (I), int16, over as many columns as a multiple of LANES has."""
+def eight_sums(_, streams, part, at, x):
+    """Of the rows that begin at the place `at` of each of streams[part] (STREAMS, L), int8: their
+    sums with x (I), int16, over as many columns as a multiple of LANES has."""
     number, several = ir.IntType(32), ir.VectorType(ir.IntType(32), LANES // 2)
     wide, narrow = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 8))
 
@@ -111,12 +111,13 @@ def eight_sums(_, W, first, step, x):
 
         multiply = function("llvm.x86.avx2.pmadd.wd", several, wide, wide)
         add_up = function("llvm.vector.reduce.add.v8i32", number, several)
-        W, first, step, x = values
+        _, part, at, _ = values
         W, x = (make_array(signature.args[k])(context, builder, values[k]) for k in (0, 3))
-        columns = builder.extract_value(x.shape, 0)
+        columns, long = builder.extract_value(x.shape, 0), builder.extract_value(W.shape, 2)
         length, index = columns.type, partial(ir.Constant, columns.type)
-        starts = [builder.add(first, builder.mul(step, index(k))) for k in range(STREAMS)]
-        rows = [builder.gep(W.data, [builder.mul(start, columns)]) for start in starts]
+        first = builder.mul(part, index(STREAMS))
+        places = [builder.mul(builder.add(first, index(k)), long) for k in range(STREAMS)]
+        rows = [builder.gep(W.data, [builder.add(place, at)]) for place in places]
         totals = [cgutils.alloca_once(builder, several) for _ in rows]
         for total in totals:
             builder.store(ir.Constant(several, None), total)
@@ -130,44 +131,46 @@ def eight_sums(_, W, first, step, x):
         sums = [builder.call(add_up, [builder.load(total)]) for total in totals]
         return context.make_tuple(builder, signature.return_type, sums)
 
-    return types.UniTuple(types.int32, STREAMS)(W, first, step, x), instructions
+    return types.UniTuple(types.int32, STREAMS)(streams, part, at, x), instructions
 
 
-def sums(W, x, z):
-    """W x into z, by eight rows at once that stand far from each other: a processor asks memory for
-    more of each that it sees read in order, and of one alone it does not ask for enough."""
+def sums(streams, part, at, x, z):
+    """Of the rows that stand from `at` on in each of streams[part] (STREAMS, L): their products
+    with x into z, by one row of each at once. A processor asks memory for more of each stream that
+    it sees read in order, and of one alone it does not ask for enough."""
 
 
 @overload(sums, jit_options=MATH)
-def sums_by(W, x, z):
-    def in_float32(W, x, z):
-        n = len(z) // STREAMS
+def sums_by(streams, part, at, x, z):
+    def in_float32(streams, part, at, x, z):
+        W, n = streams[part], len(z) // STREAMS
         for o in range(n):
+            row = slice(at + o * len(x), at + (o + 1) * len(x))
+            w0, w1, w2, w3 = W[0, row], W[1, row], W[2, row], W[3, row]
+            w4, w5, w6, w7 = W[4, row], W[5, row], W[6, row], W[7, row]
             z0 = z1 = z2 = z3 = z4 = z5 = z6 = z7 = f32(0)
             for i in range(len(x)):
-                z0 += as_float32(W[o, i]) * x[i]
-                z1 += as_float32(W[o + n, i]) * x[i]
-                z2 += as_float32(W[o + 2 * n, i]) * x[i]
-                z3 += as_float32(W[o + 3 * n, i]) * x[i]
-                z4 += as_float32(W[o + 4 * n, i]) * x[i]
-                z5 += as_float32(W[o + 5 * n, i]) * x[i]
-                z6 += as_float32(W[o + 6 * n, i]) * x[i]
-                z7 += as_float32(W[o + 7 * n, i]) * x[i]
+                z0 += as_float32(w0[i]) * x[i]
+                z1 += as_float32(w1[i]) * x[i]
+                z2 += as_float32(w2[i]) * x[i]
+                z3 += as_float32(w3[i]) * x[i]
+                z4 += as_float32(w4[i]) * x[i]
+                z5 += as_float32(w5[i]) * x[i]
+                z6 += as_float32(w6[i]) * x[i]
+                z7 += as_float32(w7[i]) * x[i]
             z[o], z[o + n], z[o + 2 * n], z[o + 3 * n] = z0, z1, z2, z3
             z[o + 4 * n], z[o + 5 * n], z[o + 6 * n], z[o + 7 * n] = z4, z5, z6, z7
-        for o in range(STREAMS * n, len(z)):
-            z[o] = sum_from(0, W[o], x)
 
-    def in_whole_numbers(W, x, z):
-        n, first = len(z) // STREAMS, len(x) - len(x) % LANES
+    def in_whole_numbers(streams, part, at, x, z):
+        n, whole = len(z) // STREAMS, len(x) - len(x) % LANES
         for o in range(n):
-            found = eight_sums(W, o, n, x)
+            begin = at + o * len(x)
+            found = eight_sums(streams, part, begin, x)
             for k in range(STREAMS):
-                z[o + k * n] = f32(found[k]) + sum_from(first, W[o + k * n], x)
-        for o in range(STREAMS * n, len(z)):
-            z[o] = sum_from(0, W[o], x)
+                row = streams[part, k, begin : begin + len(x)]
+                z[o + k * n] = f32(found[k]) + sum_from(whole, row, x)
 
-    return in_whole_numbers if by_sixteen_bits(W) else in_float32
+    return in_whole_numbers if by_sixteen_bits(streams) else in_float32
 
 
 # --- what stands between and behind them
@@ -204,24 +207,25 @@ def finished(z, y, how, cap):
 
 
 @njit(**OPTIONS)
-def part_of_product(layer, first, last, x, unit, how, cap, z, y):
-    W, b, scales = layer
-    sums(W[first:last], x, z[first:last])
+def part_of_product(layer, part, x, unit, how, cap, z, y):
+    streams, at, rest, b, scales = layer
+    parts, whole = len(streams), len(y) - len(rest)
+    first, last = whole // parts * part, whole // parts * (part + 1)
+    sums(streams, part, at, x, z[first:last])
     for o in range(first, last):
         y[o] = finished(z[o] * (unit * scales[o]) + b[o], y[o], how, cap)
+    for i in range(len(rest) * part // parts, len(rest) * (part + 1) // parts):
+        o = whole + i
+        y[o] = finished(sum_from(0, rest[i], x) * (unit * scales[o]) + b[o], y[o], how, cap)
 
 
 @njit(parallel=True, **OPTIONS)
 def product(layer, x, how, cap, room, y):
-    """W x + b into y (O), as `how` says: a run of neighbouring rows for each thread, of whole
-    groups that are read side by side."""
-    sixteen_bits, z, threads = room
+    """W x + b into y (O), as `how` says, in as many parts as `streams` has, one for each thread."""
+    sixteen_bits, z = room
     numbers, unit = rounded(layer[0], x, sixteen_bits)
-    groups = (len(y) + STREAMS - 1) // STREAMS
-    for part in prange(threads):
-        first, last = groups * part // threads, groups * (part + 1) // threads
-        rows = first * STREAMS, min(last * STREAMS, len(y))
-        part_of_product(layer, *rows, numbers, unit, how, cap, z, y)
+    for part in prange(len(layer[0])):
+        part_of_product(layer, part, numbers, unit, how, cap, z, y)
 
 
 @njit(**OPTIONS)

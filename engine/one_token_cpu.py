@@ -11,6 +11,7 @@ numba compiles those functions when they are called first, some seconds for each
 of weights, and keeps what it made beside their file, or in a folder of the user's.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -58,11 +59,12 @@ class Weights:
             positions = table_of(model.wpe, c.block_size, c.n_embd)
         norm = norm_of(model.embed_norm, c.n_embd) if c.embed_norm else no_norm(c.n_embd)
         self.embedding = table_of(model.wte, c.vocab_size, c.n_embd), positions, norm
-        blocks = [of_block(block, c) for block in model.blocks]
-        top = layer_of(model.head.layer, c.vocab_size, c.n_embd)
+        streams = Streams(model, min(torch.get_num_threads(), NUMBA_NUM_THREADS))
+        blocks = [of_block(block, c, streams) for block in model.blocks]
+        top = layer_of(model.head.layer, c.vocab_size, c.n_embd, streams)
         self.head = norm_of(model.norm, c.n_embd), top, f32(c.logit_cap)
         layers = [top, *(layer for block in blocks for layer in matrices(*block))]
-        kinds = {W.dtype for W, _, _ in layers}
+        kinds = {layer[0].dtype for layer in layers}
         if len(kinds) > 1:
             raise ValueError(f"layers of {kinds}")
         self.blocks = loops.list_of(blocks[0])
@@ -94,8 +96,8 @@ class OneToken:
             self.angles = tuple(z.numpy() for z in rotary(torch.arange(size), c))
         joined = (c.n_head + 2 * c.n_kv_head) * c.head_dim
         inputs = c.n_embd, c.n_embd, joined, c.n_head * c.head_dim, c.mlp_dim
-        self.room = np.zeros(max(inputs), np.int16), np.zeros(max(c.vocab_size, *inputs), f32)
-        self.buffers = [np.zeros(n, f32) for n in (*inputs, (c.n_head, size))]
+        room = np.zeros(max(inputs), np.int16), np.zeros(max(c.vocab_size, *inputs), f32)
+        self.buffers = *(np.zeros(n, f32) for n in (*inputs, (c.n_head, size))), room
         self.logits = torch.empty(1, 1, c.vocab_size)
 
     def __call__(self) -> None:
@@ -109,13 +111,12 @@ class OneToken:
         model, text = (w.embedding, w.blocks, w.head), (self.angles, self.memory)
         together, before = self.choice.together(), get_num_threads()
         threads = min(self.threads, NUMBA_NUM_THREADS) if together else 1
-        buffers = *self.buffers, (*self.room, threads)
         with LOCK:
             start = perf_counter()
             if threads != before:  # each call costs 0.02 ms, its code no longer in the caches
                 set_num_threads(threads)
             try:
-                loops.whole_pass(token, place, *model, *text, buffers, logits.ravel())
+                loops.whole_pass(token, place, *model, *text, self.buffers, logits.ravel())
             finally:
                 if threads != before:
                     set_num_threads(before)
@@ -201,17 +202,47 @@ def faster(one: Callable, other: Callable) -> bool:
 # --- what a model holds, as those functions want it
 
 
-def of_block(block: nn.Module, c) -> tuple[tuple, tuple]:
+class Streams:
+    """How the rows of each matrix are dealt out, to `parts`, one for each thread, and there to
+    streams that are read side by side: see `loops.product`.
+
+    Matrices of eight bits are copied, one behind the other into the same streams, so that what a
+    processor reads ahead at the end of one is the beginning of the next. Their memory is one array,
+    since for a large one numpy asks for huge pages. The others stay where the model has them.
+    """
+
+    def __init__(self, model: GPT, parts: int):
+        layers = [m for m in model.modules() if type(m) is StreamedLinear and m.scales is not None]
+        self.shape, self.used = (parts, loops.STREAMS), 0
+        length = sum(m.outputs // math.prod(self.shape) * m.inputs for m in layers)
+        self.memory = np.empty((*self.shape, length), np.int8)
+
+    def deal(self, weight: Tensor) -> tuple[np.ndarray, int, np.ndarray]:
+        """Of weight (O, I): the streams (parts, STREAMS, L), where in each its rows begin, and the
+        rows (R, I) that are too few for one more in each."""
+        count = math.prod(self.shape)
+        each = len(weight) // count
+        rows, rest = weight[: each * count], array(weight[each * count :].contiguous())
+        rows = rows.reshape(*self.shape, each * weight.size(1))
+        if weight.dtype != torch.int8:
+            return array(rows), 0, rest
+        begin, self.used = self.used, self.used + rows.size(2)
+        self.memory[:, :, begin : self.used] = rows
+        return self.memory, begin, rest
+
+
+def of_block(block: nn.Module, c, streams: Streams) -> tuple[tuple, tuple]:
     attn, mlp, C, D, wide = block.attn, block.mlp, c.n_embd, c.head_dim, c.mlp_dim
     norms = [norm_of(norm, D) for norm in (attn.q_norm, attn.k_norm) if c.qk_norm]
     norms = norms or [no_norm(D)] * 2
-    up, activation = layer_of(mlp.up, wide, C), bend_of(mlp.activation)
-    gate = up if mlp.gate is None else layer_of(mlp.gate, wide, C)
-    wqkv = layer_of(attn.wqkv, (c.n_head + 2 * c.n_kv_head) * D, C)
-    wo = layer_of(attn.wo, C, c.n_head * D)
+    up, activation = layer_of(mlp.up, wide, C, streams), bend_of(mlp.activation)
+    gate = up if mlp.gate is None else layer_of(mlp.gate, wide, C, streams)
+    wqkv = layer_of(attn.wqkv, (c.n_head + 2 * c.n_kv_head) * D, C, streams)
+    wo = layer_of(attn.wo, C, c.n_head * D, streams)
+    down = layer_of(mlp.down, C, wide, streams)
     return (
         (norm_of(block.attn_norm, C), wqkv, *norms, wo),
-        (norm_of(block.mlp_norm, C), gate, up, layer_of(mlp.down, C, wide), activation),
+        (norm_of(block.mlp_norm, C), gate, up, down, activation),
     )
 
 
@@ -233,22 +264,21 @@ def vector(t: Tensor | None, length: int, missing: float) -> np.ndarray:
     return found
 
 
-def layer_of(layer: nn.Module, outputs: int, inputs: int) -> tuple[np.ndarray, ...]:
+def layer_of(layer: nn.Module, outputs: int, inputs: int, streams: Streams) -> tuple:
     """What `loops.product` reads: weight, bias, and a scale for each row. ValueError if nobody can
     read the weight, or it has another shape."""
     if type(layer) is OneOrSeveralLinear:
         layer = layer.one
     scales = None
     if type(layer) is StreamedLinear and layer.scales is not None:
-        # a copy: the sums of a bag are over rows of the transpose, which takes a quarter longer
-        weight, scales = layer.whole_numbers().contiguous(), layer.scales
+        weight, scales = layer.whole_numbers(), layer.scales
     elif type(layer) in KINDS and layer.matrix is not None and layer.matrix.dtype in TYPES:
         weight = layer.matrix.contiguous()
     else:
         raise ValueError(f"the weights of {type(layer)} have a layout of somebody else's")
     if weight.shape != (outputs, inputs):
         raise ValueError(f"a matrix of {weight.shape} should be one of {outputs} x {inputs}")
-    return array(weight), vector(layer.bias, outputs, 0.0), vector(scales, outputs, 1.0)
+    return *streams.deal(weight), vector(layer.bias, outputs, 0.0), vector(scales, outputs, 1.0)
 
 
 def table_of(embedding: nn.Module, rows: int, width: int) -> np.ndarray:

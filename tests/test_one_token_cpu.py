@@ -108,33 +108,40 @@ def test_layers_of_two_kinds_are_not_read_as_one():
         one_token_cpu.Weights(model)
 
 
-@njit
-def by_sixteen_bits(W, x, buffer, z):
-    numbers, unit = loops.rounded(W, x, buffer)
-    loops.sums(W, numbers, z)
-    return unit
+def product(W, x, parts=1, begin=0) -> np.ndarray:
+    """W x by loops; the rows of W (O, I) stand from `begin` on in their streams."""
+    each, (rows, columns) = len(W) // (parts * loops.STREAMS), W.shape
+    count = each * parts * loops.STREAMS
+    streams = np.full((parts, loops.STREAMS, begin + each * columns + 3), 99, W.dtype)
+    streams[:, :, begin : begin + each * columns] = W[:count].reshape(*streams.shape[:2], -1)
+    layer = streams, begin, W[count:], np.zeros(rows, np.float32), np.ones(rows, np.float32)
+    room, y = (
+        (np.zeros(columns + 5, np.int16), np.empty(rows, np.float32)),
+        np.full(rows, np.nan, np.float32),
+    )
+    loops.product(layer, x, loops.PLAIN, np.float32(0), room, y)
+    return y
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 64, 3000])
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 40])
-def test_weights_of_eight_bits_are_summed_to_a_part_in_ten_thousand(rows, columns):
+@pytest.mark.parametrize(("parts", "begin"), [(1, 0), (2, 0), (3, 48)])
+def test_weights_of_eight_bits_are_summed_to_a_part_in_ten_thousand(rows, columns, parts, begin):
     g = np.random.default_rng(rows * columns)
     W = g.integers(-127, 128, (rows, columns)).astype(np.int8)
-    x, z = g.normal(size=columns).astype(np.float32), np.full(rows, np.nan, np.float32)
-    unit = by_sixteen_bits(W, x, np.zeros(columns + 5, np.int16), z)
+    x = g.normal(size=columns).astype(np.float32)
     true, size = W @ x.astype(np.float64), np.linalg.norm(W) * np.linalg.norm(x)
-    assert np.abs(z * unit - true).max() <= 1e-4 * size
+    assert np.abs(product(W, x, parts, begin) - true).max() <= 1e-4 * size
 
 
 @pytest.mark.parametrize("columns", [16, 700, 30_000])
 @pytest.mark.parametrize("x", [1.0, -1.0, 3e38, 1e-20])
 def test_the_largest_sums_do_not_overflow(columns, x):
     """All of x as large as the largest, all weights as well."""
-    W, z = np.full((9, columns), -127, np.int8), np.zeros(9, np.float32)
+    W = np.full((9, columns), -127, np.int8)
     vector = np.full(columns, x, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        unit = by_sixteen_bits(W, vector, np.zeros(columns, np.int16), z)
-        found = z * unit
+        found = product(W, vector)
         if np.isfinite(np.abs(vector).sum()):
             assert np.allclose(found, -127.0 * columns * np.float64(x), rtol=1e-3)
         else:
@@ -143,13 +150,10 @@ def test_the_largest_sums_do_not_overflow(columns, x):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_sum_of_what_is_not_finite_is_not(bad):
-    W, z, x = np.ones((3, 40), np.int8), np.zeros(3, np.float32), np.ones(40, np.float32)
+    W, x = np.ones((9, 40), np.int8), np.ones(40, np.float32)
     x[33] = bad
-    unit = by_sixteen_bits(W, x, np.zeros(40, np.int16), z)
-    with np.errstate(invalid="ignore"):
-        assert not np.isfinite(z * unit).any()
-    assert by_sixteen_bits(W, np.zeros_like(x), np.zeros(40, np.int16), z) == 0
-    assert not z.any()
+    assert not np.isfinite(product(W, x)).any()
+    assert not product(W, np.zeros_like(x)).any()
 
 
 def test_what_is_not_finite_stays_so():
