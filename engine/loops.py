@@ -221,10 +221,12 @@ def part_of_product(layer, part, x, unit, how, cap, z, y):
 
 @njit(parallel=True, **OPTIONS)
 def product(layer, x, how, cap, room, y):
-    """W x + b into y (O), as `how` says, in as many parts as `streams` has, one for each thread."""
-    sixteen_bits, z = room
-    numbers, unit = rounded(layer[0], x, sixteen_bits)
-    for part in prange(len(layer[0])):
+    """W x + b into y (O), as `how` says. The rows of W (O, I) are dealt out: to as many parts as
+    there are threads, in each to STREAMS streams, where they begin `at` some place, and those that
+    are too few for one more in each are the `rest`."""
+    streams, (sixteen_bits, z) = layer[0], room
+    numbers, unit = rounded(streams, x, sixteen_bits)
+    for part in prange(len(streams)):
         part_of_product(layer, part, numbers, unit, how, cap, z, y)
 
 
@@ -257,21 +259,38 @@ def ready_head(x, norm, cos, sin):
 
 @njit(**OPTIONS)
 def look(q, keys, values, place, score, y):
-    """Attention of one head, of q (D) to `keys` and `values` (S, D) up to `place`, into y (D)."""
-    top, whole, scale = f32(-np.inf), f32(0), f32(1) / np.sqrt(f32(len(q)))
-    for t in range(place + 1):
-        z = f32(0)
+    """Attention of one head, of q (D) to `keys` and `values` (S, D) up to `place`, into y (D), at
+    four places at once that stand far from each other."""
+    n, count, scale = (place + 1) // 4, place + 1, f32(1) / np.sqrt(f32(len(q)))
+    for t in range(n):
+        k0, k1, k2, k3 = keys[t], keys[t + n], keys[t + 2 * n], keys[t + 3 * n]
+        z0 = z1 = z2 = z3 = f32(0)
         for d in range(len(q)):
-            z += q[d] * keys[t, d]
-        score[t] = z * scale
+            z0 += q[d] * k0[d]
+            z1 += q[d] * k1[d]
+            z2 += q[d] * k2[d]
+            z3 += q[d] * k3[d]
+        score[t], score[t + n], score[t + 2 * n], score[t + 3 * n] = z0, z1, z2, z3
+    for t in range(4 * n, count):
+        score[t] = sum_from(0, keys[t], q)
+
+    top, whole = f32(-np.inf), f32(0)
+    for t in range(count):
         top = max(top, score[t])
+    for t in range(count):
+        score[t] = exp((score[t] - top) * scale)
+        whole += score[t]
+
     for d in range(len(q)):
         y[d] = f32(0)
-    for t in range(place + 1):
-        p = exp(score[t] - top)
-        whole += p
+    for t in range(n):
+        p0, p1, p2, p3 = score[t], score[t + n], score[t + 2 * n], score[t + 3 * n]
+        v0, v1, v2, v3 = values[t], values[t + n], values[t + 2 * n], values[t + 3 * n]
         for d in range(len(q)):
-            y[d] += p * values[t, d]
+            y[d] += p0 * v0[d] + p1 * v1[d] + p2 * v2[d] + p3 * v3[d]
+    for t in range(4 * n, count):
+        for d in range(len(q)):
+            y[d] += score[t] * values[t, d]
     for d in range(len(q)):
         y[d] /= whole
 
