@@ -8,14 +8,13 @@ once, or a prompt of many tokens, cost little more than one token, since all sha
 docs/speed.md has the figures.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from canon import Canon
 from engine import fast, replay
 from engine.linear import (
+    EightBitLinear,
     Fastest,
     OneOrSeveral,
     PackedLinear,
@@ -49,7 +48,7 @@ def ready(
         fast.install(model, names)
         model.__class__ = FastGPT
     if quantize:
-        kind = partial(StreamedLinear, quantize=quantize)
+        kind = EightBitLinear
     elif on_cpu and rows == 1 and parts:
         kind = (OneOrSeveral if several else Fastest)(like.dtype, matrices(model))
     elif on_cpu and rows > 1 and packable(like.dtype):

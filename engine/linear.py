@@ -165,79 +165,98 @@ class PlainLinear(nn.Module):
         return F.linear(x, self.matrix, self.bias)
 
 
+class StreamedLinear(nn.Module):
+    """x W^T + b for one row x, at the speed of memory.
+
+    The product is a sum of the rows of W^T, weighted by x: what recommendation systems call an
+    embedding bag, and torch has one that reads rows in sequence as fast as memory gives them. W^T
+    is cut into blocks of columns, a bag for each, so that the cores share the work.
+    """
+
+    few = 1  # rows of x for which it is done so
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, width: int = 0):
+        super().__init__()
+        self.outputs, self.inputs = weight.shape
+        self.width, self.dtype = width or widths()[-1], fast_product(weight.dtype)
+        self.blocks = -(-self.outputs // self.width)
+        self.rows = self.cut(weight.detach())
+        index = torch.arange(len(self.rows), dtype=torch.int32)
+        self.index = index.view(self.blocks, 1, self.inputs)
+        self.begins = torch.arange(self.blocks * self.few, dtype=torch.int32) * self.inputs
+        self.bias = None if bias is None else bias.detach()
+
+    def cut(self, weight: Tensor) -> Tensor:
+        """The blocks of W^T, one below the other (blocks * inputs, width)."""
+        whole = F.pad(weight, (0, 0, 0, -self.outputs % self.width))
+        return whole.view(self.blocks, self.width, self.inputs).mT.reshape(-1, self.width)
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """Those blocks in the usual layout, (outputs, inputs)."""
+        return rows.view(self.blocks, self.inputs, self.width).mT.flatten(0, 1)[: self.outputs]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.joined(self.rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.numel() // self.inputs
+        if n > self.few:
+            y = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+        else:
+            y = self.sums(x.reshape(n, self.inputs)).view(*x.shape[:-1], self.outputs)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """x W^T (n, outputs) for a few rows x (n, inputs)."""
+        # a block for all rows of x before the next: it is in the cache from the second row on
+        n = len(x)
+        index = self.index.expand(-1, n, -1).reshape(-1)
+        factors = x.expand(self.blocks, n, self.inputs).reshape(-1)
+        y = self.bag(index, self.begins[: self.blocks * n], factors)  # (blocks * n, width)
+        return y.view(self.blocks, n, self.width).transpose(0, 1).reshape(n, -1)[:, : self.outputs]
+
+    def bag(self, index: Tensor, begins: Tensor, factors: Tensor) -> Tensor:
+        factors = factors.to(self.rows.dtype)
+        return torch.embedding_bag(self.rows, index, begins, False, 0, False, factors)[0]
+
+
 ZERO = 128  # stands for 0 in a bag, whose numbers of eight bits have no sign
 AS_THEY_ARE = torch.tensor([1.0, -ZERO]).view(torch.uint8)  # how it is to read them: scale, offset
+
+
+class EightBitLinear(StreamedLinear):
+    """The same with weights of eight bits: whole numbers from -127 to 127, with a scale for each
+    output. torch has a bag for rows of such numbers, too."""
+
+    few = FEW
+
+    def cut(self, weight: Tensor) -> Tensor:
+        numbers, self.scales = eight_bits(weight)
+        rows = super().cut(numbers)
+        ends = AS_THEY_ARE.expand(len(rows), -1)
+        return torch.cat([rows.view(torch.uint8) ^ ZERO, ends], 1)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.whole_numbers() * self.scales[:, None]
+
+    def whole_numbers(self) -> Tensor:
+        """The weights without their scales."""
+        return self.joined((self.rows[:, : self.width] ^ ZERO).view(torch.int8))
+
+    def sums(self, x: Tensor) -> Tensor:
+        return super().sums(x) * self.scales
+
+    def bag(self, index: Tensor, begins: Tensor, factors: Tensor) -> Tensor:
+        bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+        return bag(self.rows, index, begins, per_sample_weights=factors.float())
 
 
 def eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(whole numbers, scales) of a matrix (outputs, inputs): the largest of each output is 127."""
     scales = weight.float().abs().amax(1) / 127
     return (weight / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8), scales
-
-
-class StreamedLinear(nn.Module):
-    """x W^T + b for one row x, at the speed of memory; with `quantize`, W has eight bits, and up to
-    FEW rows are read that way.
-
-    The product is a sum of the rows of W^T, weighted by x: what recommendation systems call an
-    embedding bag. torch has one that reads rows in sequence as fast as memory gives them, and one
-    for rows of eight bits. W^T is cut into blocks of columns, a bag for each, so that the cores
-    share the work. Weights of eight bits are whole numbers from -127 to 127, with a scale for each
-    output.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str = "", width: int = 0):
-        super().__init__()
-        self.outputs, self.inputs = weight.shape
-        self.width, self.few = width or widths()[-1], FEW if quantize else 1
-        self.dtype, self.scales = fast_product(weight.dtype), None
-        self.blocks = -(-self.outputs // self.width)
-        weight = weight.detach()
-        if quantize:
-            weight, self.scales = eight_bits(weight)
-        whole = F.pad(weight, (0, 0, 0, -self.outputs % self.width))
-        rows = whole.view(self.blocks, self.width, self.inputs).mT.reshape(-1, self.width)
-        if quantize:
-            ends = AS_THEY_ARE.expand(len(rows), -1)
-            rows = torch.cat([rows.view(torch.uint8) ^ ZERO, ends], 1)
-        index = torch.arange(len(rows), dtype=torch.int32)
-        self.rows, self.index = rows, index.view(self.blocks, 1, self.inputs)
-        self.begins = torch.arange(self.blocks * self.few, dtype=torch.int32) * self.inputs
-        self.bias = None if bias is None else bias.detach()
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights in the usual layout, (outputs, inputs)."""
-        if self.scales is None:
-            return self.usual(self.rows)
-        return self.whole_numbers() * self.scales[:, None]
-
-    def whole_numbers(self) -> Tensor:
-        """The weights of eight bits without their scales."""
-        return self.usual((self.rows[:, : self.width] ^ ZERO).view(torch.int8))
-
-    def usual(self, rows: Tensor) -> Tensor:
-        return rows.view(self.blocks, self.inputs, self.width).mT.flatten(0, 1)[: self.outputs]
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = x.numel() // self.inputs
-        if n > self.few:
-            y = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
-            return (y if self.bias is None else y + self.bias).to(x.dtype)
-        # a block for all rows of x before the next: it is in the cache from the second row on
-        index = self.index.expand(-1, n, -1).reshape(-1)
-        factors = x.reshape(n, self.inputs).expand(self.blocks, n, self.inputs).reshape(-1)
-        begins = self.begins[: self.blocks * n]
-        if self.scales is not None:
-            bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-            y = bag(self.rows, index, begins, per_sample_weights=factors.float())
-        else:
-            factors = factors.to(self.rows.dtype)
-            y = torch.embedding_bag(self.rows, index, begins, False, 0, False, factors)[0]
-        y = y.view(self.blocks, n, self.width).transpose(0, 1).reshape(n, -1)[:, : self.outputs]
-        y = y.view(*x.shape[:-1], self.outputs)
-        y = y if self.scales is None else y * self.scales
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 class HalfLinear(nn.Module):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from cache import KVCache
 from engine import loops
 from engine.blas import NumpyLinear
-from engine.linear import HalfLinear, OneOrSeveralLinear, PlainLinear, StreamedLinear
+from engine.linear import EightBitLinear, HalfLinear, OneOrSeveralLinear, PlainLinear
 from engine.loops import f32
 from engine.replay import Aside, RecordedCache
 from engine.threads import AllOrOne
@@ -212,7 +212,7 @@ class Streams:
     """
 
     def __init__(self, model: GPT, parts: int):
-        layers = [m for m in model.modules() if type(m) is StreamedLinear and m.scales is not None]
+        layers = [m for m in model.modules() if type(m) is EightBitLinear]
         self.shape, self.used = (parts, loops.STREAMS), 0
         length = sum(m.outputs // math.prod(self.shape) * m.inputs for m in layers)
         self.memory = np.empty((*self.shape, length), np.int8)
@@ -270,7 +270,7 @@ def layer_of(layer: nn.Module, outputs: int, inputs: int, streams: Streams) -> t
     if type(layer) is OneOrSeveralLinear:
         layer = layer.one
     scales = None
-    if type(layer) is StreamedLinear and layer.scales is not None:
+    if type(layer) is EightBitLinear:
         weight, scales = layer.whole_numbers(), layer.scales
     elif type(layer) in KINDS and layer.matrix is not None and layer.matrix.dtype in TYPES:
         weight = layer.matrix.contiguous()

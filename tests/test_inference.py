@@ -18,6 +18,7 @@ from engine.blas import NumpyLinear
 from engine.inference import ready
 from engine.linear import (
     FEW,
+    EightBitLinear,
     Fastest,
     HalfLinear,
     PackedLinear,
@@ -50,7 +51,7 @@ KINDS = {
     "wide blocks": lambda weight, bias: StreamedLinear(weight, bias, width=256),
     "packed": PackedLinear,
     "half": HalfLinear,
-    "int8": lambda weight, bias: StreamedLinear(weight, bias, "int8"),
+    "int8": EightBitLinear,
 }
 
 
@@ -135,7 +136,7 @@ def test_many_rows_of_bfloat16_are_multiplied_as_such_where_that_is_fast(monkeyp
     """Of layers whose one row has activations in float32, for loops or of eight bits."""
     seen, product = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, *a: seen.append(x.dtype) or product(x, *a))
-    kinds = dict(half=partial(HalfLinear, for_loops=True), int8=partial(StreamedLinear, quantize=1))
+    kinds = dict(half=partial(HalfLinear, for_loops=True), int8=EightBitLinear)
     for fast_bfloat16 in (True, False):
         monkeypatch.setattr(linear, "fast_bfloat16", lambda fast=fast_bfloat16: fast)
         for name in kinds if linear.have_fbgemm() else ["int8"]:
@@ -199,7 +200,7 @@ def test_eight_bits_keep_the_weights_to_a_254th_of_the_largest_of_a_row():
     weight = torch.randn(300, 70, generator=torch.Generator().manual_seed(0))
     weight *= torch.logspace(-3, 3, 300)[:, None]
     weight[7] = 0
-    layer = StreamedLinear(weight, None, "int8")
+    layer = EightBitLinear(weight, None)
     assert layer.weight.shape == weight.shape
     bound = weight.abs().amax(1) / 254
     assert (layer.weight - weight)[0].abs().max() > 0

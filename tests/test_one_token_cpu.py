@@ -18,7 +18,7 @@ from torch import nn
 
 from engine import blas, replay
 from engine.inference import ready
-from engine.linear import Fastest, PackedLinear, PlainLinear, StreamedLinear, packable
+from engine.linear import EightBitLinear, Fastest, PackedLinear, PlainLinear, packable
 from generate import generate
 from model import Attention, Block, KVCache, gelu
 from speculate import Draft, lookup, speculate
@@ -101,7 +101,7 @@ def test_layers_of_two_kinds_are_not_read_as_one():
     model = ready(make("gpt2"), "int8")
     up = make("gpt2").blocks[1].mlp.up
     assert one_token_cpu.Weights(model)
-    model.blocks[1].mlp.up = StreamedLinear(up.weight, up.bias, "int8", width=32)
+    model.blocks[1].mlp.up = EightBitLinear(up.weight, up.bias, width=32)
     assert one_token_cpu.Weights(model)  # the width of a bag's blocks is nothing to it
     model.blocks[1].mlp.up = PlainLinear(up.weight, up.bias)
     with pytest.raises(ValueError, match="layers of"):
