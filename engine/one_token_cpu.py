@@ -132,7 +132,7 @@ class Known(Aside):
         self.state, self.weights = state, weights
 
 
-def compiled(model: GPT, forward: Callable, cache: RecordedCache) -> OneToken | None:
+def step_of(model: GPT, forward: Callable, cache: RecordedCache) -> OneToken | None:
     """The pass of one token of `model` for what a cache knows, if it computes what `forward` does,
     and in less time than what is recorded: both are tried once for a model as it is, and for each
     cache whether its token is given the logits that were recorded."""

@@ -119,7 +119,7 @@ class RecordedCache(KVCache):
 
     fixed = True
     weights = 0  # how many the model has
-    compiled = None  # on a CPU, the pass of engine/one_token_cpu.py, which then is `replay`
+    loops = None  # on a CPU, the pass of engine/one_token_cpu.py, which then is `replay`
     recorded = None  # the buffers that the recording knows
     structure = None  # that of the model then
     kernels = None  # on a GPU, those of engine/one_token.py, whose memory the recording knows
@@ -163,8 +163,8 @@ class RecordedCache(KVCache):
         if self.recorded is not self.k or self.how != how or changed:  # or `take` had other rows
             self.how, self.inherited = how, False
             self.record(forward, tokens)
-        if self.compiled and not self.inherited:
-            logits = self.compiled.logits_of(int(tokens), longest)
+        if self.loops and not self.inherited:
+            logits = self.loops.logits_of(int(tokens), longest)
         else:
             logits = self.replayed(forward, tokens).clone()
         self.lengths += 1
@@ -226,7 +226,7 @@ class RecordedCache(KVCache):
 
     def record(self, forward, tokens: Tensor) -> None:
         model, device = forward.__self__, self.k.device
-        self.recorded = self.replay = self.compiled = None  # if it is interrupted
+        self.recorded = self.replay = self.loops = None  # if it is interrupted
         self.tokens = tokens.clone()
         self.place = self.lengths[:, None].to(device, copy=True)
         self.columns = torch.arange(self.k.size(3), device=device)
@@ -248,7 +248,7 @@ class RecordedCache(KVCache):
             except Exception:  # it cannot be recorded, or an operation is like no other
                 self.fit = False
             if joins and self.fit:
-                self.compile(forward)
+                self.try_loops(forward)
         self.recorded = self.k
 
     def capture(self, forward) -> None:
@@ -283,20 +283,20 @@ class RecordedCache(KVCache):
         except Exception:  # no Triton, a model or a shape that has no such kernels, no memory
             return None
 
-    def compile(self, forward) -> None:
+    def try_loops(self, forward) -> None:
         """Takes loops that are compiled (engine/one_token_cpu.py), if numba is there, if they agree
         with `forward`, and are faster than what was recorded."""
         threads = torch.get_num_threads()
         try:
-            from engine.one_token_cpu import compiled
+            from engine.one_token_cpu import step_of
 
-            step = compiled(forward.__self__, forward, self)
+            step = step_of(forward.__self__, forward, self)
         except Exception:  # no numba, or a cache of another kind
             step = None
         finally:
             torch.set_num_threads(threads)  # numba's OpenMP, which is torch's, begins with all
         if step:
-            self.logits, self.replay, self.compiled = step.logits, step, step
+            self.logits, self.replay, self.loops = step.logits, step, step
         else:
             self.replay()  # whose keys and values stay, and not those of a trial
 
