@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,11 +118,11 @@ def generate(
     context = [list(prompt) for _ in range(num_samples)]  # B times T tokens
 
     for n in range(1, max_tokens + 1):
-        if len(unused):
+        if left_out.numel():
             logits = logits.index_fill(-1, left_out, -math.inf)
         if repetition_penalty != 1:
             logits = penalise(logits, torch.tensor(context, device=device), repetition_penalty)
-        uniform = torch.from_numpy(np.array([draw.random() for draw in draws]))  # (B,), float64
+        uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64)
         token = pick(logits, uniform, **options)  # (B,)
         new = token.tolist()
         for text, last in zip(context, new, strict=True):

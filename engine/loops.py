@@ -221,9 +221,9 @@ def part_of_product(layer, part, x, unit, how, cap, z, y):
 
 @njit(parallel=True, **OPTIONS)
 def product(layer, x, how, cap, room, y):
-    """W x + b into y (O), as `how` says. The rows of W (O, I) are dealt out: to as many parts as
-    there are threads, in each to STREAMS streams, where they begin `at` some place, and those that
-    are too few for one more in each are the `rest`."""
+    """W x + b into y (O), as `how` says. The rows of W (O, I) are dealt out evenly to `streams`
+    (parts, STREAMS, L), in order, a part for a thread; in each they begin at the place `at`. The
+    last rows, fewer than there are streams, are the `rest`."""
     streams, (sixteen_bits, z) = layer[0], room
     numbers, unit = rounded(streams, x, sixteen_bits)
     for part in prange(len(streams)):

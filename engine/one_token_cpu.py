@@ -59,7 +59,8 @@ class Weights:
             positions = table_of(model.wpe, c.block_size, c.n_embd)
         norm = norm_of(model.embed_norm, c.n_embd) if c.embed_norm else no_norm(c.n_embd)
         self.embedding = table_of(model.wte, c.vocab_size, c.n_embd), positions, norm
-        streams = Streams(model, min(torch.get_num_threads(), NUMBA_NUM_THREADS))
+        self.threads = min(torch.get_num_threads(), NUMBA_NUM_THREADS)
+        streams = Streams(model, self.threads)
         blocks = [of_block(block, c, streams) for block in model.blocks]
         top = layer_of(model.head.layer, c.vocab_size, c.n_embd, streams)
         self.head = norm_of(model.norm, c.n_embd), top, f32(c.logit_cap)
@@ -89,7 +90,7 @@ class OneToken:
         if c.position == "learned" and size > c.block_size:
             raise ValueError(f"a cache for {size} tokens, of which {c.block_size} have a position")
         self.weights, self.tokens, self.place = weights, tokens, place
-        self.threads, self.choice = torch.get_num_threads(), AllOrOne()
+        self.choice = AllOrOne()
         self.memory = cache.k[:, 0].numpy(), cache.v[:, 0].numpy()  # (L, K, S, D) both
         self.angles = (np.zeros((size, 0), f32),) * 2
         if c.position == "rotary":
@@ -110,7 +111,7 @@ class OneToken:
             raise IndexError(f"{token} is no token")
         model, text = (w.embedding, w.blocks, w.head), (self.angles, self.memory)
         together, before = self.choice.together(), get_num_threads()
-        threads = min(self.threads, NUMBA_NUM_THREADS) if together else 1
+        threads = w.threads if together else 1
         with LOCK:
             start = perf_counter()
             if threads != before:  # each call costs 0.02 ms, its code no longer in the caches
@@ -203,46 +204,53 @@ def faster(one: Callable, other: Callable) -> bool:
 
 
 class Streams:
-    """How the rows of each matrix are dealt out, to `parts`, one for each thread, and there to
-    streams that are read side by side: see `loops.product`.
+    """How the rows of each matrix are dealt out, to `parts`, one for each thread that a step has,
+    and there to streams that are read side by side: see `loops.product`.
 
-    Matrices of eight bits are copied, one behind the other into the same streams, so that what a
-    processor reads ahead at the end of one is the beginning of the next. Their memory is one array,
-    since for a large one numpy asks for huge pages. The others stay where the model has them.
+    Matrices of eight bits are copied, in the order in which a pass reads them, one behind the other
+    into the same streams: so what a processor reads ahead at the end of one is the beginning of the
+    next. Their memory is one array, since for a large one numpy asks for huge pages. The others
+    stay where the model has them.
     """
 
     def __init__(self, model: GPT, parts: int):
         layers = [m for m in model.modules() if type(m) is EightBitLinear]
-        self.shape, self.used = (parts, loops.STREAMS), 0
+        self.shape, self.used, self.dealt = (parts, loops.STREAMS), 0, {}
         length = sum(m.outputs // math.prod(self.shape) * m.inputs for m in layers)
         self.memory = np.empty((*self.shape, length), np.int8)
 
-    def deal(self, weight: Tensor) -> tuple[np.ndarray, int, np.ndarray]:
-        """Of weight (O, I): the streams (parts, STREAMS, L), where in each its rows begin, and the
-        rows (R, I) that are too few for one more in each."""
+    def deal(self, layer: nn.Module, weight: Tensor) -> tuple[np.ndarray, int, np.ndarray]:
+        """Of a layer's weight (O, I): streams (parts, STREAMS, L), where its rows begin in each,
+        and those (R, I) that are too few for one more in each."""
+        if layer in self.dealt:  # it stands in several places
+            return self.dealt[layer]
         count = math.prod(self.shape)
-        each = len(weight) // count
-        rows, rest = weight[: each * count], array(weight[each * count :].contiguous())
+        each = len(weight) // count  # rows
+        rows, rest = weight[: each * count], weight[each * count :]
         rows = rows.reshape(*self.shape, each * weight.size(1))
-        if weight.dtype != torch.int8:
-            return array(rows), 0, rest
-        begin, self.used = self.used, self.used + rows.size(2)
-        self.memory[:, :, begin : self.used] = rows
-        return self.memory, begin, rest
+        if weight.dtype == torch.int8:
+            begin, self.used = self.used, self.used + rows.size(2)
+            self.memory[:, :, begin : self.used] = rows
+            found = self.memory, begin, array(rest.clone())  # a view would keep all of the weight
+        else:
+            found = array(rows), 0, array(rest)
+        self.dealt[layer] = found
+        return found
 
 
 def of_block(block: nn.Module, c, streams: Streams) -> tuple[tuple, tuple]:
     attn, mlp, C, D, wide = block.attn, block.mlp, c.n_embd, c.head_dim, c.mlp_dim
     norms = [norm_of(norm, D) for norm in (attn.q_norm, attn.k_norm) if c.qk_norm]
     norms = norms or [no_norm(D)] * 2
-    up, activation = layer_of(mlp.up, wide, C, streams), bend_of(mlp.activation)
-    gate = up if mlp.gate is None else layer_of(mlp.gate, wide, C, streams)
+    # in the order in which loops read them
     wqkv = layer_of(attn.wqkv, (c.n_head + 2 * c.n_kv_head) * D, C, streams)
     wo = layer_of(attn.wo, C, c.n_head * D, streams)
+    gate = None if mlp.gate is None else layer_of(mlp.gate, wide, C, streams)
+    up = layer_of(mlp.up, wide, C, streams)
     down = layer_of(mlp.down, C, wide, streams)
     return (
         (norm_of(block.attn_norm, C), wqkv, *norms, wo),
-        (norm_of(block.mlp_norm, C), gate, up, down, activation),
+        (norm_of(block.mlp_norm, C), gate or up, up, down, bend_of(mlp.activation)),
     )
 
 
@@ -265,8 +273,8 @@ def vector(t: Tensor | None, length: int, missing: float) -> np.ndarray:
 
 
 def layer_of(layer: nn.Module, outputs: int, inputs: int, streams: Streams) -> tuple:
-    """What `loops.product` reads: weight, bias, and a scale for each row. ValueError if nobody can
-    read the weight, or it has another shape."""
+    """What `loops.product` reads: streams, where the weight begins in them, its rest, bias, and a
+    scale for each row. ValueError if nobody can read the weight, or it has another shape."""
     if type(layer) is OneOrSeveralLinear:
         layer = layer.one
     scales = None
@@ -278,7 +286,8 @@ def layer_of(layer: nn.Module, outputs: int, inputs: int, streams: Streams) -> t
         raise ValueError(f"the weights of {type(layer)} have a layout of somebody else's")
     if weight.shape != (outputs, inputs):
         raise ValueError(f"a matrix of {weight.shape} should be one of {outputs} x {inputs}")
-    return *streams.deal(weight), vector(layer.bias, outputs, 0.0), vector(scales, outputs, 1.0)
+    bias, scales = vector(layer.bias, outputs, 0.0), vector(scales, outputs, 1.0)
+    return *streams.deal(layer, weight), bias, scales
 
 
 def table_of(embedding: nn.Module, rows: int, width: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from model import Attention, Block, KVCache, gelu
 from speculate import Draft, lookup, speculate
 
 numba = pytest.importorskip("numba")
-njit, types = numba.njit, numba.types
+types = numba.types
 one_token_cpu = pytest.importorskip("engine.one_token_cpu")
 loops = one_token_cpu.loops
 FASTER = one_token_cpu.faster
@@ -63,9 +63,14 @@ def logits(model, cache) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", FIT)
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_it_reads_what_layers_read(shape, kind):
+@pytest.mark.parametrize(("kind", "threads"), [("bfloat16", 1), ("int8", 1), ("int8", 2)])
+def test_it_reads_what_layers_read(shape, kind, threads):
     """Of bfloat16 or eight bits, for which activations have sixteen."""
+    with blas.using(threads):
+        reads_what_layers_read(shape, kind)
+
+
+def reads_what_layers_read(shape, kind):
     if kind == "bfloat16" and "half" not in Fastest(torch.bfloat16, []).forms:
         pytest.skip("no form of bfloat16 here that loops read")
     dtype, quantize = (torch.bfloat16, "") if kind == "bfloat16" else (torch.float32, kind)
@@ -115,23 +120,58 @@ def product(W, x, parts=1, begin=0) -> np.ndarray:
     streams = np.full((parts, loops.STREAMS, begin + each * columns + 3), 99, W.dtype)
     streams[:, :, begin : begin + each * columns] = W[:count].reshape(*streams.shape[:2], -1)
     layer = streams, begin, W[count:], np.zeros(rows, np.float32), np.ones(rows, np.float32)
-    room, y = (
-        (np.zeros(columns + 5, np.int16), np.empty(rows, np.float32)),
-        np.full(rows, np.nan, np.float32),
-    )
+    room = np.zeros(columns + 5, np.int16), np.empty(rows, np.float32)
+    y = np.full(rows, np.nan, np.float32)
     loops.product(layer, x, loops.PLAIN, np.float32(0), room, y)
     return y
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 64, 3000])
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 40])
-@pytest.mark.parametrize(("parts", "begin"), [(1, 0), (2, 0), (3, 48)])
-def test_weights_of_eight_bits_are_summed_to_a_part_in_ten_thousand(rows, columns, parts, begin):
+@pytest.mark.parametrize(("parts", "begin"), [(1, 0), (2, 48), (3, 5)])
+@pytest.mark.parametrize("kind", [np.int8, np.float32])
+def test_products_are_exact_to_a_part_in_ten_thousand(rows, columns, parts, begin, kind):
     g = np.random.default_rng(rows * columns)
-    W = g.integers(-127, 128, (rows, columns)).astype(np.int8)
+    W = g.integers(-127, 128, (rows, columns)).astype(kind)
     x = g.normal(size=columns).astype(np.float32)
     true, size = W @ x.astype(np.float64), np.linalg.norm(W) * np.linalg.norm(x)
     assert np.abs(product(W, x, parts, begin) - true).max() <= 1e-4 * size
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_streams_go_on_where_the_matrix_before_ends(shape, threads, monkeypatch):
+    monkeypatch.setattr(one_token_cpu, "NUMBA_NUM_THREADS", 8)
+    model, at = ready(make(shape), "int8"), 0
+    with blas.using(threads):
+        weights = one_token_cpu.Weights(model)
+    blocks = [weights.blocks[n] for n in range(len(weights.blocks))]
+    for block, ((_, wqkv, _, _, wo), (_, gate, up, down, _)) in zip(
+        model.blocks, blocks, strict=True
+    ):
+        gates = [(block.mlp.gate, gate)] if block.mlp.gate else []
+        read = [(block.attn.wqkv, wqkv), (block.attn.wo, wo), *gates]
+        for layer, found in [*read, (block.mlp.up, up), (block.mlp.down, down)]:
+            at = goes_on(layer, found, at, threads)
+    goes_on(model.head.layer, weights.head[1], at, threads)
+
+
+def goes_on(layer, found, at: int, threads: int) -> int:
+    """Where a layer's rows end that begin `at`, if nothing is missing and nothing kept for it."""
+    streams, begin, rest, _, _ = found
+    assert begin == at and streams.shape[:2] == (threads, loops.STREAMS)
+    end = at + (layer.outputs - len(rest)) // (threads * loops.STREAMS) * layer.inputs
+    rows = streams[:, :, begin:end].reshape(-1, layer.inputs)
+    assert np.array_equal(np.concatenate([rows, rest]), layer.whole_numbers().numpy())
+    assert rest.base is None or rest.base.nbytes == rest.nbytes
+    return end
+
+
+def test_a_block_in_two_places_is_dealt_once():
+    model = ready(make("gpt2"), "int8")
+    model.blocks[1] = model.blocks[0]
+    weights = one_token_cpu.Weights(model)
+    assert weights.blocks[0][0][1][1] == weights.blocks[1][0][1][1] == 0
 
 
 @pytest.mark.parametrize("columns", [16, 700, 30_000])
