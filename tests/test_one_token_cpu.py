@@ -163,7 +163,7 @@ def goes_on(layer, found, at: int, threads: int) -> int:
     end = at + (layer.outputs - len(rest)) // (threads * loops.STREAMS) * layer.inputs
     rows = streams[:, :, begin:end].reshape(-1, layer.inputs)
     assert np.array_equal(np.concatenate([rows, rest]), layer.whole_numbers().numpy())
-    assert rest.base is None or rest.base.nbytes == rest.nbytes
+    assert rest.base.untyped_storage().nbytes() == rest.nbytes
     return end
 
 
