@@ -27,7 +27,7 @@ OPTIONS = dict(nogil=True, cache=True, **MATH)
 PLAIN, ADDED, TIMES, GELU, RELU2, SILU, CAPPED = np.arange(7)
 NONE, RMS, LAYER = np.arange(3)  # norms
 LOG2, LOWEST, HIGHEST = f32(np.log(2)), f32(-87), f32(88)  # beyond these e^x is no usual float32
-STREAMS = 8  # rows of a matrix that are read side by side
+STREAMS, GROUPS = 8, 2  # rows that are read side by side; how many such a thread reads in turn
 LANES = 16  # products of one instruction
 LARGEST = (1 << 15) - 1  # of sixteen bits
 SIZE = i32(0x7FFFFFFF)  # a float32 without its sign; larger numbers have larger bits
@@ -94,8 +94,8 @@ def rounded_by(W, x, buffer):
 
 
 @intrinsic
-def eight_sums(_, streams, part, at, x):
-    """Of the rows that begin at the place `at` of each of streams[part] (STREAMS, L), int8: their
+def eight_sums(_, streams, group, at, x):
+    """Of the rows that begin at the place `at` of each of streams[group] (STREAMS, L), int8: their
     sums with x (I), int16, over as many columns as a multiple of LANES has."""
     number, several = ir.IntType(32), ir.VectorType(ir.IntType(32), LANES // 2)
     wide, narrow = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 8))
@@ -111,11 +111,11 @@ def eight_sums(_, streams, part, at, x):
 
         multiply = function("llvm.x86.avx2.pmadd.wd", several, wide, wide)
         add_up = function("llvm.vector.reduce.add.v8i32", number, several)
-        _, part, at, _ = values
+        _, group, at, _ = values
         W, x = (make_array(signature.args[k])(context, builder, values[k]) for k in (0, 3))
         columns, long = builder.extract_value(x.shape, 0), builder.extract_value(W.shape, 2)
         length, index = columns.type, partial(ir.Constant, columns.type)
-        first = builder.mul(part, index(STREAMS))
+        first = builder.mul(group, index(STREAMS))
         places = [builder.mul(builder.add(first, index(k)), long) for k in range(STREAMS)]
         rows = [builder.gep(W.data, [builder.add(place, at)]) for place in places]
         totals = [cgutils.alloca_once(builder, several) for _ in rows]
@@ -131,20 +131,22 @@ def eight_sums(_, streams, part, at, x):
         sums = [builder.call(add_up, [builder.load(total)]) for total in totals]
         return context.make_tuple(builder, signature.return_type, sums)
 
-    return types.UniTuple(types.int32, STREAMS)(streams, part, at, x), instructions
+    return types.UniTuple(types.int32, STREAMS)(streams, group, at, x), instructions
 
 
 def sums(streams, part, at, x, z):
-    """Of the rows that stand from `at` on in each of streams[part] (STREAMS, L): their products
-    with x into z, by one row of each at once. A processor asks memory for more of each stream that
-    it sees read in order, and of one alone it does not ask for enough."""
+    """Of the rows that stand from `at` on in the streams of a part: their products with x into z,
+    by one row of each. A processor asks memory for more of each stream that it sees read in order,
+    and of one alone it does not ask for enough."""
 
 
 @overload(sums, jit_options=MATH)
 def sums_by(streams, part, at, x, z):
     def in_float32(streams, part, at, x, z):
-        W, n = streams[part], len(z) // STREAMS
-        for o in range(n):
+        n = len(z) // (GROUPS * STREAMS)
+        for step in range(GROUPS * n):
+            g, o = step % GROUPS, step // GROUPS
+            W, y = streams[part * GROUPS + g], z[g * STREAMS * n :]
             row = slice(at + o * len(x), at + (o + 1) * len(x))
             w0, w1, w2, w3 = W[0, row], W[1, row], W[2, row], W[3, row]
             w4, w5, w6, w7 = W[4, row], W[5, row], W[6, row], W[7, row]
@@ -158,17 +160,19 @@ def sums_by(streams, part, at, x, z):
                 z5 += as_float32(w5[i]) * x[i]
                 z6 += as_float32(w6[i]) * x[i]
                 z7 += as_float32(w7[i]) * x[i]
-            z[o], z[o + n], z[o + 2 * n], z[o + 3 * n] = z0, z1, z2, z3
-            z[o + 4 * n], z[o + 5 * n], z[o + 6 * n], z[o + 7 * n] = z4, z5, z6, z7
+            y[o], y[o + n], y[o + 2 * n], y[o + 3 * n] = z0, z1, z2, z3
+            y[o + 4 * n], y[o + 5 * n], y[o + 6 * n], y[o + 7 * n] = z4, z5, z6, z7
 
     def in_whole_numbers(streams, part, at, x, z):
-        n, whole = len(z) // STREAMS, len(x) - len(x) % LANES
-        for o in range(n):
+        n, whole = len(z) // (GROUPS * STREAMS), len(x) - len(x) % LANES
+        for step in range(GROUPS * n):
+            g, o = step % GROUPS, step // GROUPS
+            W, y = streams[part * GROUPS + g], z[g * STREAMS * n :]
             begin = at + o * len(x)
-            found = eight_sums(streams, part, begin, x)
+            found = eight_sums(streams, part * GROUPS + g, begin, x)
             for k in range(STREAMS):
-                row = streams[part, k, begin : begin + len(x)]
-                z[o + k * n] = f32(found[k]) + sum_from(whole, row, x)
+                row = W[k, begin : begin + len(x)]
+                y[o + k * n] = f32(found[k]) + sum_from(whole, row, x)
 
     return in_whole_numbers if by_sixteen_bits(streams) else in_float32
 
@@ -209,7 +213,7 @@ def finished(z, y, how, cap):
 @njit(**OPTIONS)
 def part_of_product(layer, part, x, unit, how, cap, z, y):
     streams, at, rest, b, scales = layer
-    parts, whole = len(streams), len(y) - len(rest)
+    parts, whole = len(streams) // GROUPS, len(y) - len(rest)
     first, last = whole // parts * part, whole // parts * (part + 1)
     sums(streams, part, at, x, z[first:last])
     for o in range(first, last):
@@ -222,11 +226,11 @@ def part_of_product(layer, part, x, unit, how, cap, z, y):
 @njit(parallel=True, **OPTIONS)
 def product(layer, x, how, cap, room, y):
     """W x + b into y (O), as `how` says. The rows of W (O, I) are dealt out evenly to `streams`
-    (parts, STREAMS, L), in order, a part for a thread; in each they begin at the place `at`. The
-    last rows, fewer than there are streams, are the `rest`."""
+    (parts * GROUPS, STREAMS, L), in order, GROUPS for a part, and a part for a thread; in each they
+    begin at the place `at`. The last rows, fewer than there are streams, are the `rest`."""
     streams, (sixteen_bits, z) = layer[0], room
     numbers, unit = rounded(streams, x, sixteen_bits)
-    for part in prange(len(streams)):
+    for part in prange(len(streams) // GROUPS):
         part_of_product(layer, part, numbers, unit, how, cap, z, y)
 
 

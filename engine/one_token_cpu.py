@@ -215,12 +215,12 @@ class Streams:
 
     def __init__(self, model: GPT, parts: int):
         layers = [m for m in model.modules() if type(m) is EightBitLinear]
-        self.shape, self.used, self.dealt = (parts, loops.STREAMS), 0, {}
+        self.shape, self.used, self.dealt = (parts * loops.GROUPS, loops.STREAMS), 0, {}
         length = sum(m.outputs // math.prod(self.shape) * m.inputs for m in layers)
         self.memory = np.empty((*self.shape, length), np.int8)
 
     def deal(self, layer: nn.Module, weight: Tensor) -> tuple[np.ndarray, int, np.ndarray]:
-        """Of a layer's weight (O, I): streams (parts, STREAMS, L), where its rows begin in each,
+        """Of a layer's weight (O, I): streams (groups, STREAMS, L), where its rows begin in each,
         and those (R, I) that are too few for one more in each."""
         if layer in self.dealt:  # it stands in several places
             return self.dealt[layer]
