@@ -28,7 +28,7 @@ from torch import Tensor
 import dataset
 from cache import KVCache
 from model import GPT
-from pick import penalise, pick, require_finite
+from pick import penalise, pick, require_finite, uniform_numbers
 
 PASS = 512  # tokens of prompts in one pass: of fewer, each takes longer
 NO_TOKEN = "the prompt has no token: a new document begins with end-of-text"
@@ -104,10 +104,7 @@ def generate(
     limit = model.config.block_size
     device = model.wte.weight.device
     left_out = torch.tensor(unused, dtype=torch.long, device=device)
-    # keyed by (seed, i) and not drawn from the device's one stream of random numbers: those of
-    # sample i are the same on every device and however many others are made beside it, and so is
-    # its text, unless a rounding moves a boundary between two tokens
-    draws = [random.Random(f"{seed} {i}") for i in range(num_samples)]
+    uniform = uniform_numbers(seed, num_samples)
 
     # the prompt is read once, however many samples continue it
     prompt = prompt[-limit:]
@@ -122,8 +119,7 @@ def generate(
             logits = logits.index_fill(-1, left_out, -math.inf)
         if repetition_penalty != 1:
             logits = penalise(logits, torch.tensor(context, device=device), repetition_penalty)
-        uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64)
-        token = pick(logits, uniform, **options)  # (B,)
+        token = pick(logits, next(uniform), **options)  # (B,)
         new = token.tolist()
         for text, last in zip(context, new, strict=True):
             text.append(last)

@@ -14,7 +14,6 @@ read under the code of another one: what that costs is what the decoder has hear
 """
 
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +28,7 @@ from engine import settings
 from engine.learner import Learner, opened
 from engine.settings import Count, NotNegative, Positive
 from objectives.vae import posterior, read, surprise
-from pick import pick
+from pick import pick, uniform_numbers
 from tokenizer import Tokenizer
 
 ACTIVE = 0.01  # variance of the mean above which a number of the code counts as active
@@ -107,15 +106,14 @@ def written(
 ) -> Iterator[str]:
     """A sentence for each code of z (N, Z): token by token, until an end-of-text."""
     gpt, end = learner.gpt, tokenizer.end_of_text
-    draws = [random.Random(f"{seed} {i}") for i in range(len(z))]
+    uniform = uniform_numbers(seed, len(z))
     cache = gpt.new_cache(len(z))
     found = [torch.full((len(z),), end)]
     for at in range(gpt.config.block_size):
         token = found[-1][:, None]
         x = read(gpt, learner.heads, token, z, begins=at == 0)
         logits = gpt.logits(gpt.trunk(token, cache=cache, embedded=x))[:, -1]
-        uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64)
-        found.append(pick(logits, uniform, temperature))
+        found.append(pick(logits, next(uniform), temperature))
     for ids in torch.stack(found[1:], dim=1).tolist():  # (N, block_size)
         yield tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
 

@@ -192,35 +192,48 @@ def exp(x):
     return series * i32((i32(n) + i32(127)) << i32(23)).view(f32)
 
 
-@njit(inline="always")
-def finished(z, y, how, cap):
-    """What stands in the place of y once its product z is known."""
-    if how == ADDED:
-        return y + z
-    if how == TIMES:
-        return y * z
-    if how == GELU:  # (1 + tanh(a)) / 2 = 1 / (1 + e^(-2 a))
-        return z / (f32(1) + exp(f32(-1.5957691216057308) * (z + f32(0.044715) * z * z * z)))
-    if how == RELU2:
-        return max(z, f32(0)) * max(z, f32(0))
-    if how == SILU:
-        return z / (f32(1) + exp(-z))
-    if how == CAPPED:
-        return cap * np.tanh(z / cap)
-    return z
+@njit(**OPTIONS)
+def finish(rows, layer, unit, how, cap, z, y):
+    """Of those rows, from their sums z to y. Each way has a loop of its own: one that had to ask in
+    each of its rounds would not be done for several numbers at once."""
+    b, scales, z, y = layer[3][rows], layer[4][rows], z[rows], y[rows]
+    for o in range(len(z)):
+        z[o] = z[o] * (unit * scales[o]) + b[o]
+    if how == PLAIN:
+        for o in range(len(z)):
+            y[o] = z[o]
+    elif how == ADDED:
+        for o in range(len(z)):
+            y[o] += z[o]
+    elif how == TIMES:
+        for o in range(len(z)):
+            y[o] *= z[o]
+    elif how == GELU:  # (1 + tanh(a)) / 2 = 1 / (1 + e^(-2 a))
+        for o in range(len(z)):
+            a = f32(0.7978845608028654) * (z[o] + f32(0.044715) * z[o] * z[o] * z[o])
+            y[o] = z[o] / (f32(1) + exp(f32(-2) * a))
+    elif how == RELU2:
+        for o in range(len(z)):
+            y[o] = max(z[o], f32(0)) * max(z[o], f32(0))
+    elif how == SILU:
+        for o in range(len(z)):
+            y[o] = z[o] / (f32(1) + exp(-z[o]))
+    elif how == CAPPED:
+        for o in range(len(z)):
+            y[o] = cap * np.tanh(z[o] / cap)
 
 
 @njit(**OPTIONS)
 def part_of_product(layer, part, x, unit, how, cap, z, y):
-    streams, at, rest, b, scales = layer
+    streams, at, rest = layer[:3]
     parts, whole = len(streams) // GROUPS, len(y) - len(rest)
-    first, last = whole // parts * part, whole // parts * (part + 1)
-    sums(streams, part, at, x, z[first:last])
-    for o in range(first, last):
-        y[o] = finished(z[o] * (unit * scales[o]) + b[o], y[o], how, cap)
-    for i in range(len(rest) * part // parts, len(rest) * (part + 1) // parts):
-        o = whole + i
-        y[o] = finished(sum_from(0, rest[i], x) * (unit * scales[o]) + b[o], y[o], how, cap)
+    rows = slice(whole // parts * part, whole // parts * (part + 1))
+    sums(streams, part, at, x, z[rows])
+    finish(rows, layer, unit, how, cap, z, y)
+    first, last = len(rest) * part // parts, len(rest) * (part + 1) // parts
+    for i in range(first, last):
+        z[whole + i] = sum_from(0, rest[i], x)
+    finish(slice(whole + first, whole + last), layer, unit, how, cap, z, y)
 
 
 @njit(parallel=True, **OPTIONS)

@@ -136,7 +136,7 @@ class RecordedCache(KVCache):
             return True
         self.waited += 1
         worth = self.fit and self.waited > PATIENCE and torch.is_inference_mode_enabled()
-        return worth and records(self.k.device, len(self.lengths))
+        return worth and self.k.size(1) == 1
 
     def attends_one(self, mask: Tensor | None) -> bool:
         """Whether attention with that mask is one operation, that for one text on a CPU. Not if the
@@ -165,9 +165,10 @@ class RecordedCache(KVCache):
             self.record(forward, tokens)
         if self.loops and not self.inherited:
             logits = self.loops.logits_of(int(tokens), longest)
+            self.lengths.fill_(longest + 1)
         else:
             logits = self.replayed(forward, tokens).clone()
-        self.lengths += 1
+            self.lengths += 1
         if self.k.is_cuda:
             RecordedCache.written += 1
         else:

@@ -14,7 +14,7 @@ from dataset import layout
 from engine.inference import ready
 from generate import TextStream, answers, beam, generate
 from model import GPT, GPTConfig
-from pick import FIRST, penalise, pick, probabilities
+from pick import AHEAD, FIRST, penalise, pick, probabilities, uniform_numbers
 from tokenizer import bytes_tokenizer
 
 
@@ -102,6 +102,13 @@ def test_each_row_is_picked_by_its_own_number_and_its_own_ranking():
     for settings in ({}, {"top_k": 2}, {"top_p": 0.95}):
         first = pick(logits, torch.tensor([0.3, 0.0], dtype=torch.float64), **settings)
         assert first.tolist() == [1, 0 if not settings else 2]
+
+
+def test_the_numbers_of_a_sample_are_its_own_and_never_begin_again():
+    numbers = torch.stack([*itertools.islice(uniform_numbers(seed=7, count=3), 2 * AHEAD + 1)])
+    for i in range(3):
+        draw = random.Random(f"7 {i}")  # as an answer's, see `to_answer`
+        assert numbers[:, i].tolist() == [draw.random() for _ in range(2 * AHEAD + 1)]
 
 
 def test_a_token_of_no_probability_is_never_picked():
