@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.machine import no_triton
 from model import IGNORE, gelu
 
-PIECE = 2**20  # logits in a piece, if it has 64 rows: 4 MB, which stay in the cache between uses
+PIECE = 2**20  # logits between whose products nothing leaves the cache: 4 MB
 GPU_PIECE = 2**28  # a GPU wants large products: 1 GB
 TRITON = not no_triton()
 
@@ -142,7 +142,7 @@ def padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple:
     """The loss, and the gradients of x and weight if `wanted`: like these, or None."""
-    (N, _), V = x.shape, weight.size(0)
+    (N, C), V = x.shape, weight.size(0)
     dtype = working_type(x)
     if own := has_kernels(x):
         from engine import kernels
@@ -151,13 +151,16 @@ def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple
     loss = torch.zeros((), device=x.device)
     dx = torch.empty_like(x) if wanted[0] else None
     dw = None
+    few = max(1, PIECE // V)
+    # a part of dw is as large as the logits of C rows: with fewer, adding up would take longest
+    rows = max(64, GPU_PIECE // V if x.is_cuda else max(few, C))
     with torch.autocast(x.device.type, enabled=False):
-        for i in range(0, N, rows := max(64, (GPU_PIECE if x.is_cuda else PIECE) // V)):
+        for i in range(0, N, rows):
             h, y = x[i : i + rows].to(dtype), targets[i : i + rows]
-            g = add(loss, F.linear(h, w), y, V, cap, smoothing, any(wanted[:2]))
-            if g is None:
-                continue
-            g = g.to(dtype)
+            g = F.linear(h, w)  # the logits, and then in their place the gradient
+            parts = [(g, y)] if x.is_cuda else zip(g.split(few), y.split(few), strict=True)
+            for part in parts:
+                add(loss, *part, V, cap, smoothing, any(wanted[:2]))
             if dx is not None:
                 dx[i : i + rows] = g @ w
             if wanted[1]:
@@ -173,24 +176,25 @@ def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple
 
 
 def add_loss(
-    loss: Tensor, z: Tensor, y: Tensor, V: int, cap: float, smoothing: float, learn: bool
-) -> Tensor | None:
-    """Adds to `loss` that of logits z (n, V), before the cap, and targets y (n); the gradient of
-    z, if it should `learn`."""
-    z = z.float()
+    loss: Tensor, logits: Tensor, y: Tensor, V: int, cap: float, smoothing: float, learn: bool
+) -> None:
+    """Adds to `loss` that of `logits` (n, V), before the cap, and targets y (n). The gradient takes
+    their place, if it should `learn`; they are lost."""
+    z = logits.float()
     if cap:  # cap * tanh(z / cap) = 2 cap s - cap; what is subtracted changes no probability
         s = z.mul_(2 / cap).sigmoid_()
         z = s * (2 * cap)
-    p = z.softmax(dim=-1)
     at_target, known = y[:, None].clamp(min=0), (y != IGNORE)[:, None]  # (n, 1) both
-    # ln p by how far a logit is below the largest, whose p no underflow has touched
-    largest, ln_largest = z.amax(dim=-1, keepdim=True), p.amax(dim=-1, keepdim=True).log()
-    ln_p = (1 - smoothing) * (z.gather(-1, at_target) - largest + ln_largest)
+    below = (1 - smoothing) * z.gather(-1, at_target)
     if smoothing:
-        ln_p += smoothing * (z.mean(dim=-1, keepdim=True) - largest + ln_largest)
+        below += smoothing * z.mean(dim=-1, keepdim=True)
+    below -= z.amax(dim=-1, keepdim=True)
+    p = torch.softmax(z, dim=-1, out=z)
+    # ln p by how far a logit is below the largest, whose p no underflow has touched
+    ln_p = below + p.amax(dim=-1, keepdim=True).log()
     loss -= ln_p.masked_fill(~known, 0).sum()
     if not learn:
-        return None
+        return
     g = p  # the gradient of the logits: softmax less the target
     g.scatter_add_(1, at_target, torch.full_like(ln_p, smoothing - 1))
     if smoothing:
@@ -200,4 +204,4 @@ def add_loss(
         g = torch.ops.aten.sigmoid_backward.grad_input(g, s, grad_input=g)
     elif not known.all():
         g *= known
-    return g
+    logits.copy_(g)

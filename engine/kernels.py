@@ -147,8 +147,9 @@ token_losses.register_autograd(backward, setup_context=keep)
 
 def add_loss(
     loss: Tensor, z: Tensor, targets: Tensor, V: int, cap: float, smoothing: float, learn: bool
-) -> Tensor | None:
+) -> None:
     """`add_loss` of gradients.py for logits (N, Vp) of the type of products."""
     nats, lse = token_losses(z, targets, V, cap, smoothing)
     loss += nats.sum()
-    return fill(z, z, targets, lse, torch.ones_like(lse), V, cap, smoothing) if learn else None
+    if learn:
+        fill(z, z, targets, lse, torch.ones_like(lse), V, cap, smoothing)
