@@ -150,29 +150,26 @@ def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple
     w = padded(weight, dtype) if own else weight.to(dtype)
     loss = torch.zeros((), device=x.device)
     dx = torch.empty_like(x) if wanted[0] else None
-    dw = None
-    few = max(1, PIECE // V)
-    # a part of dw is as large as the logits of C rows: with fewer, adding up would take longest
+    dw = torch.zeros_like(w, dtype=weight.dtype) if wanted[1] else None
+    few, part = max(1, PIECE // V), len(w) if x.is_cuda else max(64, PIECE // C)
+    # what is added to dw is as large as the logits of C rows: of fewer, that would take longest
     rows = max(64, GPU_PIECE // V if x.is_cuda else max(few, C))
+    rows = -(-N // -(-N // rows)) if N else 1  # the last are as many
     with torch.autocast(x.device.type, enabled=False):
         for i in range(0, N, rows):
             h, y = x[i : i + rows].to(dtype), targets[i : i + rows]
             g = F.linear(h, w)  # the logits, and then in their place the gradient
-            parts = [(g, y)] if x.is_cuda else zip(g.split(few), y.split(few), strict=True)
-            for part in parts:
-                add(loss, *part, V, cap, smoothing, any(wanted[:2]))
+            pieces = [(g, y)] if x.is_cuda else zip(g.split(few), y.split(few), strict=True)
+            for logits, t in pieces:
+                add(loss, logits, t, V, cap, smoothing, any(wanted[:2]))
             if dx is not None:
                 dx[i : i + rows] = g @ w
-            if wanted[1]:
-                if dw is None:
-                    dw = (g.mT @ h).to(weight.dtype)
-                elif dw.dtype == dtype:
-                    dw.addmm_(g.mT, h)
-                else:
-                    dw += g.mT @ h
-    if wanted[1]:
-        dw = torch.zeros_like(weight) if dw is None else dw[:V]  # None: nothing was asked
-    return loss, dx, dw
+            if dw is not None and dw.dtype == dtype:
+                dw.addmm_(g.mT, h)
+            elif dw is not None:
+                for some, of_some in zip(dw.split(part), g.split(part, dim=1), strict=True):
+                    some += of_some.mT @ h
+    return loss, dx, dw if dw is None else dw[:V]
 
 
 def add_loss(

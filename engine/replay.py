@@ -136,7 +136,7 @@ class RecordedCache(KVCache):
             return True
         self.waited += 1
         worth = self.fit and self.waited > PATIENCE and torch.is_inference_mode_enabled()
-        return worth and self.k.size(1) == 1
+        return worth and records(self.k.device, len(self.lengths))
 
     def attends_one(self, mask: Tensor | None) -> bool:
         """Whether attention with that mask is one operation, that for one text on a CPU. Not if the

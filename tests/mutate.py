@@ -79,6 +79,7 @@ NEAR = {
     "engine/families.py": ("huggingface",),
     "engine/fast.py": ("inference", "machine", "train"),
     "engine/files.py": ("kept", "prepare", "train", "interruptions"),
+    "engine/gradients.py": ("fast",),
     "engine/inference.py": ("sample",),
     "engine/linear.py": ("inference", "speculate"),
     "engine/replay.py": ("inference", "one_token_cpu", "sample"),

@@ -149,25 +149,28 @@ class Largest(TorchDispatchMode):
         return found
 
 
-def test_logits_of_a_whole_batch_never_stand_in_memory(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_a_whole_batch_never_stand_in_memory(dtype, monkeypatch):
     monkeypatch.setattr(gradients, "PIECE", 1)  # the least that is made at once: 64 rows
+    error = 1e-5 if dtype == torch.float32 else 0.01
     plain, quick = make("modern", vocab_size=509), make("modern", vocab_size=509)
     fast.install(quick, ["head"])
-    states = torch.randn(3, 70, 32, requires_grad=True)  # 64, 64, 64 and 18
+    states = torch.randn(3, 70, 32, requires_grad=True)
     targets = torch.randint(509, (3, 70))
     targets[0, 60:] = targets[2, :50] = book.IGNORE
     for reduction, smoothing in (("sum", 0.0), ("mean", 0.1)):
         found = []
         for model in (plain, quick):
-            with Largest() as largest:
+            with Largest() as largest, torch.autocast("cpu", dtype, dtype != torch.float32):
                 loss = model.cross_entropy(states, targets, reduction, smoothing)
                 for _ in range(2):  # a graph that is retained
                     grads = torch.autograd.grad(
                         loss * 3, (states, model.head.weight), retain_graph=True
                     )
             found.append((loss, *grads))
-        torch.testing.assert_close(*found)
-        assert largest.size == 64 * 509
+        for a, b in zip(*found, strict=True):
+            assert (a - b).norm() <= error * a.norm()
+        assert largest.size == 50 * 509  # of 150 targets, in three parts alike
     quick.head.weight.requires_grad_(False)
     loss = quick.cross_entropy(states, torch.full_like(targets, book.IGNORE), "sum")
     (grad,) = torch.autograd.grad(loss, states)
