@@ -37,10 +37,8 @@ class Fastest:
     weights of bfloat16 take memory twice.
     """
 
-    one_row = True  # as most passes have
-
     def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
-        self.for_loops = self.one_row and have_loops(dtype)
+        self.for_loops = have_loops(dtype)
         self.forms = forms(dtype, self.for_loops)
         self.chosen = next(iter(self.forms))
         weights = [w[: ENOUGH // w.size(1) + 1] for w in weights if w.numel() >= WORTH_IT]
@@ -84,8 +82,6 @@ class Fastest:
 class OneOrSeveral(Fastest):
     """As `Fastest`, with a second form beside the first where several rows are read faster so: then
     the weights take memory twice."""
-
-    one_row = False
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         one = super().__call__(weight, bias)
