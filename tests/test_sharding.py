@@ -79,11 +79,19 @@ def work(argv: list[str], env: dict, report: Path, dies: int, full: int) -> None
     def spied(learner, optimizers, scale, inputs, counts, step, *others):
         if step == dies:
             os.kill(os.getpid(), signal.SIGKILL)
+        found = []  # gradients, which are gone behind the update
+        hook = optimizers[0].register_step_pre_hook(
+            lambda *_: found.extend(local(p.grad for p in learner.parameters()))
+        )
         done = update(learner, optimizers, scale, inputs, counts, step, *others)
+        hook.remove()
         state = [z for o in optimizers for s in o.state.values() for z in s.values()]
-        local = (getattr(z, "_local_tensor", z) for z in [*learner.parameters(), *state])
-        seen["kept"] = sum(z.nbytes for z in local)
+        seen["kept"] = sum(z.nbytes for z in [*local(learner.parameters()), *local(state), *found])
+        seen["gradients"] = sum(z.nbytes for z in found)
         return done
+
+    def local(some) -> list:
+        return [getattr(z, "_local_tensor", z) for z in some]
 
     def whole_now(blocks) -> None:
         whole = sum(p.nbytes for b in blocks for p in b.parameters() if not hasattr(p, "to_local"))
@@ -177,10 +185,12 @@ def test_sharded_processes_train_as_one(runs, world):
 def test_each_process_keeps_its_part_and_never_sees_the_whole(runs):
     everything = runs[1][1][0]["kept"]
     model = tensors(runs[1][0])
+    weights = sum(z.nbytes for n, z in model.items() if "/" not in n)
     of_blocks = sum(z.nbytes for n, z in model.items() if n.startswith("blocks") and "/" not in n)
     for world in (2, 4):
         for seen in runs[world][1]:
             assert 0.9 < seen["kept"] * world / everything < 1.05
+            assert 0.9 < seen["gradients"] * world / weights < 1.05
             assert 0 < seen["blocks"] <= of_blocks / 2  # the block at work, and the next one
             assert seen["piece"] <= of_blocks / world
     halves = [max(seen["kept"] for seen in runs[world][1]) for world in (1, 2, 4)]
