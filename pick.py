@@ -49,7 +49,7 @@ def pick(
 
 
 def uniform_numbers(seed: int, count: int) -> Iterator[Tensor]:
-    """For one token after the other what `pick` draws it by: (count,).
+    """Token by token the numbers (count,) that `pick` draws by.
 
     Keyed by (seed, i) and not from the device's one stream of random numbers: those of sample i are
     the same on every device and however many others are made beside it, and so is its text, unless

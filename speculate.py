@@ -165,7 +165,7 @@ def speculate(
         raise ValueError(NO_TOKEN)
     limit, device = model.config.block_size, model.wte.weight.device
     left_out = torch.tensor(unused, dtype=torch.long, device=device)
-    draw = random.Random(f"{seed} 0").random  # as in `generate`
+    draw = random.Random(f"{seed} 0").random  # as in `uniform_numbers`
     ahead: list[float] = []  # numbers for positions that may be refused: the next pass has them
     text = array("q", prompt)  # all of it, to guess from
     context = prompt[-limit:]  # what the model sees

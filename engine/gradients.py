@@ -7,11 +7,13 @@ activation beside its input, and 206 MB of logits, their softmax and their gradi
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from engine.machine import no_triton
 from model import IGNORE, gelu
 
-PIECE = 2**20  # logits between whose products nothing leaves the cache: 4 MB
+PIECE = 2**20  # numbers that are worked on between products: 4 MB, which stay in the cache
+ROWS = 512  # of whose products it pays to add up a part of the head's gradient
 GPU_PIECE = 2**28  # a GPU wants large products: 1 GB
 TRITON = not no_triton()
 
@@ -109,7 +111,7 @@ class PiecewiseCrossEntropy(torch.autograd.Function):
 
     The gradient of the loss with respect to logits is known as soon as they are: softmax(logits)
     less the target. So a piece of them can be made, used for all three products (logits, the
-    gradients of the states and of the weight) and forgotten; the logits of a whole batch never
+    gradients of the states and of the weight) and forgotten; the logits of a large batch never
     stand in memory. Liger Kernel (arXiv:2410.10989) does so on GPUs.
     """
 
@@ -122,6 +124,7 @@ class PiecewiseCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         if ctx.gradients is None:  # a second time through a graph that was retained
             wanted = ctx.needs_input_grad
@@ -151,15 +154,18 @@ def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple
     loss = torch.zeros((), device=x.device)
     dx = torch.empty_like(x) if wanted[0] else None
     dw = torch.zeros_like(w, dtype=weight.dtype) if wanted[1] else None
-    few, part = max(1, PIECE // V), len(w) if x.is_cuda else max(64, PIECE // C)
-    # what is added to dw is as large as the logits of C rows: of fewer, that would take longest
-    rows = max(64, GPU_PIECE // V if x.is_cuda else max(few, C))
-    rows = -(-N // -(-N // rows)) if N else 1  # the last are as many
+    if own or x.is_cuda:
+        rows = few = max(64, GPU_PIECE // V)
+        part = len(w)
+    else:
+        few, part = max(torch.get_num_threads(), PIECE // V), max(64, PIECE // C)
+        rows = max(few, min(ROWS, C))  # of C rows the logits are as large as the weight
+    rows = -(-N // -(-N // rows)) if N else 1  # the last are about as many
     with torch.autocast(x.device.type, enabled=False):
         for i in range(0, N, rows):
             h, y = x[i : i + rows].to(dtype), targets[i : i + rows]
             g = F.linear(h, w)  # the logits, and then in their place the gradient
-            pieces = [(g, y)] if x.is_cuda else zip(g.split(few), y.split(few), strict=True)
+            pieces = zip(g.split(few), y.split(few), strict=True) if few < len(g) else [(g, y)]
             for logits, t in pieces:
                 add(loss, logits, t, V, cap, smoothing, any(wanted[:2]))
             if dx is not None:

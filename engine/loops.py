@@ -220,7 +220,7 @@ def finish(rows, layer, unit, how, cap, z, y):
             y[o] = z[o] / (f32(1) + exp(-z[o]))
     elif how == CAPPED:
         for o in range(len(z)):
-            y[o] = cap * np.tanh(z[o] / cap)
+            y[o] = cap * (f32(2) / (f32(1) + exp(f32(-2) * z[o] / cap)) - f32(1))  # tanh(z / cap)
 
 
 @njit(**OPTIONS)

@@ -165,10 +165,9 @@ class RecordedCache(KVCache):
             self.record(forward, tokens)
         if self.loops and not self.inherited:
             logits = self.loops.logits_of(int(tokens), longest)
-            self.lengths.fill_(longest + 1)
         else:
             logits = self.replayed(forward, tokens).clone()
-            self.lengths += 1
+        self.lengths += 1
         if self.k.is_cuda:
             RecordedCache.written += 1
         else:
