@@ -13,7 +13,7 @@ from engine.machine import no_triton
 from model import IGNORE, gelu
 
 PIECE = 2**20  # numbers that are worked on between products: 4 MB, which stay in the cache
-ROWS = 512  # of whose products it pays to add up a part of the head's gradient
+ROWS = 512  # of logits in a product: with fewer, adding up the head's gradient takes longest
 GPU_PIECE = 2**28  # a GPU wants large products: 1 GB
 TRITON = not no_triton()
 
