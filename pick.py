@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLDEST = 1e-6  # a temperature below this counts as 0, which nothing can be divided by
-AHEAD = 64  # tokens whose numbers are drawn at once: one by one that costs a hundredth of a token
+AHEAD = 64  # tokens whose numbers are drawn at once: a tensor for each takes longer than its draw
 FIRST = 1024  # tokens among which top-p looks first: to sort all of 50,257 takes five times as long
 
 

@@ -165,14 +165,13 @@ def in_pieces(x, weight, targets, cap: float, smoothing: float, wanted) -> tuple
         for i in range(0, N, rows):
             h, y = x[i : i + rows].to(dtype), targets[i : i + rows]
             g = F.linear(h, w)  # the logits, and then in their place the gradient
-            pieces = zip(g.split(few), y.split(few), strict=True) if few < len(g) else [(g, y)]
-            for logits, t in pieces:
+            for logits, t in zip(g.split(few), y.split(few), strict=True):
                 add(loss, logits, t, V, cap, smoothing, any(wanted[:2]))
             if dx is not None:
                 dx[i : i + rows] = g @ w
             if dw is not None and dw.dtype == dtype:
                 dw.addmm_(g.mT, h)
-            elif dw is not None:
+            elif dw is not None:  # a product of 16 bits has to be widened first
                 for some, of_some in zip(dw.split(part), g.split(part, dim=1), strict=True):
                     some += of_some.mT @ h
     return loss, dx, dw if dw is None else dw[:V]
