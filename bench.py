@@ -70,6 +70,12 @@ def in_both(name: str, function, more: str = "", **options) -> dict:
 
 LIMITS = in_both("matrix product", stages.matrix_product) | {"memory read": stages.memory_read}
 COMPILED = dict(dtype="bfloat16", compiled=True)
+SPECULATE = {f"a pass of {n}": (stages.one_pass, dict(positions=n)) for n in (1, 2, 4, 8, 16)}
+SPECULATE |= {
+    f"{how}{more}": (stages.write, dict(temperature=temperature, guess=bool(more)))
+    for how, temperature in (("greedy", 0), ("temperature 0.7", 0.7))
+    for more in ("", ", lookup")
+}
 VARIANTS = {
     "train": LIMITS
     | in_both("ours", stages.train)
@@ -85,11 +91,11 @@ VARIANTS = {
     | {"transformers, bfloat16, compiled": partial(peers.transformers, **COMPILED)}
     | {"CTranslate2, float32": partial(peers.ctranslate2, dtype="float32")}
     | {"CTranslate2, int8": partial(peers.ctranslate2, dtype="int8")},
-    "speculate": {f"a pass of {n}": partial(stages.one_pass, positions=n) for n in (1, 2, 4, 8, 16)}
-    | {"greedy": partial(stages.write, temperature=0, guess=False)}
-    | {"greedy, lookup": partial(stages.write, temperature=0, guess=True)}
-    | {"temperature 0.7": partial(stages.write, temperature=0.7, guess=False)}
-    | {"temperature 0.7, lookup": partial(stages.write, temperature=0.7, guess=True)},
+    "speculate": {
+        f"{name}{more}": partial(function, **options, quantize=more[2:])
+        for more in ("", ", int8")
+        for name, (function, options) in SPECULATE.items()
+    },
     "answers": {
         "one by one": partial(stages.answer, slots=1),
         "32 at once": partial(stages.answer, slots=32),

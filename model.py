@@ -132,13 +132,12 @@ class GPT(nn.Module):
         """Logits (B, T, V), or with `targets` (B, T) the cross-entropy in nats, mean or sum.
 
         `targets` are `tokens` shifted by one: at each position the token that comes next. So one
-        pass over T tokens is T exercises in prediction. Targets of -100 do not count. With a
-        `cache`, only the last position's logits: (B, 1, V), for they choose the next token.
-        `embedded` as in `trunk`, `smoothing` as in `Head`.
+        pass over T tokens is T exercises in prediction. Targets of -100 do not count. `embedded`
+        and `cache` as in `trunk`, `smoothing` as in `Head`.
         """
         x = self.trunk(tokens, mask, positions, cache, embedded)
         if targets is None:
-            return self.logits(x if cache is None else x[:, -1:])
+            return self.logits(x)
         return self.cross_entropy(x, targets, reduction, smoothing)
 
     def init_weights(self, seed: int) -> None:

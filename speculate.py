@@ -30,14 +30,15 @@ import torch
 from torch import Tensor
 
 from cache import KVCache
-from generate import NO_TOKEN, decode_one_token, prefill
+from generate import NO_TOKEN, prefill
 from model import GPT
 from pick import invert, penalise, pick, probabilities
 
 MOST = 15  # guesses in a pass, which has 16 positions then
 FEWEST = 3  # tokens that match, to guess at all: code has many matches of two that say nothing
-ONE_MORE = 0.15  # what a position more adds to a pass, in passes of one: see docs/speed.md
-PAUSE = 32  # tokens without a draft that did not pay, before it is tried again
+# what each position more adds to a pass, and all of them at most, in passes of one: docs/speed.md
+ONE_MORE, ALL_MORE = 0.35, 2.0
+PAUSE = 32  # tokens without guesses, which did not pay, before one is tried again
 
 
 def lookup(text: array, most: int, *_) -> tuple[list[int], None]:
@@ -74,30 +75,10 @@ class Draft:
         small, large = model.config, large.config
         # in passes of the large model: in between their numbers of calls and of weights
         self.cost = small.n_layer * small.n_embd / (large.n_layer * large.n_embd)
-        self.accepted, self.tried = 3.0, 4.0  # lately; to begin with, it is trusted
-        self.made = 0  # guesses, when the text had
-        self.length = 0  # tokens
-        self.pause = 0  # until the text has so many
-
-    def number(self, length: int) -> int:
-        """How many guesses bring the most tokens in the time of a pass: 1 + a + ... + a^k of them
-        are to be expected if one is accepted with probability a (arXiv:2211.17192, equation 1)."""
-        if self.made:
-            accepted = min(self.made, length - self.length - 1)
-            self.accepted = 0.9 * self.accepted + accepted
-            self.tried = 0.9 * self.tried + min(self.made, accepted + 1)
-        a, gain = self.accepted / self.tried, {}
-        for k in range(MOST + 1):
-            gain[k] = sum(a**i for i in range(k + 1)) / (1 + k * (self.cost + ONE_MORE))
-        k = max(gain, key=gain.get)
-        if k == 0 and length >= self.pause:
-            k, self.pause = 1, length + PAUSE
-        return k
 
     def __call__(self, text: array, most: int, chances: Callable) -> tuple[list[int], Tensor]:
         limit, n = self.model.config.block_size, len(text)
-        k = min(most, self.number(n), limit // 2)
-        self.made, self.length = k, n
+        k = min(most, limit // 2)
         if n - self.begin + k > limit:  # its context is full: see generate
             self.begin = n - max(1, limit // 2)
             self.cache.lengths.zero_()
@@ -115,13 +96,34 @@ class Draft:
         return guesses, torch.cat(q) if q else None
 
 
+class Trust:
+    """How many guesses pay, by how many of the last ones were right."""
+
+    def __init__(self, cost: float, more: float = ALL_MORE):
+        self.cost, self.more = cost, more  # of a guess, and of a pass that checks many
+        self.right, self.tried = 3.0, 4.0  # lately; to begin with, guesses are trusted
+        self.pause = 0  # until the text has so many tokens
+
+    def number(self, length: int) -> int:
+        """How many bring the most tokens in the time of a pass: 1 + a + ... + a^k of them are to be
+        expected if one is right with probability a (arXiv:2211.17192, equation 1)."""
+        a, tokens, gains = self.right / self.tried, 0.0, []
+        for k in range(MOST + 1):
+            tokens += a**k
+            gains.append(tokens / (1 + k * self.cost + min(k * ONE_MORE, self.more)))
+        return gains.index(max(gains)) or int(length >= self.pause)
+
+    def saw(self, guesses: int, right: int, length: int) -> None:
+        """Of so many in one pass as many were accepted: the others were not asked for."""
+        self.right = 0.9 * self.right + right
+        self.tried = 0.9 * self.tried + min(guesses, right + 1)
+        self.pause = length + PAUSE
+
+
 @torch.inference_mode()
 def read(model: GPT, tokens: list[int], cache: KVCache) -> Tensor:
     """Appends `tokens` (T) to the text of a cache in one pass: logits behind each (T, V)."""
-    new = torch.tensor(tokens, device=cache.k.device)
-    if len(tokens) == 1:
-        return decode_one_token(model, new, cache)
-    return model.logits(model.trunk(new[None], cache=cache)[0])
+    return model(torch.tensor([tokens], device=cache.k.device), cache=cache)[0]
 
 
 def accept(guesses: list[int], q: Tensor, p: Tensor, draw: Callable[[], float]) -> list[int]:
@@ -169,6 +171,7 @@ def speculate(
     ahead: list[float] = []  # numbers for positions that may be refused: the next pass has them
     text = array("q", prompt)  # all of it, to guess from
     context = prompt[-limit:]  # what the model sees
+    trust = Trust(getattr(guess, "cost", 0.0), getattr(model, "more", ALL_MORE))
 
     def adjusted(logits: Tensor, guesses: list[int]) -> Tensor:
         """Logits (T, V), the last behind all `guesses`, the others behind one less each."""
@@ -199,6 +202,8 @@ def speculate(
 
         # 2. the cache takes back what was refused
         cache.lengths -= len(guesses) + 1 - len(new)
+        if guesses:
+            trust.saw(len(guesses), len(new) - 1, len(text) + len(new))
         context += new
         text.extend(new)
         max_tokens -= len(new)
@@ -212,6 +217,6 @@ def speculate(
             context = context[-max(1, limit // 2) :]
             logits, guesses, q = prefill(model, [context], cache, markers), [], None
         else:
-            most = min(MOST, limit - len(context), max_tokens - 1)
+            most = min(trust.number(len(text)), limit - len(context), max_tokens - 1)
             guesses, q = guess(text, most, chances)
             logits = read(model, [context[-1], *guesses], cache)  # (1 + k, V)

@@ -133,13 +133,18 @@ def train(
 # --- decode
 
 
+def as_after_many_tokens() -> None:
+    from engine import replay
+
+    replay.WORTH_KERNELS = replay.WORTH_NUMBA = 0
+
+
 def decode(s, dtype: str, samples: int = 1, context: int = 1, quantize: str = "") -> dict:
     import torch
 
-    from engine import replay
     from generate import generate
 
-    replay.WORTH_KERNELS = replay.WORTH_NUMBA = 0  # as after many tokens
+    as_after_many_tokens()
     # one row at a time waits for memory and not for products, whatever their type
     here = machine_for(dtype, products=samples > 1)
     model = writer(s, here, our_model(s), samples, quantize)
@@ -164,15 +169,17 @@ def decode(s, dtype: str, samples: int = 1, context: int = 1, quantize: str = ""
 FILES = ("textwrap", "heapq", "argparse", "shelve", "queue", "calendar")  # of the standard library
 
 
-def one_pass(s, positions: int) -> dict:
+def one_pass(s, positions: int, quantize: str = "") -> dict:
     """So many tokens read in one pass behind 200 others, in the form that is chosen for several."""
     import torch
 
-    from engine import machine
+    from engine import machine, replay
     from speculate import read
 
+    as_after_many_tokens()
+    replay.PATIENCE = 0
     here = machine.pick(rows=1, size=our_shape(s).parameters())
-    model = writer(s, here, our_model(s), several=True)
+    model = writer(s, here, our_model(s), quantize=quantize, several=True)
     cache, tokens = model.new_cache(size=256), torch.randint(s.vocab_size, (200,)).tolist()
     read(model, tokens, cache)
 
@@ -183,7 +190,7 @@ def one_pass(s, positions: int) -> dict:
     return figure(1e3 * timed(s.calls, again), "ms")
 
 
-def write(s, temperature: float, guess: bool) -> dict:
+def write(s, temperature: float, guess: bool, quantize: str = "") -> dict:
     """A model that has learned goes on behind the first half of each of FILES."""
     import importlib
 
@@ -193,16 +200,17 @@ def write(s, temperature: float, guess: bool) -> dict:
     from engine.wider import wider
     from generate import generate
 
+    as_after_many_tokens()
     model, tokenizer = load_model(s.run)
     unused = [*tokenizer.unused, *range(model.config.vocab_size, s.vocab_size)]
     here = machine.pick(rows=1, size=our_shape(s).parameters())
     model = wider(model, s.n_layer, s.n_embd, s.vocab_size)
-    model = writer(s, here, model, several=guess)
-    passes, read, seconds = [], speculate.read, 0.0
+    model = writer(s, here, model, quantize=quantize, several=guess)
+    passes, read, seconds = [], speculate.read, []
     speculate.read = lambda model, tokens, cache: (
         passes.append(len(tokens)) or read(model, tokens, cache)
     )
-    for name in FILES:
+    for name in (FILES[0], *FILES):  # the first for nothing: once a process, loops are loaded
         text = Path(importlib.import_module(name).__file__).read_text(encoding="utf-8")
         prompt = tokenizer.encode(text[: len(text) // 2])
         how = speculate.speculate if guess else generate
@@ -210,11 +218,13 @@ def write(s, temperature: float, guess: bool) -> dict:
         next(steps)  # the prompt is read
         start = time.perf_counter()
         list(steps)
-        seconds += time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
+        if len(seconds) == 1:
+            passes.clear()
     tokens, guesses = s.tokens * len(FILES), sum(passes) - len(passes)
     more = f"{tokens / len(passes):.2f} tokens a pass, of {guesses} guesses " if passes else ""
     more += f"{(tokens - len(passes)) / max(1, guesses):.0%} accepted" if passes else ""
-    return figure(tokens / seconds, "tokens/s", more)
+    return figure(tokens / sum(seconds[1:]), "tokens/s", more)
 
 
 # --- answers: four layers of width 128, with the markers of rows

@@ -8,6 +8,8 @@ once, or a prompt of many tokens, cost little more than one token, since all sha
 docs/speed.md has the figures.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,7 @@ def ready(
         model.__class__ = FastGPT
     if quantize:
         kind = EightBitLinear
+        model.more = math.inf  # see speculate.py: each position costs the same
     elif on_cpu and rows == 1 and parts:
         kind = (OneOrSeveral if several else Fastest)(like.dtype, matrices(model))
     elif on_cpu and rows > 1 and packable(like.dtype):
@@ -179,6 +182,7 @@ class FastGPT(GPT):
         return cache
 
     def forward(self, tokens: Tensor, *more, cache: KVCache | None = None, **options) -> Tensor:
-        if isinstance(cache, RecordedCache) and tokens.size(1) == 1 and cache.ready():
+        plain = isinstance(cache, RecordedCache) and not more and not options
+        if plain and cache.ready(tokens.size(1)):
             return cache.step(super().forward, tokens)
         return super().forward(tokens, *more, cache=cache, **options)

@@ -1,4 +1,6 @@
-"""The pass of one token on a CPU, compiled by numba: what engine/one_token_cpu.py calls.
+"""The pass of one token, or of a few, on a CPU, compiled by numba: what engine/one_token_cpu.py
+calls. Shapes: T tokens, C width, I numbers that a product is given and O that it gives, K heads of
+keys and H of queries, D of their channels, S places of a cache.
 
 Weights of float32 and bfloat16 are multiplied in float32. Those of eight bits are multiplied with
 numbers of sixteen, by an instruction that adds two of their products to a sum (AVX2's `vpmaddwd`):
@@ -63,32 +65,41 @@ def by_sixteen_bits(W) -> bool:
     return W.dtype == types.int8 and "+avx2" in cpu_target.target_context.codegen().magic_tuple()[2]
 
 
-def rounded(W, x, buffer):
-    """(x, unit) as `sums` wants x (I): as it is, or as multiples of a unit, in `buffer`. If not all
-    is finite, the unit is not."""
+@njit(**OPTIONS)
+def round_to_sixteen_bits(x, some):
+    """x (I) as multiples of a unit, into `some`: the unit. If not all is finite, that is not."""
+    whole, most, bits = f32(0), i32(0), x.view(i32)
+    for i in range(len(x)):
+        whole += abs(x[i])
+        most = max(most, bits[i] & SIZE)  # as whole numbers several are compared at once
+    largest = i32(most).view(f32)
+    unit = whole / f32(SAFE)
+    if largest / f32(LARGEST) > unit:
+        unit = largest / f32(LARGEST)
+    if TINY < unit < np.inf:
+        for i in range(len(x)):
+            some[i] = i16(np.rint(x[i] / unit))
+    else:
+        some[:] = 0
+    return unit
+
+
+def rounded(W, x, room):
+    """x (T, I) as `sums` wants it, as it is or rounded, and a unit for each of its rows."""
 
 
 @overload(rounded, jit_options=MATH)
-def rounded_by(W, x, buffer):
-    def as_it_is(W, x, buffer):
-        return x, f32(1)
+def rounded_by(W, x, room):
+    def as_it_is(W, x, room):
+        units = room[1][: len(x)]
+        units[:] = 1
+        return x, units
 
-    def to_sixteen_bits(W, x, buffer):
-        whole, most, bits = f32(0), i32(0), x.view(i32)
-        for i in range(len(x)):
-            whole += abs(x[i])
-            most = max(most, bits[i] & SIZE)  # as whole numbers several are compared at once
-        largest = i32(most).view(f32)
-        unit = whole / f32(SAFE)
-        if largest / f32(LARGEST) > unit:
-            unit = largest / f32(LARGEST)
-        some = buffer[: len(x)]
-        if TINY < unit < np.inf:
-            for i in range(len(x)):
-                some[i] = i16(np.rint(x[i] / unit))
-        else:
-            some[:] = 0
-        return some, unit
+    def to_sixteen_bits(W, x, room):
+        some, units = room[0][: x.size].reshape(x.shape), room[1][: len(x)]
+        for t in range(len(x)):
+            units[t] = round_to_sixteen_bits(x[t], some[t])
+        return some, units
 
     return to_sixteen_bits if by_sixteen_bits(W) else as_it_is
 
@@ -135,44 +146,46 @@ def eight_sums(_, streams, group, at, x):
 
 
 def sums(streams, part, at, x, z):
-    """Of the rows that stand from `at` on in the streams of a part: their products with x into z,
-    by one row of each. A processor asks memory for more of each stream that it sees read in order,
-    and of one alone it does not ask for enough."""
+    """Of the rows that stand from `at` on in the streams of a part: their products with x (T, I)
+    into z (T, O), by one row of each stream, for all T. A processor asks memory for more of each
+    stream that it sees read in order, and of one alone it does not ask for enough."""
 
 
 @overload(sums, jit_options=MATH)
 def sums_by(streams, part, at, x, z):
     def in_float32(streams, part, at, x, z):
-        n = len(z) // (GROUPS * STREAMS)
+        n, long = z.shape[1] // (GROUPS * STREAMS), x.shape[1]
         for step in range(GROUPS * n):
             g, o = step % GROUPS, step // GROUPS
-            W, y = streams[part * GROUPS + g], z[g * STREAMS * n :]
-            row = slice(at + o * len(x), at + (o + 1) * len(x))
+            W, row = streams[part * GROUPS + g], slice(at + o * long, at + (o + 1) * long)
             w0, w1, w2, w3 = W[0, row], W[1, row], W[2, row], W[3, row]
             w4, w5, w6, w7 = W[4, row], W[5, row], W[6, row], W[7, row]
-            z0 = z1 = z2 = z3 = z4 = z5 = z6 = z7 = f32(0)
-            for i in range(len(x)):
-                z0 += as_float32(w0[i]) * x[i]
-                z1 += as_float32(w1[i]) * x[i]
-                z2 += as_float32(w2[i]) * x[i]
-                z3 += as_float32(w3[i]) * x[i]
-                z4 += as_float32(w4[i]) * x[i]
-                z5 += as_float32(w5[i]) * x[i]
-                z6 += as_float32(w6[i]) * x[i]
-                z7 += as_float32(w7[i]) * x[i]
-            y[o], y[o + n], y[o + 2 * n], y[o + 3 * n] = z0, z1, z2, z3
-            y[o + 4 * n], y[o + 5 * n], y[o + 6 * n], y[o + 7 * n] = z4, z5, z6, z7
+            for t in range(len(x)):
+                u, y = x[t], z[t, g * STREAMS * n :]
+                z0 = z1 = z2 = z3 = z4 = z5 = z6 = z7 = f32(0)
+                for i in range(long):
+                    z0 += as_float32(w0[i]) * u[i]
+                    z1 += as_float32(w1[i]) * u[i]
+                    z2 += as_float32(w2[i]) * u[i]
+                    z3 += as_float32(w3[i]) * u[i]
+                    z4 += as_float32(w4[i]) * u[i]
+                    z5 += as_float32(w5[i]) * u[i]
+                    z6 += as_float32(w6[i]) * u[i]
+                    z7 += as_float32(w7[i]) * u[i]
+                y[o], y[o + n], y[o + 2 * n], y[o + 3 * n] = z0, z1, z2, z3
+                y[o + 4 * n], y[o + 5 * n], y[o + 6 * n], y[o + 7 * n] = z4, z5, z6, z7
 
     def in_whole_numbers(streams, part, at, x, z):
-        n, whole = len(z) // (GROUPS * STREAMS), len(x) - len(x) % LANES
+        n, long = z.shape[1] // (GROUPS * STREAMS), x.shape[1]
+        whole = long - long % LANES
         for step in range(GROUPS * n):
             g, o = step % GROUPS, step // GROUPS
-            W, y = streams[part * GROUPS + g], z[g * STREAMS * n :]
-            begin = at + o * len(x)
-            found = eight_sums(streams, part * GROUPS + g, begin, x)
-            for k in range(STREAMS):
-                row = W[k, begin : begin + len(x)]
-                y[o + k * n] = f32(found[k]) + sum_from(whole, row, x)
+            W, begin = streams[part * GROUPS + g], at + o * long
+            for t in range(len(x)):
+                found = eight_sums(streams, part * GROUPS + g, begin, x[t])
+                for k in range(STREAMS):
+                    rest = sum_from(whole, W[k, begin : begin + long], x[t])
+                    z[t, (g * STREAMS + k) * n + o] = f32(found[k]) + rest
 
     return in_whole_numbers if by_sixteen_bits(streams) else in_float32
 
@@ -224,27 +237,29 @@ def finish(rows, layer, unit, how, cap, z, y):
 
 
 @njit(**OPTIONS)
-def part_of_product(layer, part, x, unit, how, cap, z, y):
+def part_of_product(layer, part, x, units, how, cap, z, y):
     streams, at, rest = layer[:3]
-    parts, whole = len(streams) // GROUPS, len(y) - len(rest)
+    parts, whole = len(streams) // GROUPS, y.shape[1] - len(rest)
     rows = slice(whole // parts * part, whole // parts * (part + 1))
-    sums(streams, part, at, x, z[rows])
-    finish(rows, layer, unit, how, cap, z, y)
     first, last = len(rest) * part // parts, len(rest) * (part + 1) // parts
-    for i in range(first, last):
-        z[whole + i] = sum_from(0, rest[i], x)
-    finish(slice(whole + first, whole + last), layer, unit, how, cap, z, y)
+    sums(streams, part, at, x, z[:, rows])
+    for t in range(len(x)):
+        finish(rows, layer, units[t], how, cap, z[t], y[t])
+        for i in range(first, last):
+            z[t, whole + i] = sum_from(0, rest[i], x[t])
+        finish(slice(whole + first, whole + last), layer, units[t], how, cap, z[t], y[t])
 
 
 @njit(parallel=True, **OPTIONS)
 def product(layer, x, how, cap, room, y):
-    """W x + b into y (O), as `how` says. The rows of W (O, I) are dealt out evenly to `streams`
-    (parts * GROUPS, STREAMS, L), in order, GROUPS for a part, and a part for a thread; in each they
-    begin at the place `at`. The last rows, fewer than there are streams, are the `rest`."""
-    streams, (sixteen_bits, z) = layer[0], room
-    numbers, unit = rounded(streams, x, sixteen_bits)
+    """x W^T + b of x (T, I) into y (T, O), as `how` says. The rows of W (O, I) are dealt out evenly
+    to `streams` (parts * GROUPS, STREAMS, L), in order, GROUPS for a part, and a part for a thread;
+    in each they begin at the place `at`. The last rows, fewer than there are streams, are the
+    `rest`."""
+    streams, z = layer[0], room[2]
+    numbers, units = rounded(streams, x, room)
     for part in prange(len(streams) // GROUPS):
-        part_of_product(layer, part, numbers, unit, how, cap, z, y)
+        part_of_product(layer, part, numbers, units, how, cap, z, y)
 
 
 @njit(**OPTIONS)
@@ -327,31 +342,37 @@ def remember(qkv, place, k_norm, cos, sin, keys, values):
 @njit(**OPTIONS)
 def one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y):
     (K, _, D), H = keys.shape, len(scores)
-    q, g = qkv[h * D : (h + 1) * D], h * K // H
-    ready_head(q, q_norm, cos, sin)
-    look(q, keys[g], values[g], place, scores[h], y[h * D : (h + 1) * D])
+    g = h * K // H
+    for t in range(len(qkv)):
+        q = qkv[t, h * D : (h + 1) * D]
+        ready_head(q, q_norm, cos[place + t], sin[place + t])
+        look(q, keys[g], values[g], place + t, scores[h], y[t, h * D : (h + 1) * D])
 
 
 @njit(parallel=True, **OPTIONS)
 def attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y):
-    """Attention of the token at `place` into y (H D): its key and value join `keys` and `values`
-    (K, S, D)."""
-    remember(qkv, place, k_norm, cos, sin, keys, values)
+    """Attention of the tokens from `place` on into y (T, H D): their keys and values join `keys`
+    and `values` (K, S, D), and none sees those behind it."""
+    for t in range(len(qkv)):
+        at = place + t
+        remember(qkv[t], at, k_norm, cos[at], sin[at], keys, values)
     for h in prange(len(scores)):
         one_head(h, qkv, place, q_norm, cos, sin, keys, values, scores, y)
 
 
 @njit(**OPTIONS)
 def block(x, place, attention, mlp, cos, sin, keys, values, buffers):
-    """A block of model.py, in place of its x (C)."""
+    """A block of model.py, in place of its x (T, C)."""
     attn_norm, wqkv, q_norm, k_norm, wo = attention
     mlp_norm, gate, up, down, activation = mlp
     _, h, qkv, y, wide, scores, room = buffers
-    normed(x, attn_norm, h)
+    for t in range(len(x)):
+        normed(x[t], attn_norm, h[t])
     product(wqkv, h, PLAIN, f32(0), room, qkv)
     attend(qkv, place, q_norm, k_norm, cos, sin, keys, values, scores, y)
     product(wo, y, ADDED, f32(0), room, x)
-    normed(x, mlp_norm, h)
+    for t in range(len(x)):
+        normed(x[t], mlp_norm, h[t])
     if activation == SILU:
         product(gate, h, SILU, f32(0), room, wide)
         product(up, h, TIMES, f32(0), room, wide)
@@ -374,15 +395,17 @@ def embed(token, place, embedding, x):
 
 
 @njit(**OPTIONS)
-def whole_pass(token, place, embedding, blocks, head, angles, memory, buffers, logits):
-    """A pass of model.py, of one token at `place`."""
+def whole_pass(tokens, place, embedding, blocks, head, angles, memory, buffers, logits):
+    """A pass of model.py, of `tokens` (T) from `place` on, into `logits` (T, V)."""
     (cos, sin), (keys, values) = angles, memory
     (norm, layer, cap), (x, h, _, _, _, _, room) = head, buffers
-    embed(token, place, embedding, x)
+    for t in range(len(tokens)):
+        embed(tokens[t], place + t, embedding, x[t])
     for n in range(len(blocks)):
         attention, mlp = blocks[n]
-        block(x, place, attention, mlp, cos[place], sin[place], keys[n], values[n], buffers)
-    normed(x, norm, h)
+        block(x, place, attention, mlp, cos, sin, keys[n], values[n], buffers)
+    for t in range(len(tokens)):
+        normed(x[t], norm, h[t])
     product(layer, h, CAPPED if cap > 0 else PLAIN, cap, room, logits)
 
 

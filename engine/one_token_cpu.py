@@ -1,4 +1,4 @@
-"""The pass of one token through a model on a CPU, in one call, compiled by numba.
+"""The pass of one token, or of a few, through a model on a CPU, in one call, compiled by numba.
 
 What a token costs beside the reading of its weights are hundreds of small operations: each is
 called by Python, on one core, while the threads of the next product fall asleep. In engine/loops.py
@@ -30,7 +30,7 @@ from engine import loops
 from engine.blas import NumpyLinear
 from engine.linear import EightBitLinear, HalfLinear, OneOrSeveralLinear, PlainLinear
 from engine.loops import f32
-from engine.replay import Aside, RecordedCache
+from engine.replay import SEVERAL, Aside, RecordedCache
 from engine.threads import AllOrOne
 from model import GPT, Norm, gelu, relu2, rotary
 
@@ -71,7 +71,10 @@ class Weights:
         self.blocks = loops.list_of(blocks[0])
         for block in blocks[1:]:
             loops.append(self.blocks, block)
-        self.rounding = OF_EIGHT_BITS if np.dtype(np.int8) in kinds else ROUNDING
+        whole = np.dtype(np.int8) in kinds
+        # tokens at once for which nothing else is faster: see docs/speed.md
+        self.several = SEVERAL if whole else 6
+        self.rounding = OF_EIGHT_BITS if whole else ROUNDING
 
     def near(self, found: Tensor, true: Tensor) -> bool:
         """But for rounding the same. Zeros, which hide everything, are not."""
@@ -80,8 +83,8 @@ class Weights:
 
 class OneToken:
     """Computes `logits` (1, 1, V) of what a cache of one text, `tokens` (1, 1) and `place` (1, 1)
-    hold when it is called, as `GPT.forward` does, but that it does not count the token. Raises
-    ValueError for a cache of another kind."""
+    hold when it is called, as `GPT.forward` does, but that it does not count the token; or those
+    of several that follow each other. Raises ValueError for a cache of another kind."""
 
     def __init__(self, weights: Weights, cache: KVCache, tokens: Tensor, place: Tensor):
         c, size = weights.config, cache.k.size(3)
@@ -90,25 +93,31 @@ class OneToken:
         if c.position == "learned" and size > c.block_size:
             raise ValueError(f"a cache for {size} tokens, of which {c.block_size} have a position")
         self.weights, self.tokens, self.place = weights, tokens, place
-        self.choice = AllOrOne()
+        self.choice, self.several = AllOrOne(), weights.several
         self.memory = cache.k[:, 0].numpy(), cache.v[:, 0].numpy()  # (L, K, S, D) both
         self.angles = (np.zeros((size, 0), f32),) * 2
         if c.position == "rotary":
             self.angles = tuple(z.numpy() for z in rotary(torch.arange(size), c))
         joined = (c.n_head + 2 * c.n_kv_head) * c.head_dim
         inputs = c.n_embd, c.n_embd, joined, c.n_head * c.head_dim, c.mlp_dim
-        room = np.zeros(max(inputs), np.int16), np.zeros(max(c.vocab_size, *inputs), f32)
-        self.buffers = *(np.zeros(n, f32) for n in (*inputs, (c.n_head, size))), room
+        # what a pass has for each token, the scores of attention, and room for a product
+        widths = *inputs, max(c.vocab_size, *inputs)
+        *self.rows, sums = (np.zeros((SEVERAL, width), f32) for width in widths)
+        self.scores = np.zeros((c.n_head, size), f32)
+        self.room = np.zeros(SEVERAL * max(inputs), np.int16), np.zeros(SEVERAL, f32), sums
         self.logits = torch.empty(1, 1, c.vocab_size)
 
     def __call__(self) -> None:
-        self.logits.copy_(self.logits_of(int(self.tokens), int(self.place)))
+        self.logits.copy_(self.logits_of(self.tokens, int(self.place)))
 
-    def logits_of(self, token: int, place: int) -> Tensor:
-        """In memory of their own (1, 1, V)."""
-        w, logits = self.weights, np.empty(self.logits.shape, f32)
-        if not 0 <= token < logits.size:
-            raise IndexError(f"{token} is no token")
+    def logits_of(self, tokens: Tensor, place: int) -> Tensor:
+        """Of `tokens` (1, T) from `place` on, T up to SEVERAL: (1, T, V), in their own memory."""
+        ids, w = tokens[0].numpy(), self.weights
+        logits = np.empty((*tokens.shape, w.config.vocab_size), f32)
+        for token in ids:
+            if not 0 <= token < w.config.vocab_size:
+                raise IndexError(f"{token} is no token")
+        buffers = *(z[: len(ids)] for z in self.rows), self.scores, self.room
         model, text = (w.embedding, w.blocks, w.head), (self.angles, self.memory)
         together, before = self.choice.together(), get_num_threads()
         threads = w.threads if together else 1
@@ -117,7 +126,7 @@ class OneToken:
             if threads != before:  # each call costs 0.02 ms, its code no longer in the caches
                 set_num_threads(threads)
             try:
-                loops.whole_pass(token, place, *model, *text, self.buffers, logits.ravel())
+                loops.whole_pass(ids, place, *model, *text, buffers, logits[0])
             finally:
                 if threads != before:
                     set_num_threads(before)

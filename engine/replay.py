@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cache import KVCache
 from engine import blas, fast, recording
-from model import GPT
+from model import GPT, GPTConfig
 
 
 def records(device: torch.device, batch: int = 1) -> bool:
@@ -27,6 +27,7 @@ def records(device: torch.device, batch: int = 1) -> bool:
     return device.type == "cpu" and batch == 1
 
 
+SEVERAL = 16  # tokens at once that loops may be asked for
 LONGER = 256  # tokens: a cache has a multiple of them, so that a longer text finds room, too
 
 
@@ -118,10 +119,9 @@ class RecordedCache(KVCache):
     """
 
     fixed = True
-    weights = 0  # how many the model has
     loops = None  # on a CPU, the pass of engine/one_token_cpu.py, which then is `replay`
     recorded = None  # the buffers that the recording knows
-    structure = None  # that of the model then
+    how = structure = None  # what it was made under, and of
     kernels = None  # on a GPU, those of engine/one_token.py, whose memory the recording knows
     inherited = False  # whether the recording is of another text, and was not compared yet
     running = False  # whether a step is computed, or recorded, at this moment
@@ -130,13 +130,27 @@ class RecordedCache(KVCache):
     written = 0  # tokens on a GPU, by all caches of this process
     read = 0  # weights, by steps on a CPU
 
-    def ready(self) -> bool:
-        """Whether the next token is worth, and can be, a recorded step."""
+    def __init__(self, config: GPTConfig, *more):
+        super().__init__(config, *more)
+        self.weights = config.parameters()
+
+    def ready(self, T: int) -> bool:
+        """Whether the next token is worth, and can be, a recorded step; several are by loops alone,
+        which are looked for if nobody has."""
         if self.k.is_cuda:
-            return True
+            return T == 1
         self.waited += 1
+        RecordedCache.read += self.weights
         worth = self.fit and self.waited > PATIENCE and torch.is_inference_mode_enabled()
-        return worth and records(self.k.device, len(self.lengths))
+        if T > 1 and self.recorded is self.k and self.how == self.conditions():
+            worth = worth and self.loops and self.loops.several >= T
+        elif T > 1:
+            worth = worth and T <= SEVERAL and self.worth_joining()
+        return bool(worth) and records(self.k.device, len(self.lengths))
+
+    def conditions(self) -> tuple[int, bool]:
+        """What a recording depends on, beside the model: threads, and whether it is joined."""
+        return torch.get_num_threads(), self.worth_joining()
 
     def attends_one(self, mask: Tensor | None) -> bool:
         """Whether attention with that mask is one operation, that for one text on a CPU. Not if the
@@ -153,25 +167,26 @@ class RecordedCache(KVCache):
         return self.at, self.mask
 
     def step(self, forward, tokens: Tensor) -> Tensor:
-        """`forward` for one new token in each row of `tokens` (B, 1): logits (B, 1, V)."""
-        lengths, size = self.lengths.tolist(), self.k.size(3)
-        longest = max(lengths)
-        if longest == size:
-            raise ValueError(f"{longest + 1} positions do not fit in a KV cache of that size")
-        how = torch.get_num_threads(), self.worth_joining()
+        """`forward` for the next tokens (B, T), several only of a single row: logits (B, T, V)."""
+        longest, size = int(self.lengths.max()), self.k.size(3)
+        T, first = tokens.size(1), tokens[:, :1]
+        if longest + T > size:
+            raise ValueError(f"{longest + T} positions do not fit in a KV cache of {size}")
+        how = self.conditions()
         changed = self.inherited and self.structure != structure(forward.__self__)
         if self.recorded is not self.k or self.how != how or changed:  # or `take` had other rows
             self.how, self.inherited = how, False
-            self.record(forward, tokens)
-        if self.loops and not self.inherited:
-            logits = self.loops.logits_of(int(tokens), longest)
-        else:
-            logits = self.replayed(forward, tokens).clone()
-        self.lengths += 1
+            self.record(forward, first)
+        known = self.loops and not self.inherited
+        if not known:
+            logits = self.replayed(forward, first).clone()
+        if T > 1 and not self.loops:
+            return forward(tokens, cache=self)
+        if T > 1 or known:
+            logits = self.loops.logits_of(tokens, longest)
+        self.lengths += T
         if self.k.is_cuda:
             RecordedCache.written += 1
-        else:
-            RecordedCache.read += self.weights
         return logits
 
     def replayed(self, forward, tokens: Tensor) -> Tensor:
@@ -232,7 +247,7 @@ class RecordedCache(KVCache):
         self.columns = torch.arange(self.k.size(3), device=device)
         hooked = any(hooks(model))
         joins = self.how[1] and not hooked
-        self.structure, self.weights = structure(model), model.config.parameters()
+        self.structure = structure(model)
         if device.type == "cuda":
             self.kernels = self.few_kernels(forward) if joins else None
             self.capture(self.kernels or forward)

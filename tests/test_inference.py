@@ -608,7 +608,7 @@ def test_whoever_changes_a_model_between_two_texts_is_obeyed(change, monkeypatch
     for model in models:
         CHANGES[change](model, monkeypatch)
     after = text(models[0], 1, 2, 3)
-    monkeypatch.setattr(RecordedCache, "ready", lambda self: False)
+    monkeypatch.setattr(RecordedCache, "ready", lambda self, T: False)
     assert after == text(models[1], 1, 2, 3)
     assert after != before[0] == before[1]
 

@@ -89,6 +89,44 @@ def reads_what_layers_read(shape, kind):
     assert isinstance(cache.replay, one_token_cpu.OneToken)
 
 
+@pytest.mark.parametrize("shape", FIT)
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_it_reads_several_tokens_at_once(shape, quantize):
+    """As one by one; and each sees what was before it, of a text that had this memory before."""
+    model, tokens = ready(make(shape), quantize), torch.arange(24)[None] * 7 % 61
+    with torch.inference_mode():
+        one_by_one = torch.cat(logits(model, model.new_cache()), dim=1)
+        cache, found = model.new_cache(), []
+        step = cache.loops
+        assert step and cache.inherited
+        for some in tokens.split([3, 1, 5, 6, 2, 7], dim=1):
+            found.append(model(some, cache=cache))
+            assert (cache.waited == len(found) + 24) and cache.loops is step
+        assert cache.lengths.tolist() == [24]
+        with pytest.raises(ValueError, match="26 positions do not fit in a KV cache of 24"):
+            model(tokens[:, :2], cache=cache)
+    torch.testing.assert_close(torch.cat(found, dim=1), one_by_one, atol=2e-3, rtol=2e-3)
+
+
+def test_several_tokens_come_to_loops_by_themselves(monkeypatch):
+    """Also where a draft has a guess for each pass; and not where they cannot."""
+    passes, whole_pass = [], loops.whole_pass
+    monkeypatch.setattr(
+        loops, "whole_pass", lambda ids, *a: passes.append(len(ids)) or whole_pass(ids, *a)
+    )
+    for shape, wanted in (("gpt2", [9, 4]), ("canon", [])):
+        model, plain = ready(make(shape)), make(shape)
+        cache, other, found = model.new_cache(), plain.new_cache(), []
+        with torch.inference_mode():
+            for some in torch.arange(20)[None].split([9, 4, 7], dim=1):
+                passes.clear()
+                torch.testing.assert_close(
+                    model(some, cache=cache), plain(some, cache=other), atol=1e-4, rtol=1e-4
+                )
+                found += passes[-1:]
+        assert found == wanted and cache.lengths.tolist() == [20]
+
+
 @pytest.mark.parametrize("kind", ["canon", "packed", "a forward of its own"])
 def test_models_of_another_kind_keep_what_was_recorded(kind):
     model = ready(make("canon" if kind == "canon" else "gpt2"))
@@ -115,15 +153,17 @@ def test_layers_of_two_kinds_are_not_read_as_one():
 
 
 def product(W, x, parts=1, begin=0) -> np.ndarray:
-    """W x by loops; the rows of W (O, I) stand from `begin` on in their streams."""
+    """W x (T, O) by loops, of x (T, I); the rows of W (O, I) stand from `begin` on in their
+    streams."""
     groups, (rows, columns) = parts * loops.GROUPS, W.shape
     each = rows // (groups * loops.STREAMS)
     count = each * groups * loops.STREAMS
     streams = np.full((groups, loops.STREAMS, begin + each * columns + 3), 99, W.dtype)
     streams[:, :, begin : begin + each * columns] = W[:count].reshape(*streams.shape[:2], -1)
     layer = streams, begin, W[count:], np.zeros(rows, np.float32), np.ones(rows, np.float32)
-    room = np.zeros(columns + 5, np.int16), np.empty(rows, np.float32)
-    y = np.full(rows, np.nan, np.float32)
+    room = np.zeros(x.size + 5, np.int16), np.zeros(len(x) + 1, np.float32)
+    room = *room, np.empty((len(x) + 1, rows + 3), np.float32)
+    y = np.full((len(x), rows), np.nan, np.float32)
     loops.product(layer, x, loops.PLAIN, np.float32(0), room, y)
     return y
 
@@ -135,9 +175,11 @@ def product(W, x, parts=1, begin=0) -> np.ndarray:
 def test_products_are_exact_to_a_part_in_ten_thousand(rows, columns, parts, begin, kind):
     g = np.random.default_rng(rows * columns)
     W = g.integers(-127, 128, (rows, columns)).astype(kind)
-    x = g.normal(size=columns).astype(np.float32)
-    true, size = W @ x.astype(np.float64), np.linalg.norm(W) * np.linalg.norm(x)
-    assert np.abs(product(W, x, parts, begin) - true).max() <= 1e-4 * size
+    x = (g.normal(size=(3, columns)) * [[1], [100], [0.1]]).astype(np.float32)
+    true, sizes = x.astype(np.float64) @ W.T, np.linalg.norm(W) * np.linalg.norm(x, axis=1)
+    for number in (1, 3):
+        found = product(W, x[:number], parts, begin)
+        assert (np.abs(found - true[:number]).max(axis=1) <= 1e-4 * sizes[:number]).all()
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
@@ -181,7 +223,7 @@ def test_a_block_in_two_places_is_dealt_once():
 def test_the_largest_sums_do_not_overflow(columns, x):
     """All of x as large as the largest, all weights as well."""
     W = np.full((17, columns), -127, np.int8)  # sixteen are read side by side, one is left
-    vector = np.full(columns, x, np.float32)
+    vector = np.full((1, columns), x, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         found = product(W, vector)
         if np.isfinite(np.abs(vector).sum()):
@@ -192,9 +234,9 @@ def test_the_largest_sums_do_not_overflow(columns, x):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_sum_of_what_is_not_finite_is_not(bad):
-    W, x = np.ones((17, 40), np.int8), np.ones(40, np.float32)
-    x[33] = bad
-    assert not np.isfinite(product(W, x)).any()
+    W, x = np.ones((17, 40), np.int8), np.ones((3, 40), np.float32)
+    x[1, 33] = bad
+    assert np.isfinite(product(W, x)).all(axis=1).tolist() == [True, False, True]
     assert not product(W, np.zeros_like(x)).any()
 
 
@@ -246,7 +288,7 @@ def test_whoever_changes_a_model_between_two_texts_is_obeyed(change, monkeypatch
     for model in models:
         CHANGES[change](model, monkeypatch)
     after = text(models[0], 1, 2, 3)
-    monkeypatch.setattr(replay.RecordedCache, "ready", lambda self: False)
+    monkeypatch.setattr(replay.RecordedCache, "ready", lambda self, T: False)
     assert after == text(models[1], 1, 2, 3)
     assert after != before[0]
 

@@ -161,6 +161,21 @@ def test_a_measured_speed_tells_the_time_and_no_card_counts(capsys):
     assert "2.31 hours" in capsys.readouterr().out
 
 
+def test_a_run_takes_as_long_as_its_own_speed_says(train, capsys):
+    """What train.py records is what plan.py asks for: speed is of updates alone, and the log's
+    clock, which goes on between them, says little more."""
+    folder = train("run", "--eval_every=30", "--save_every=30", "--batch_tokens=2048", "--steps=30")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "tokens_per_second" in row]
+    took, tokens = (rows[-1][name] - rows[0][name] for name in ("seconds", "tokens"))
+    each = tokens / (len(rows) - 1)
+    speed = tokens / sum(each / row["tokens_per_second"] for row in rows[1:])
+    capsys.readouterr()
+    plan.main([f"--tokens_per_second={speed:.0f}", f"--tokens={tokens:.0f}", "--block_size=16"])
+    said = float(re.search(r"time +(\S+) seconds", capsys.readouterr().out)[1])
+    assert 0.98 * said <= took <= 2 * said + 0.5
+
+
 def test_a_shape_that_is_far_from_what_was_asked_for_is_told(capsys):
     for params, off, far in (("1.3M", "+24.7", True), ("124M", "-0.4", False)):
         plan.main([f"--params={params}"])

@@ -7,6 +7,7 @@ import math
 import random
 from array import array
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -45,6 +46,12 @@ def counted(monkeypatch) -> list[int]:
     return passes
 
 
+@pytest.fixture
+def trusted(monkeypatch):
+    """Guesses may be as bad as they like."""
+    monkeypatch.setattr(module.Trust, "number", lambda *_: MOST)
+
+
 def wild(text, most, chances):
     """Certain of anything, mostly wrong: rejected positions of every number."""
     rng = random.Random(len(text))
@@ -54,7 +61,9 @@ def wild(text, most, chances):
 @pytest.mark.parametrize("guess", [lookup, wild])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", ["modern", "gpt2"])
-def test_a_certain_guess_changes_no_token_even_when_sampled(shape, options, guess, monkeypatch):
+def test_a_certain_guess_changes_no_token_even_when_sampled(
+    shape, options, guess, monkeypatch, trusted
+):
     """Far beyond the context, which is read anew when it is full."""
     model, passes = make(shape), counted(monkeypatch)
     for prompt in (REPEATS, [*range(40)]):
@@ -65,7 +74,7 @@ def test_a_certain_guess_changes_no_token_even_when_sampled(shape, options, gues
 
 
 @pytest.mark.parametrize("parts", ["recorded", "packed", "int8", "prefix"])
-def test_the_cache_takes_back_what_was_refused_in_every_form(parts, monkeypatch):
+def test_the_cache_takes_back_what_was_refused_in_every_form(parts, monkeypatch, trusted):
     model = make("modern", **(dict(mask="prefix") if parts == "prefix" else {}))
     if parts == "recorded":
         monkeypatch.setattr(replay, "records", lambda *_: True)
@@ -141,12 +150,12 @@ def excess(kind: str, count: int) -> float:
     model, small = Table(1), Table(2)
     p, texts = exact(model), collections.Counter()
     draft = Draft(small, model, seed=3)
-    draft.number = lambda length: 2
-    for seed in range(count):
-        draft.cache.lengths.zero_()  # another text
-        guess = draft if kind == "draft" else lookup
-        steps = speculate(model, PROMPT, LENGTH, guess, seed=seed, **TUNED)
-        texts[tuple(token for (token,) in steps)] += 1
+    with patch.object(module.Trust, "number", lambda *_: 2):
+        for seed in range(count):
+            draft.cache.lengths.zero_()  # another text
+            guess = draft if kind == "draft" else lookup
+            steps = speculate(model, PROMPT, LENGTH, guess, seed=seed, **TUNED)
+            texts[tuple(token for (token,) in steps)] += 1
     assert all(p[text] > 0 for text in texts)
     rare = [text for text in p if p[text] * count < 5]
     cells = [(p[text] * count, texts[text]) for text in p if text not in rare]
@@ -198,23 +207,32 @@ def test_lookup_goes_on_where_the_longest_latest_match_did():
         assert guess(nothing) == []
 
 
-def test_a_draft_that_fails_is_asked_seldom_and_one_that_succeeds_much():
-    model = make("modern")
-    for right, fewest, most in ((False, 1, 2), (True, 4, MOST)):
-        draft, length = Draft(model, model), 10
-        draft.cost = 0.05
-        for _ in range(200):
-            k = draft.number(length)
-            draft.made, draft.length = k, length
-            length += 1 + (k if right else 0)
-        ks = []
-        for _ in range(64):
-            k = draft.number(length)
-            draft.made, draft.length = k, length
-            length += 1 + (k if right else 0)
-            ks.append(k)
-        assert fewest <= max(ks) <= most
-        assert sum(ks) <= 3 or right
+@pytest.mark.parametrize("cost", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("right", [False, True])
+def test_guesses_that_fail_are_made_seldom_and_those_that_succeed_much(cost, right):
+    trust, length, ks = module.Trust(cost), 10, []
+    for _ in range(264):
+        ks.append(trust.number(length))
+        length += 1 + ks[-1] * right
+        if ks[-1]:
+            trust.saw(ks[-1], ks[-1] * right, length)
+    assert (min(ks[200:]) == MOST) if right else (sum(ks[200:]) <= 2 and max(ks[200:]) == 1)
+    assert max(ks[:1]) in (1, 2, 3)
+
+
+def test_wrong_guesses_end_soon(monkeypatch):
+    """Where nothing that repeats itself goes on as before, a text costs a pass a token."""
+
+    def wrong(text, most, *_):
+        return [60] * most, None
+
+    def pick(logits, uniform):
+        return torch.ones(len(logits), dtype=torch.long)
+
+    passes = counted(monkeypatch)
+    list(speculate(make("modern"), [1, 2], 70, wrong, pick=pick))
+    guesses = [n - 1 for n in passes]
+    assert guesses[0] == 2 and sum(guesses) <= 10 and max(guesses[10:]) == 1
 
 
 # --- the command, and Python
