@@ -72,9 +72,9 @@ LIMITS = in_both("matrix product", stages.matrix_product) | {"memory read": stag
 COMPILED = dict(dtype="bfloat16", compiled=True)
 SPECULATE = {f"a pass of {n}": (stages.one_pass, dict(positions=n)) for n in (1, 2, 4, 8, 16)}
 SPECULATE |= {
-    f"{how}{more}": (stages.write, dict(temperature=temperature, guess=bool(more)))
+    f"{how}{more}": (stages.write, dict(temperature=temperature, guess=guess))
     for how, temperature in (("greedy", 0), ("temperature 0.7", 0.7))
-    for more in ("", ", lookup")
+    for more, guess in (("", False), (", lookup", True))
 }
 VARIANTS = {
     "train": LIMITS
@@ -92,8 +92,8 @@ VARIANTS = {
     | {"CTranslate2, float32": partial(peers.ctranslate2, dtype="float32")}
     | {"CTranslate2, int8": partial(peers.ctranslate2, dtype="int8")},
     "speculate": {
-        f"{name}{more}": partial(function, **options, quantize=more[2:])
-        for more in ("", ", int8")
+        f"{name}{more}": partial(function, **options, quantize=quantize)
+        for more, quantize in (("", ""), (", int8", "int8"))
         for name, (function, options) in SPECULATE.items()
     },
     "answers": {

@@ -48,8 +48,8 @@ def lookup(text: array, most: int, *_) -> tuple[list[int], None]:
         ──────────────           ──────────────
 
     What followed the longest match of its end follows again (apoorvumang/prompt-lookup-decoding).
-    A match of m tokens, FEWEST or more, is trusted for m - 1: a text that does not repeat costs
-    nothing.
+    A match of m tokens, FEWEST or more, is trusted for m - 1: a text that does not repeat itself
+    has no guesses, and costs nothing.
     """
     a, n, m = np.frombuffer(text, dtype=np.int64), len(text), 1
     last = np.flatnonzero(a[:-1] == a[-1:])  # where matches of m tokens end
@@ -99,8 +99,8 @@ class Draft:
 class Trust:
     """How many guesses pay, by how many of the last ones were right."""
 
-    def __init__(self, cost: float, more: float = ALL_MORE):
-        self.cost, self.more = cost, more  # of a guess, and of a pass that checks many
+    def __init__(self, cost: float, all_more: float = ALL_MORE):
+        self.cost, self.all_more = cost, all_more  # of a guess, and of a pass that checks many
         self.right, self.tried = 3.0, 4.0  # lately; to begin with, guesses are trusted
         self.pause = 0  # until the text has so many tokens
 
@@ -110,14 +110,14 @@ class Trust:
         a, tokens, gains = self.right / self.tried, 0.0, []
         for k in range(MOST + 1):
             tokens += a**k
-            gains.append(tokens / (1 + k * self.cost + min(k * ONE_MORE, self.more)))
+            gains.append(tokens / (1 + k * self.cost + min(k * ONE_MORE, self.all_more)))
         return gains.index(max(gains)) or int(length >= self.pause)
 
     def saw(self, guesses: int, right: int, length: int) -> None:
-        """Of so many in one pass as many were accepted: the others were not asked for."""
+        """So many of one pass were right: of those behind a wrong one nobody knows."""
         self.right = 0.9 * self.right + right
         self.tried = 0.9 * self.tried + min(guesses, right + 1)
-        self.pause = length + PAUSE
+        self.pause = length + PAUSE * (right < guesses)
 
 
 @torch.inference_mode()
@@ -171,7 +171,7 @@ def speculate(
     ahead: list[float] = []  # numbers for positions that may be refused: the next pass has them
     text = array("q", prompt)  # all of it, to guess from
     context = prompt[-limit:]  # what the model sees
-    trust = Trust(getattr(guess, "cost", 0.0), getattr(model, "more", ALL_MORE))
+    trust = Trust(getattr(guess, "cost", 0.0), getattr(model, "all_more", ALL_MORE))
 
     def adjusted(logits: Tensor, guesses: list[int]) -> Tensor:
         """Logits (T, V), the last behind all `guesses`, the others behind one less each."""

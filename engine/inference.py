@@ -51,7 +51,7 @@ def ready(
         model.__class__ = FastGPT
     if quantize:
         kind = EightBitLinear
-        model.more = math.inf  # see speculate.py: each position costs the same
+        model.all_more = math.inf  # see speculate.py: each position costs the same
     elif on_cpu and rows == 1 and parts:
         kind = (OneOrSeveral if several else Fastest)(like.dtype, matrices(model))
     elif on_cpu and rows > 1 and packable(like.dtype):

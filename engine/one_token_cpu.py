@@ -71,10 +71,10 @@ class Weights:
         self.blocks = loops.list_of(blocks[0])
         for block in blocks[1:]:
             loops.append(self.blocks, block)
-        whole = np.dtype(np.int8) in kinds
+        eight_bits = np.dtype(np.int8) in kinds
         # tokens at once for which nothing else is faster: see docs/speed.md
-        self.several = SEVERAL if whole else 6
-        self.rounding = OF_EIGHT_BITS if whole else ROUNDING
+        self.several = SEVERAL if eight_bits else 6
+        self.rounding = OF_EIGHT_BITS if eight_bits else ROUNDING
 
     def near(self, found: Tensor, true: Tensor) -> bool:
         """But for rounding the same. Zeros, which hide everything, are not."""
@@ -93,7 +93,7 @@ class OneToken:
         if c.position == "learned" and size > c.block_size:
             raise ValueError(f"a cache for {size} tokens, of which {c.block_size} have a position")
         self.weights, self.tokens, self.place = weights, tokens, place
-        self.choice, self.several = AllOrOne(), weights.several
+        self.choices, self.several = {}, weights.several
         self.memory = cache.k[:, 0].numpy(), cache.v[:, 0].numpy()  # (L, K, S, D) both
         self.angles = (np.zeros((size, 0), f32),) * 2
         if c.position == "rotary":
@@ -112,14 +112,16 @@ class OneToken:
 
     def logits_of(self, tokens: Tensor, place: int) -> Tensor:
         """Of `tokens` (1, T) from `place` on, T up to SEVERAL: (1, T, V), in their own memory."""
-        ids, w = tokens[0].numpy(), self.weights
+        # as what numba has compiled; another type or layout it would compile anew
+        ids, w = np.ascontiguousarray(tokens[0].numpy(), np.int64), self.weights
         logits = np.empty((*tokens.shape, w.config.vocab_size), f32)
         for token in ids:
             if not 0 <= token < w.config.vocab_size:
                 raise IndexError(f"{token} is no token")
         buffers = *(z[: len(ids)] for z in self.rows), self.scores, self.room
         model, text = (w.embedding, w.blocks, w.head), (self.angles, self.memory)
-        together, before = self.choice.together(), get_num_threads()
+        choice = self.choices.setdefault(len(ids), AllOrOne())
+        together, before = choice.together(), get_num_threads()
         threads = w.threads if together else 1
         with LOCK:
             start = perf_counter()
@@ -130,7 +132,7 @@ class OneToken:
             finally:
                 if threads != before:
                     set_num_threads(before)
-            self.choice.took(together, perf_counter() - start)
+            choice.took(together, perf_counter() - start)
         return torch.from_numpy(logits)
 
 
@@ -168,20 +170,21 @@ def usable(model: GPT, forward: Callable, cache: RecordedCache) -> Weights | Non
 
 
 def agrees(weights: Weights, model: GPT, forward: Callable, size: int) -> bool:
-    """Whether both compute the same at an early and at the last place of a cache for `size`
-    tokens. When it is called first, numba compiles."""
+    """Whether both compute the same of three tokens at an early place of a cache for `size` tokens,
+    and of one at the last. When it is called first, numba compiles."""
     cache = KVCache(model.config, 1, size=min(size, PLACES))
     g, size = torch.Generator().manual_seed(0), cache.k.size(3)
     for z in (cache.k, cache.v):
         z.normal_(generator=g)
     for place in (min(2, size - 1), size - 1):
         cache.lengths.fill_(place)
-        tokens = torch.randint(model.config.vocab_size, (1, 1), generator=g)
+        T = min(3, size - place)
+        tokens = torch.randint(model.config.vocab_size, (1, T), generator=g)
         true = forward(tokens, cache=cache)
         step = OneToken(weights, cache, tokens, torch.tensor([[place]]))
         with said("numba compiles for this processor, once"):
-            step()
-        if not weights.near(step.logits, true):
+            found = step.logits_of(tokens, place)
+        if not weights.near(found, true):
             return False
     return True
 

@@ -121,32 +121,35 @@ class RecordedCache(KVCache):
     fixed = True
     loops = None  # on a CPU, the pass of engine/one_token_cpu.py, which then is `replay`
     recorded = None  # the buffers that the recording knows
-    how = structure = None  # what it was made under, and of
+    how = None  # `conditions` then
+    structure = None  # that of the model then
     kernels = None  # on a GPU, those of engine/one_token.py, whose memory the recording knows
     inherited = False  # whether the recording is of another text, and was not compared yet
     running = False  # whether a step is computed, or recorded, at this moment
-    waited = 0  # tokens since a recording became possible
+    waited = 0  # passes since a recording became possible
     fit = True  # whether Python decides nothing in a step
     written = 0  # tokens on a GPU, by all caches of this process
-    read = 0  # weights, by steps on a CPU
+    read = 0  # weights, by passes on a CPU
 
     def __init__(self, config: GPTConfig, *more):
         super().__init__(config, *more)
         self.weights = config.parameters()
 
     def ready(self, T: int) -> bool:
-        """Whether the next token is worth, and can be, a recorded step; several are by loops alone,
-        which are looked for if nobody has."""
+        """Whether the next T tokens are worth, and can be, a recorded step: several where loops
+        read them, or may do so, since nobody has looked yet."""
         if self.k.is_cuda:
             return T == 1
+        if T < 1 or not records(self.k.device, len(self.lengths)):
+            return False
         self.waited += 1
         RecordedCache.read += self.weights
         worth = self.fit and self.waited > PATIENCE and torch.is_inference_mode_enabled()
-        if T > 1 and self.recorded is self.k and self.how == self.conditions():
-            worth = worth and self.loops and self.loops.several >= T
-        elif T > 1:
-            worth = worth and T <= SEVERAL and self.worth_joining()
-        return bool(worth) and records(self.k.device, len(self.lengths))
+        if T == 1:
+            return worth
+        if self.recorded is self.k and self.how == self.conditions():
+            return worth and self.loops is not None and self.loops.several >= T
+        return worth and T <= SEVERAL and self.worth_joining()
 
     def conditions(self) -> tuple[int, bool]:
         """What a recording depends on, beside the model: threads, and whether it is joined."""
@@ -168,22 +171,22 @@ class RecordedCache(KVCache):
 
     def step(self, forward, tokens: Tensor) -> Tensor:
         """`forward` for the next tokens (B, T), several only of a single row: logits (B, T, V)."""
-        longest, size = int(self.lengths.max()), self.k.size(3)
-        T, first = tokens.size(1), tokens[:, :1]
+        T, longest, size = tokens.size(1), int(self.lengths.max()), self.k.size(3)
         if longest + T > size:
             raise ValueError(f"{longest + T} positions do not fit in a KV cache of {size}")
         how = self.conditions()
         changed = self.inherited and self.structure != structure(forward.__self__)
         if self.recorded is not self.k or self.how != how or changed:  # or `take` had other rows
             self.how, self.inherited = how, False
-            self.record(forward, first)
-        known = self.loops and not self.inherited
-        if not known:
-            logits = self.replayed(forward, first).clone()
-        if T > 1 and not self.loops:
-            return forward(tokens, cache=self)
-        if T > 1 or known:
+            self.record(forward, tokens[:, :1])
+        if self.inherited and T > 1:
+            self.replayed(forward, tokens[:, :1])  # the first alone tells whether it still serves
+        if self.loops and not self.inherited:
             logits = self.loops.logits_of(tokens, longest)
+        elif T > 1:  # none was found, and what is recorded is for one
+            return forward(tokens, cache=self)
+        else:
+            logits = self.replayed(forward, tokens).clone()
         self.lengths += T
         if self.k.is_cuda:
             RecordedCache.written += 1
