@@ -5,7 +5,7 @@
       ▲                                                                                  │
       └──────────────────────────────────────────────────────────────────────────────────┘
 
-Who decodes one token reads all weights for it, and for a few tokens at once hardly takes longer.
+Who decodes one token reads all weights for it, and for a few tokens at once takes little longer.
 But token 2 can only be read once token 1 is known, or guessed. If the guess was g, drawn from the
 distribution q, and the model's own distribution there is p, then
 

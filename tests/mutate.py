@@ -80,7 +80,7 @@ NEAR = {
     "engine/fast.py": ("inference", "machine", "train"),
     "engine/files.py": ("kept", "prepare", "train", "interruptions"),
     "engine/gradients.py": ("fast",),
-    "engine/inference.py": ("sample",),
+    "engine/inference.py": ("sample", "speculate"),
     "engine/linear.py": ("inference", "speculate"),
     "engine/replay.py": ("inference", "one_token_cpu", "sample"),
     "engine/recording.py": ("inference", "again"),
