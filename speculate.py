@@ -218,5 +218,5 @@ def speculate(
             logits, guesses, q = prefill(model, [context], cache, markers), [], None
         else:
             most = min(trust.number(len(text)), limit - len(context), max_tokens - 1)
-            guesses, q = guess(text, most, chances)
+            guesses, q = guess(text, most, chances) if most else ([], None)
             logits = read(model, [context[-1], *guesses], cache)  # (1 + k, V)
