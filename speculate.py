@@ -5,7 +5,7 @@
       ▲                                                                                  │
       └──────────────────────────────────────────────────────────────────────────────────┘
 
-Who decodes one token reads all weights for it, and for a few tokens at once takes little longer.
+Who decodes one token reads all weights for it; a few tokens at once share that reading.
 But token 2 can only be read once token 1 is known, or guessed. If the guess was g, drawn from the
 distribution q, and the model's own distribution there is p, then
 
@@ -48,8 +48,8 @@ def lookup(text: array, most: int, *_) -> tuple[list[int], None]:
         ──────────────           ──────────────
 
     What followed the longest match of its end follows again (apoorvumang/prompt-lookup-decoding).
-    A match of m tokens, FEWEST or more, is trusted for m - 1: a text that does not repeat itself
-    has no guesses, and costs nothing.
+    A match of m tokens, FEWEST or more, is trusted for m - 1: where a text does not repeat itself
+    there are no guesses.
     """
     a, n, m = np.frombuffer(text, dtype=np.int64), len(text), 1
     last = np.flatnonzero(a[:-1] == a[-1:])  # where matches of m tokens end

@@ -13,6 +13,7 @@ of weights, and keeps what it made beside their file, or in a folder of the user
 
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from threading import Lock, Timer
@@ -93,7 +94,7 @@ class OneToken:
         if c.position == "learned" and size > c.block_size:
             raise ValueError(f"a cache for {size} tokens, of which {c.block_size} have a position")
         self.weights, self.tokens, self.place = weights, tokens, place
-        self.choices, self.several = {}, weights.several
+        self.choices, self.several = defaultdict(AllOrOne), weights.several
         self.memory = cache.k[:, 0].numpy(), cache.v[:, 0].numpy()  # (L, K, S, D) both
         self.angles = (np.zeros((size, 0), f32),) * 2
         if c.position == "rotary":
@@ -120,7 +121,7 @@ class OneToken:
                 raise IndexError(f"{token} is no token")
         buffers = *(z[: len(ids)] for z in self.rows), self.scores, self.room
         model, text = (w.embedding, w.blocks, w.head), (self.angles, self.memory)
-        choice = self.choices.setdefault(len(ids), AllOrOne())
+        choice = self.choices[len(ids)]  # how long it takes depends on their number
         together, before = choice.together(), get_num_threads()
         threads = w.threads if together else 1
         with LOCK:
