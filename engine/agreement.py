@@ -23,13 +23,14 @@ LONG = 8192  # longest context after which a token is tried: its cache is quick 
 
 def largest_error(
     reference: type,
-    part: type,
+    parts: dict[type, type],
     config: GPTConfig,
     device: torch.device,
     dtype: torch.dtype,
     training: bool,
 ) -> float:
-    """Of what a part gives for `reference`, a module of the book, in units of what is allowed."""
+    """Of what a part gives for `reference`, a module of the book, in units of what is allowed.
+    `parts` has those for the modules inside it, too."""
     g = torch.Generator().manual_seed(0)
     # one layer and few tokens, to be quick; all else is as in the model
     c = replace(config, n_layer=1, vocab_size=min(config.vocab_size, 509), dropout=0.0)
@@ -54,9 +55,12 @@ def largest_error(
         kind = torch.float32 if training and not with_gradients else dtype
         true = results(call, x, module, torch.float32, learn)
         slow = true if kind == torch.float32 else results(call, x, module, kind, learn)
-        module.__class__ = part
+        kinds = {m: type(m) for m in module.modules()}
+        for m in kinds:
+            m.__class__ = parts.get(type(m), type(m))
         fast = results(call, x, module, kind, learn)
-        module.__class__ = reference
+        for m in kinds:
+            m.__class__ = kinds[m]
         usual = max(map(rms, true))
         for t, s, f in zip(true, slow, fast, strict=True):
             # a gradient that is zero, as that of a bias of keys with learned positions, has no

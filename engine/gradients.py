@@ -4,6 +4,8 @@ Of a batch of 4 x 256 tokens in GPT-2's smallest shape, autograd keeps 12 MB in 
 activation beside its input, and 206 MB of logits, their softmax and their gradient for the loss.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,8 +34,7 @@ class RMSNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = length.square_().div_(x.size(-1)).add_(eps).rsqrt_().to(x.dtype)  # (..., 1)
+        scale = scale_of(x, eps).to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -43,6 +44,79 @@ class RMSNormalise(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         along = (g * y).mean(dim=-1, keepdim=True)  # moving x along itself changes nothing
         return torch.addcmul(g, y, along, value=-1).mul_(scale), None
+
+
+def scale_of(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of x (..., D): (..., 1), float32."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return length.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+
+
+class ShortAttention(torch.autograd.Function):
+    """`Attention` of model.py between its products, for short texts read whole: norm and rotation
+    of queries and keys, weights, and the sum of values.
+
+    Autograd would keep ten tensors of the size of q, and go through each several times. Complex
+    numbers turn a pair of channels in one pass, where both stand side by side.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, turn: Tensor, mask: Tensor | None, H: int, K: int, eps: float):
+        """qkv (B, T, (H + 2 K) D) to (B, T, H D). `turn` (T, 1, D/2) or (B, T, 1, D/2) are e^(i a)
+        for angles a; `mask` (T, T) or (B, 1, T, T) is as in model.py, `eps` that of the norm."""
+        (B, T, _), D, dtype = qkv.shape, qkv.size(-1) // (H + 2 * K), qkv.dtype
+        qkv = qkv.view(B, T, -1, D)
+        scale = scale_of(qkv[:, :, :-K], eps)
+        x = qkv.new_empty(H + 2 * K, B, T, D)  # a head at a time, as products want them
+        rows = x.permute(1, 2, 0, 3)
+        turned(qkv[:, :, :-K], turn, scale, rows[:, :, :-K])
+        rows[:, :, -K:] = qkv[:, :, -K:]
+        q, k, v = of_heads(x, H, K)
+        if mask is None:  # causal
+            hidden = torch.full((T, T), -torch.inf, dtype=dtype).triu(1)
+        else:
+            hidden = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+        p = qkv.new_empty(H, B, T, T).copy_(hidden.view(-1, T, T)).flatten(0, 1)
+        with torch.autocast("cpu", enabled=False):
+            torch.softmax(p.baddbmm_(q, k.mT, alpha=D**-0.5), dim=-1, out=p)
+            y = torch.bmm(p, v)
+        ctx.save_for_backward(x, p, turn, scale)
+        ctx.heads = H, K
+        return y.view(H, B, T, D).permute(1, 2, 0, 3).flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, p, turn, scale = ctx.saved_tensors
+        (H, K), (_, B, T, D) = ctx.heads, x.shape
+        q, k, v = of_heads(x, H, K)
+        g = g.view(B, T, H, D).permute(2, 0, 1, 3).flatten(0, 1)  # (H B, T, D)
+        ds = torch.bmm(g, v.mT)
+        torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+        d = torch.empty_like(x)
+        for some, a, b in ((d[:H], ds, k), (d[H:-K], ds.mT, q), (d[-K:], p.mT, g)):
+            if len(some) == H:
+                torch.bmm(a, b, out=some.flatten(0, 1))
+            else:  # a sum over the queries that share keys
+                some.copy_(torch.bmm(a, b).view(K, -1, B, T, D).sum(dim=1))
+        along = (d[:-K] * x[:-K]).mean(dim=-1, keepdim=True)  # as in RMSNormalise: a length is not
+        d[:-K].addcmul_(x[:-K], along, value=-1)  # changed by turning
+        dx, rows = g.new_empty(B, T, H + 2 * K, D), d.permute(1, 2, 0, 3)
+        turned(rows[:, :, :-K], turn.conj(), D**-0.5 * scale, dx[:, :, :-K])
+        dx[:, :, -K:] = rows[:, :, -K:]
+        return dx.flatten(2), None, None, None, None, None
+
+
+def turned(x: Tensor, turn: Tensor, scale: Tensor, out: Tensor) -> None:
+    """Queries and keys x (B, T, heads, D), turned and then scaled, into `out`."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    torch.mul(torch.view_as_real(pairs * turn).flatten(-2), scale, out=out)
+
+
+def of_heads(x: Tensor, H: int, K: int) -> Iterator[Tensor]:
+    """Queries, keys and values of x (H + 2 K, B, T, D), for each query: (H B, T, D)."""
+    for z in x.split([H, K, K]):
+        yield z[:, None].expand(-1, H // len(z), -1, -1, -1).flatten(0, 2)
 
 
 class ShortConvolution(torch.autograd.Function):
