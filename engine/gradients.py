@@ -156,25 +156,24 @@ class ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, activation) -> Tensor:
         """x (..., inputs) to (..., outputs)."""
-        ctx.save_for_backward(x, weight)
         ctx.activation = activation
-        a = gelu(x) if activation is gelu else x.relu().square_()
-        return F.linear(a, weight, bias)
+        x = x if activation is gelu else x.relu()
+        ctx.save_for_backward(x, weight)
+        return F.linear(gelu(x) if activation is gelu else x.square(), weight, bias)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         x, weight = ctx.saved_tensors
         _, wants_weight, wants_bias, _ = ctx.needs_input_grad
         rows, flat = g.flatten(0, -2), x.flatten(0, -2)  # (N, outputs), (N, inputs)
-        dw = root = None
+        dw = None
         if ctx.activation is gelu:
             da = rows @ weight.to(g.dtype)
             dx = torch.ops.aten.gelu_backward(da, flat, approximate="tanh")
         else:  # relu(x)^2, whose derivative is 2 relu(x)
-            root = flat.relu()
-            dx = (rows @ (2 * weight).to(g.dtype)).mul_(root)
+            dx = (rows @ (2 * weight).to(g.dtype)).mul_(flat)
         if wants_weight:
-            a = gelu(flat) if root is None else root.square_()
+            a = gelu(flat) if ctx.activation is gelu else flat.square()
             dw = (rows.mT @ a).to(weight.dtype)
         db = rows.sum(dim=0).to(weight.dtype) if wants_bias else None
         return dx.view(x.shape), dw, db, None
@@ -264,10 +263,12 @@ def add_loss(
     below = (1 - smoothing) * z.gather(-1, at_target)
     if smoothing:
         below += smoothing * z.mean(dim=-1, keepdim=True)
-    below -= z.amax(dim=-1, keepdim=True)
+    # ln p by how far a logit is below one whose p no underflow has touched: below the largest, or,
+    # where a cap keeps all near each other, below the first
+    one = (lambda x: x[:, :1]) if 0 < cap <= 30 else (lambda x: x.amax(dim=-1, keepdim=True))
+    below -= one(z)
     p = torch.softmax(z, dim=-1, out=z)
-    # ln p by how far a logit is below the largest, whose p no underflow has touched
-    ln_p = below + p.amax(dim=-1, keepdim=True).log()
+    ln_p = below + one(p).log()
     loss -= ln_p.masked_fill(~known, 0).sum()
     if not learn:
         return
@@ -277,7 +278,7 @@ def add_loss(
         g -= smoothing / V
     if cap:
         g *= 4 * known  # by the chain rule: 2 cap, times s (1 - s), below, times 2 / cap
-        g = torch.ops.aten.sigmoid_backward.grad_input(g, s, grad_input=g)
+        g = torch.ops.aten.sigmoid_backward.grad_input(g, s, grad_input=s)
     elif not known.all():
         g *= known
     logits.copy_(g)

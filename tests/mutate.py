@@ -77,7 +77,7 @@ NEAR = {
     "engine/adopt.py": ("lora", "train"),
     "engine/encodings.py": ("encodings", "prepare"),
     "engine/families.py": ("huggingface",),
-    "engine/fast.py": ("inference", "machine", "train"),
+    "engine/fast.py": ("fast", "inference", "machine", "train"),
     "engine/files.py": ("kept", "prepare", "train", "interruptions"),
     "engine/gradients.py": ("fast",),
     "engine/inference.py": ("sample", "speculate"),

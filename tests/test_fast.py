@@ -240,6 +240,96 @@ def test_a_context_too_long_for_plain_products_is_read_as_the_book_reads_it(name
         torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
 
 
+def made_quick(**changes):
+    model = make("modern", n_layer=1, **changes).train()
+    fast.install(model, list(fast.PARTS))
+    return model
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+@pytest.mark.parametrize("how", ["causal", "masked", "masked alike", "placed"])
+def test_the_short_form_of_attention_is_that_of_the_book(how, n_kv_head):
+    """Also where queries share keys, where positions are others, and twice through a graph."""
+    x, more = tokens(2, 24), {}
+    if "masked" in how:
+        rows = torch.arange(24) // torch.tensor([[5], [9]])
+        more["mask"] = (rows[:, :, None] == rows[:, None])[:, None] & book.causal_mask(24, 24)
+        if "alike" in how:
+            more["mask"] = more["mask"][0, 0]
+    if how == "placed":
+        more["positions"] = torch.stack([torch.arange(24), torch.arange(24).flip(0)])
+    plain, quick = make("modern", n_layer=1, n_kv_head=n_kv_head), made_quick(n_kv_head=n_kv_head)
+    found = []
+    for model in (plain, quick):
+        loss = model(x, x, **more)
+        wanted = list(model.parameters())
+        for _ in range(2):
+            gradients = torch.autograd.grad(loss, wanted, retain_graph=True)
+        found.append((loss, *gradients))
+    assert took_short_form(found[1][0])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def took_short_form(y: torch.Tensor) -> bool:
+    """By the graph behind y."""
+    found, new = set(), [y.grad_fn]
+    while new:
+        node = new.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            new += [before for before, _ in node.next_functions]
+    return any(type(node).__name__ == "ShortAttentionBackward" for node in found)
+
+
+def test_the_short_form_of_attention_is_taken_where_it_is_the_same():
+    def taken(model, T=24, rope=True, dtype=torch.float32) -> bool:
+        attention, x = model.blocks[0].attn, torch.randn(1, T, 32)
+        turn = book.rotary(torch.arange(T), model.config) if rope else None
+        with torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16):
+            y = attention(x, turn, None, None)
+        return took_short_form(y)
+
+    long = dict(block_size=1024)
+    assert taken(made_quick())
+    assert taken(made_quick(**long), 256) and not taken(made_quick(**long), 257)
+    assert taken(made_quick(**long), 512, dtype=torch.bfloat16)
+    assert not taken(made_quick(**long), 513, dtype=torch.bfloat16)
+    assert not taken(made_quick(), 1)
+    assert not taken(made_quick(), rope=False)
+    assert not taken(made_quick(norm="layer")) and not taken(made_quick(norm_weight=True))
+    assert not taken(made_quick(qk_norm=False))
+    for name in ("wq", "k_norm"):  # a hook is called
+        model, calls = made_quick(), []
+        layer = getattr(model.blocks[0].attn, name)
+        layer.register_forward_hook(lambda *given, calls=calls: calls.append(1))
+        assert not taken(model) and calls
+    model = made_quick()
+    model.blocks[0].attn.q_norm.__class__ = book.Norm  # the norm was changed: the book computes it
+    assert not taken(model)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_short_form_of_attention_is_compared_with_the_book(dtype, monkeypatch):
+    def queries(qkv, turn, mask, H, K, eps):
+        return qkv[..., : qkv.size(-1) * H // (H + 2 * K)]
+
+    monkeypatch.setattr(fast.ShortAttention, "apply", queries)
+    assert "attention" not in fast.agreeing(shape("modern"), CPU, dtype)
+
+
+@pytest.mark.parametrize("cap", [0, 15, 500])
+def test_a_loss_is_right_however_sure_and_wrong_the_model_is(cap):
+    plain, quick = (make("modern", vocab_size=61, logit_cap=cap) for _ in range(2))
+    fast.install(quick, ["head"])
+    states, targets, found = torch.randn(1, 30, 32), torch.arange(30)[None], []
+    for model in (plain, quick):
+        with torch.no_grad():
+            model.head.weight.copy_(torch.eye(61, 32) * 300)
+        found.append(model.cross_entropy(300 * states, targets, "sum"))
+    torch.testing.assert_close(*found)
+
+
 def test_a_run_that_goes_on_gets_no_part_that_it_had_not():
     here = Machine(CPU, torch.float32, compile=False, rank=0, world=1, why="")
     every = list(fast.PARTS)
