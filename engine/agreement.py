@@ -17,8 +17,8 @@ from canon import Canon
 from model import IGNORE, MLP, Attention, Head, KVCache, Norm, rotary
 from shape import GPTConfig
 
-SHORT = 512  # longest context for which plain products beat the fused kernel in bfloat16; half of
-# it in float32, with norm and rotation
+SHORT = 512  # longest context for which plain products beat the fused kernel in bfloat16, and with
+# ShortAttention in float32 half of it
 LONG = 8192  # longest context after which a token is tried: its cache is quick to fill
 
 

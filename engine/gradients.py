@@ -40,6 +40,7 @@ class RMSNormalise(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         y, scale = ctx.saved_tensors
         along = (g * y).mean(dim=-1, keepdim=True)  # moving x along itself changes nothing
@@ -56,8 +57,9 @@ class ShortAttention(torch.autograd.Function):
     """`Attention` of model.py between its products, for short texts read whole: norm and rotation
     of queries and keys, weights, and the sum of values.
 
-    Autograd would keep ten tensors of the size of q, and go through each several times. Complex
-    numbers turn a pair of channels in one pass, where both stand side by side.
+    Autograd would keep ten tensors of the size of q, and go through each several times; this keeps
+    the weights of all heads (H B, T, T) and three. A complex number turns a pair of channels, i and
+    i + D/2 in model.py, in one pass: here they have to stand side by side.
     """
 
     @staticmethod
@@ -76,10 +78,9 @@ class ShortAttention(torch.autograd.Function):
             hidden = torch.full((T, T), -torch.inf, dtype=dtype).triu(1)
         else:
             hidden = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
-        p = qkv.new_empty(H, B, T, T).copy_(hidden.view(-1, T, T)).flatten(0, 1)
-        with torch.autocast("cpu", enabled=False):
-            torch.softmax(p.baddbmm_(q, k.mT, alpha=D**-0.5), dim=-1, out=p)
-            y = torch.bmm(p, v)
+        p = qkv.new_empty(H, B, T, T).copy_(hidden.expand(B, 1, T, T).transpose(0, 1))
+        p = p.flatten(0, 1).baddbmm_(q, k.mT, alpha=D**-0.5)
+        y = torch.bmm(torch.softmax(p, dim=-1, out=p), v)
         ctx.save_for_backward(x, p, turn, scale)
         ctx.heads = H, K
         return y.view(H, B, T, D).permute(1, 2, 0, 3).flatten(2)
@@ -114,7 +115,7 @@ def turned(x: Tensor, turn: Tensor, scale: Tensor, out: Tensor) -> None:
 
 
 def of_heads(x: Tensor, H: int, K: int) -> Iterator[Tensor]:
-    """Queries, keys and values of x (H + 2 K, B, T, D), for each query: (H B, T, D)."""
+    """Queries, keys and values of x (H + 2 K, B, T, D), for each head of queries: (H B, T, D)."""
     for z in x.split([H, K, K]):
         yield z[:, None].expand(-1, H // len(z), -1, -1, -1).flatten(0, 2)
 
@@ -157,11 +158,13 @@ class ActivatedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, activation) -> Tensor:
         """x (..., inputs) to (..., outputs)."""
         ctx.activation = activation
-        x = x if activation is gelu else x.relu()
+        if activation is not gelu:
+            x = x.relu()
         ctx.save_for_backward(x, weight)
-        return F.linear(gelu(x) if activation is gelu else x.square(), weight, bias)
+        return F.linear(gelu(x) if activation is gelu else x * x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         x, weight = ctx.saved_tensors
         _, wants_weight, wants_bias, _ = ctx.needs_input_grad
@@ -173,7 +176,7 @@ class ActivatedLinear(torch.autograd.Function):
         else:  # relu(x)^2, whose derivative is 2 relu(x)
             dx = (rows @ (2 * weight).to(g.dtype)).mul_(flat)
         if wants_weight:
-            a = gelu(flat) if ctx.activation is gelu else flat.square()
+            a = gelu(flat) if ctx.activation is gelu else flat * flat
             dw = (rows.mT @ a).to(weight.dtype)
         db = rows.sum(dim=0).to(weight.dtype) if wants_bias else None
         return dx.view(x.shape), dw, db, None
@@ -264,7 +267,7 @@ def add_loss(
     if smoothing:
         below += smoothing * z.mean(dim=-1, keepdim=True)
     # ln p by how far a logit is below one whose p no underflow has touched: below the largest, or,
-    # where a cap keeps all near each other, below the first
+    # where a cap keeps all near each other, below the first (to some 4e-6, as they are rounded)
     one = (lambda x: x[:, :1]) if 0 < cap <= 30 else (lambda x: x.amax(dim=-1, keepdim=True))
     below -= one(z)
     p = torch.softmax(z, dim=-1, out=z)
@@ -278,7 +281,7 @@ def add_loss(
         g -= smoothing / V
     if cap:
         g *= 4 * known  # by the chain rule: 2 cap, times s (1 - s), below, times 2 / cap
-        g = torch.ops.aten.sigmoid_backward.grad_input(g, s, grad_input=s)
+        g = torch.ops.aten.sigmoid_backward.grad_input(g, s, grad_input=s)  # often `logits` itself
     elif not known.all():
         g *= known
     logits.copy_(g)
