@@ -263,19 +263,20 @@ def add_loss(
         s = z.mul_(2 / cap).sigmoid_()
         z = s * (2 * cap)
     at_target, known = y[:, None].clamp(min=0), (y != IGNORE)[:, None]  # (n, 1) both
-    below = (1 - smoothing) * z.gather(-1, at_target)
+    wanted = (1 - smoothing) * z.gather(-1, at_target)
     if smoothing:
-        below += smoothing * z.mean(dim=-1, keepdim=True)
-    # ln p by how far a logit is below one whose p no underflow has touched: below the largest, or,
-    # where a cap keeps all near each other, below the first (to some 4e-6, as they are rounded)
-    one = (lambda x: x[:, :1]) if 0 < cap <= 30 else (lambda x: x.amax(dim=-1, keepdim=True))
-    below -= one(z)
-    p = torch.softmax(z, dim=-1, out=z)
-    ln_p = below + one(p).log()
+        wanted += smoothing * z.mean(dim=-1, keepdim=True)
+    if not 0 < cap <= 30:  # or e^z could overflow
+        top = z.amax(dim=-1, keepdim=True)
+        wanted -= top
+        z.sub_(top)
+    e = z.exp_()  # softmax in steps: ln p then comes from its sum, and not from p, which may be 0
+    whole = e.sum(dim=-1, keepdim=True)
+    ln_p = wanted - whole.log()
     loss -= ln_p.masked_fill(~known, 0).sum()
     if not learn:
         return
-    g = p  # the gradient of the logits: softmax less the target
+    g = e.mul_(1 / whole)  # the gradient of the logits: softmax less the target
     g.scatter_add_(1, at_target, torch.full_like(ln_p, smoothing - 1))
     if smoothing:
         g -= smoothing / V
