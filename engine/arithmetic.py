@@ -33,7 +33,8 @@ def state(c: GPTConfig, optimizer: str) -> tuple[float, float]:
 
 def activations(c: GPTConfig) -> int:
     """Numbers that one token leaves behind in one layer, for the gradients to come: the inputs of
-    all products, and what norms, rotations and attention need, as engine/fast.py computes them."""
+    all products, and what norms, rotations and attention need, as engine/fast.py computes them.
+    Attention to short contexts on a CPU keeps its weights, too, one for each head and position."""
     C, Q, K = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     norms = 2 * C * (2 if c.norm_weight or c.norm == "layer" else 1)
     attention = (Q + 2 * K) + Q  # queries, keys and values; their sums, which wo reads

@@ -79,10 +79,10 @@ def joined(attn: Attention, arrange=lambda w: w) -> tuple[Tensor, Tensor | None]
     return torch.cat((arrange(q.weight), arrange(k.weight), v.weight)), bias
 
 
-def untouched_scale(norm: nn.Module) -> bool:
-    """Whether a norm of queries or keys is RMSNorm without a weight, and has no hook."""
-    scales = type(norm) is FastNorm and not norm.centre and norm.weight is None
-    return scales and not hooked(norm)
+def plain_rms_norm(norm: nn.Module) -> bool:
+    """Whether a norm of queries or keys has no weight and no mean, and no hook."""
+    plain = type(norm) is FastNorm and not norm.centre and norm.weight is None
+    return plain and not hooked(norm)
 
 
 class FastAttention(Attention):
@@ -124,7 +124,7 @@ class FastAttention(Attention):
             and x.device.type == "cpu"
             and 1 < x.size(1) <= longest
             and all(map(untouched, (self.wq, self.wk, self.wv)))
-            and all(map(untouched_scale, (self.q_norm, self.k_norm)))
+            and all(map(plain_rms_norm, (self.q_norm, self.k_norm)))
             and self.q_norm.eps == self.k_norm.eps
         )
 
@@ -288,10 +288,9 @@ def agreeing(
     names, parts = [], {}
     for name, (reference, part) in PARTS.items():
         try:
-            # attention has norms in it, and a short form if they are fast ones
-            trials = ({reference: part}, {**parts, reference: part})[
-                : 2 if name == "attention" else 1
-            ]
+            trials = [{reference: part}]
+            if name == "attention":  # has norms in it, and a short form if they are fast ones
+                trials.append(parts | trials[0])
             like = (config, device, dtype, training)
             agrees = all(largest_error(reference, some, *like) <= 1 for some in trials)
             agrees &= name != "attention" or same_in_all_layers(config)

@@ -100,8 +100,9 @@ class ShortAttention(torch.autograd.Function):
                 torch.bmm(a, b, out=some.flatten(0, 1))
             else:  # a sum over the queries that share keys
                 some.copy_(torch.bmm(a, b).view(K, -1, B, T, D).sum(dim=1))
-        along = (d[:-K] * x[:-K]).mean(dim=-1, keepdim=True)  # as in RMSNormalise: a length is not
-        d[:-K].addcmul_(x[:-K], along, value=-1)  # changed by turning
+        # the norm's gradient, as in RMSNormalise, before it is turned back: turning keeps lengths
+        along = (d[:-K] * x[:-K]).mean(dim=-1, keepdim=True)
+        d[:-K].addcmul_(x[:-K], along, value=-1)
         dx, rows = g.new_empty(B, T, H + 2 * K, D), d.permute(1, 2, 0, 3)
         turned(rows[:, :, :-K], turn.conj(), D**-0.5 * scale, dx[:, :, :-K])
         dx[:, :, -K:] = rows[:, :, -K:]

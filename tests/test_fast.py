@@ -264,8 +264,8 @@ def test_the_short_form_of_attention_is_that_of_the_book(how, n_kv_head):
         loss = model(x, x, **more)
         wanted = list(model.parameters())
         for _ in range(2):
-            gradients = torch.autograd.grad(loss, wanted, retain_graph=True)
-        found.append((loss, *gradients))
+            grads = torch.autograd.grad(loss, wanted, retain_graph=True)
+        found.append((loss, *grads))
     assert took_short_form(found[1][0])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -316,6 +316,13 @@ def test_the_short_form_of_attention_is_compared_with_the_book(dtype, monkeypatc
 
     monkeypatch.setattr(fast.ShortAttention, "apply", queries)
     assert "attention" not in fast.agreeing(shape("modern"), CPU, dtype)
+
+
+def test_the_long_form_is_compared_where_all_texts_are_short(monkeypatch):
+    """It is that of layers with hooks, and of LoRA."""
+    turn = fast.turn
+    monkeypatch.setattr(fast, "turn", lambda x, *angles: turn(x.detach(), *angles))
+    assert "attention" not in fast.agreeing(shape("modern"), CPU, torch.float32)
 
 
 @pytest.mark.parametrize("cap", [0, 15, 500])
